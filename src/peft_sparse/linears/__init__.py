@@ -1,0 +1,22 @@
+"""How a module stores its weight, and which linears a model's transformer blocks have.
+
+The rest of the package sees every weight as (out_features, in_features). This is the one place that knows that
+transformers' Conv1D, GPT-2's linear, stores the transpose.
+"""
+
+from peft_sparse.linears.blocks import BlockList, block_linear_names, block_linears, find_block_lists, linears_inside
+from peft_sparse.linears.weights import as_stored, get_weight, in_out_features, is_linear, set_weight, unwrap
+
+__all__ = [
+    "BlockList",
+    "as_stored",
+    "block_linear_names",
+    "block_linears",
+    "find_block_lists",
+    "get_weight",
+    "in_out_features",
+    "is_linear",
+    "linears_inside",
+    "set_weight",
+    "unwrap",
+]

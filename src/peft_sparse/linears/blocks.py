@@ -1,0 +1,95 @@
+"""The repeated transformer blocks of a model and the linears inside them, found by structure and not by name.
+
+A list of blocks is an outermost nn.ModuleList whose members hold linears without being linears themselves: `layers` of
+a Llama, `encoder.layer` of a BERT, `h` of a GPT-2, both `block` lists of a T5. Embeddings, pooler and heads lie outside
+of them. A linear is named by its path inside the block ("attention.output.dense"), since a last name such as BERT's
+"dense" may also belong to the pooler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from peft_sparse.linears.weights import is_linear, unwrap
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One list of repeated blocks: its full name in the model, and the blocks in the order in which they run."""
+
+    name: str
+    blocks: nn.ModuleList
+
+
+def find_block_lists(model: nn.Module) -> list[BlockList]:
+    """All outermost lists of repeated blocks, in the order of `model.named_modules()`; empty if there are none."""
+    found: list[BlockList] = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(other.name + ".") for other in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_another and _are_blocks(module):
+            found.append(BlockList(name, module))
+    return found
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    members = [unwrap(module) for module in modules]
+    return not any(is_linear(member) for member in members) and all(
+        any(is_linear(unwrap(module)) for module in member.modules()) for member in members
+    )
+
+
+def linears_inside(module: nn.Module) -> dict[str, nn.Module]:
+    """The linears below a module by relative name. A PEFT tuner layer counts as the linear that it wraps."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if is_linear(unwrap(child)):
+            found[name] = child
+        else:
+            found.update({f"{name}.{path}": linear for path, linear in linears_inside(child).items()})
+    return found
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear inside the model's repeated blocks, by full name; empty if the model has no such blocks.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> sorted(name.split(".")[-1] for name in block_linears(LlamaForCausalLM(config)))
+        ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
+    """
+    return {
+        f"{block_list.name}.{index}.{path}": linear
+        for block_list in find_block_lists(model)
+        for index, block in enumerate(block_list.blocks)
+        for path, linear in linears_inside(block).items()
+    }
+
+
+def block_linear_names(model: nn.Module) -> set[str]:
+    """What to write into PEFT's `target_modules` to match the linears of [`block_linears`] and no others.
+
+    Returns:
+        Paths inside the block, such as `{"attention.output.dense", "intermediate.dense", ...}`, which fit any number of
+        blocks and any model that wraps them; full names where such a path would match a linear outside of the blocks.
+
+    Raises:
+        ValueError: if the model has no repeated blocks.
+    """
+    inside = block_linears(model)
+    if not inside:
+        raise ValueError(
+            f"The default targets are the linears inside a model's repeated transformer blocks, but {type(model).__name__} "
+            "has no list of such blocks; name the linears to adapt in `target_modules`."
+        )
+    paths = {
+        path for block_list in find_block_lists(model) for block in block_list.blocks for path in linears_inside(block)
+    }
+    outside = [name for name in linears_inside(model) if name not in inside]
+    if any(f".{name}".endswith(f".{path}") for name in outside for path in paths):
+        return set(inside)
+    return paths

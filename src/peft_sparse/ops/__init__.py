@@ -1,0 +1,7 @@
+"""Autograd functions on tensors. `reference` holds the plain twin of each, under the same name and signature."""
+
+from peft_sparse.ops import reference
+from peft_sparse.ops.pst_linear import pst_linear
+from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
+
+__all__ = ["pst_linear", "reference", "spp_linear", "spp_linear_update"]

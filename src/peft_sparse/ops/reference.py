@@ -1,0 +1,176 @@
+"""The obvious version of each op: plain PyTorch, written from the equations, differentiated by autograd.
+
+It defines what is correct; the fused ops of this folder have the same signatures and are compared with it, forward and
+backward. The two `*_weight` functions are the methods themselves, as maps from a weight to the effective weight; merging
+and the composition of several adapters use them.
+
+Weights are (out, in). Products are formed in at least float32 and rounded once, to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from peft_sparse.sparsity.importance import pst_importance, score_dtype
+
+
+def row_groups(out_features: int, num_groups: int, device: torch.device | None = None) -> torch.Tensor:
+    """g(i): the group of each row, int64 (out,). Groups are contiguous and as equal as possible; the first ones are one
+    row longer when out_features is not divisible by `num_groups`.
+
+    Example:
+        >>> row_groups(5, 2)
+        tensor([0, 0, 0, 1, 1])
+    """
+    size, longer = divmod(out_features, num_groups)
+    sizes = torch.full((num_groups,), size, dtype=torch.int64)
+    sizes[:longer] += 1
+    return torch.arange(num_groups).repeat_interleave(sizes).to(device)
+
+
+def spp_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W_eff[i, j] = W[i, j] (1 + s B[i] A[g(i), j]), equation 5 of SPP (arXiv 2405.16057).
+
+    Args:
+        weight: W, (out, in).
+        A: (r, in), one row per row group.
+        B: (out,).
+        scaling: s.
+
+    Returns:
+        (out, in), at least float32: a product of W, so every zero of W is a zero of it.
+    """
+    dtype = score_dtype(weight.dtype)
+    factors = B.to(dtype)[:, None] * A.to(dtype)[row_groups(weight.shape[0], A.shape[0], A.device)]
+    return weight.to(dtype) * (1 + scaling * factors)
+
+
+def spp_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Y = X W_eff^T + b, with W_eff of [`spp_weight`].
+
+    Args:
+        x: (..., in), of the weight's dtype.
+        weight, A, B, scaling: see [`spp_weight`].
+        bias: (out,) or None.
+
+    Returns:
+        (..., out), of the dtype of `x`.
+    """
+    return F.linear(x, spp_weight(weight, A, B, scaling).to(x.dtype), bias)
+
+
+def spp_linear_update(
+    x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Y = X (W_eff - W)^T: the update alone, which sees an input of its own when that is dropped out."""
+    update = spp_weight(weight, A, B, scaling) - weight
+    return F.linear(x, update.to(x.dtype))
+
+
+def pst_updated_weight(
+    weight: torch.Tensor,
+    U: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
+    D: torch.Tensor | None = None,
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """W' = W + beta U V (low-rank), W + D (full) or W (none), (out, in) in at least float32."""
+    dtype = score_dtype(weight.dtype)
+    updated = weight.to(dtype)
+    if U is not None and V is not None:
+        updated = updated + beta * (U.to(dtype) @ V.to(dtype))
+    if D is not None:
+        updated = updated + D.to(dtype)
+    return updated
+
+
+def pst_scores(
+    updated_weight: torch.Tensor,
+    A: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    R: torch.Tensor | None = None,
+    C: torch.Tensor | None = None,
+    S: torch.Tensor | None = None,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+) -> torch.Tensor:
+    """Importance by which tensors are there: S (movement); A, B, R, C (PST); none of them (magnitude).
+
+    Returns:
+        (out, in) in at least float32. Magnitude is data-free, so it carries no gradient.
+    """
+    if S is not None:
+        return S.to(score_dtype(S.dtype))
+    if A is not None and B is not None and R is not None and C is not None:
+        return pst_importance(updated_weight, A, B, R, C, alpha1, alpha2)
+    return updated_weight.detach().abs()
+
+
+def pst_weight(
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    U: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
+    D: torch.Tensor | None = None,
+    A: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    R: torch.Tensor | None = None,
+    C: torch.Tensor | None = None,
+    S: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+) -> torch.Tensor:
+    """M * W', with the identity as the mask's gradient towards the scores (straight-through).
+
+    Args:
+        weight: W, (out, in), frozen.
+        mask: M, bool (out, in), True = kept: selected from the scores of these same tensors.
+        U, V, D, beta: see [`pst_updated_weight`].
+        A, B, R, C, S, alpha1, alpha2: see [`pst_scores`].
+
+    Returns:
+        (out, in), at least float32.
+    """
+    updated = pst_updated_weight(weight, U, V, D, beta)
+    scores = pst_scores(updated, A, B, R, C, S, alpha1, alpha2)
+    straight_through = mask.to(scores.dtype) + (scores - scores.detach())
+    return straight_through.to(updated.dtype) * updated
+
+
+def pst_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor,
+    U: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
+    D: torch.Tensor | None = None,
+    A: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    R: torch.Tensor | None = None,
+    C: torch.Tensor | None = None,
+    S: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+) -> torch.Tensor:
+    """Y = X (M * W')^T + b, with M * W' of [`pst_weight`].
+
+    Args:
+        x: (..., in), of the weight's dtype.
+        bias: (out,) or None.
+
+    Returns:
+        (..., out), of the weight's dtype.
+    """
+    effective = pst_weight(weight, mask, U, V, D, A, B, R, C, S, beta, alpha1, alpha2)
+    return F.linear(x, effective.to(x.dtype), bias)

@@ -1,0 +1,24 @@
+"""The maths of sparsity: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
+
+from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
+from peft_sparse.sparsity.masks import round_keeping_support, select_mask
+from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
+from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
+from peft_sparse.sparsity.statistics import ColumnNorms
+
+__all__ = [
+    "NM",
+    "SCHEDULES",
+    "ColumnNorms",
+    "Pattern",
+    "Unstructured",
+    "check_sparsity",
+    "find_pattern",
+    "magnitude_importance",
+    "parse_pattern",
+    "pst_importance",
+    "round_keeping_support",
+    "select_mask",
+    "sparsity_at",
+    "wanda_importance",
+]

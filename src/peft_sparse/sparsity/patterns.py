@@ -1,0 +1,166 @@
+"""Patterns: where zeros may sit, and how many of them.
+
+* unstructured: anywhere; weights compete within a group, which is the whole layer or one output row.
+* N:M: N weights are kept of every M consecutive ones along in_features (so 2:4 is half sparse, 2:8 is 75% sparse).
+
+Both come down to the same thing for the code that selects weights: a group size, and a number of weights to prune in
+each group. That number is `int(sparsity * group_size)`, as in the PST and Wanda authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+# The N:M patterns that `find_pattern` looks for: the one that NVIDIA's sparse tensor cores run, and its neighbours in
+# the literature. Tightest first: a 2:4 weight satisfies 4:8 as well.
+KNOWN_NM = ((1, 4), (2, 8), (2, 4), (4, 8))
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeros may sit anywhere.
+
+    Args:
+        group: `"layer"` (all weights of a layer compete, PST and magnitude) or `"row"` (those of one output do, Wanda).
+    """
+
+    group: str = "layer"
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def resolve_sparsity(self, sparsity: float | None, default: float) -> float:
+        """The share of zeros to reach: `sparsity` checked to lie in [0, 1), or `default` when it is None."""
+        if sparsity is None:
+            return default
+        check_sparsity("sparsity", sparsity)
+        return float(sparsity)
+
+    def group_size(self, shape: torch.Size | tuple[int, int]) -> int:
+        """Number of weights that are compared with each other in a weight of `shape` (out, in)."""
+        out_features, in_features = shape
+        return in_features if self.group == "row" else out_features * in_features
+
+    def num_pruned(self, sparsity: float, group_size: int) -> int:
+        """How many weights of a group are zero at `sparsity`; rounds down."""
+        return int(group_size * sparsity)
+
+    def check_width(self, in_features: int, name: str) -> None:
+        """Any width will do."""
+
+
+@dataclass(frozen=True)
+class NM:
+    """N weights kept of every M consecutive ones along in_features.
+
+    Raises:
+        ValueError: unless 0 < n < m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"An N:M pattern keeps N of every M weights, with 0 < N < M, got {self.n}:{self.m}; for example '2:4'."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def resolve_sparsity(self, sparsity: float | None, default: float | None = None) -> float:
+        """1 - N/M. Another `sparsity` is an error, since the pattern fixes it; `default` is not used."""
+        fixed = 1 - self.n / self.m
+        if sparsity is not None and not math.isclose(sparsity, fixed, abs_tol=1e-6):
+            raise ValueError(
+                f"The pattern {self} fixes the sparsity at {fixed:g}, got sparsity={sparsity}; leave `sparsity` out, "
+                "or choose another pattern."
+            )
+        return fixed
+
+    def group_size(self, shape: torch.Size | tuple[int, int]) -> int:
+        """M, whatever the shape."""
+        return self.m
+
+    def num_pruned(self, sparsity: float, group_size: int) -> int:
+        """How many of M weights are zero at `sparsity`: a ramp goes 0, 1, ..., M - N. Rounds down, but not past a
+        whole number that floating point just misses: (1 - 1/3) * 3 has to be 2."""
+        return math.floor(group_size * sparsity + 1e-9)
+
+    def check_width(self, in_features: int, name: str) -> None:
+        """Raises:
+        ValueError: if in_features is not divisible by M; `name` is the layer that the message names."""
+        if in_features % self.m:
+            raise ValueError(
+                f"{self} needs in_features divisible by {self.m}, got {in_features} in `{name}`; exclude it with "
+                "`exclude_modules`."
+            )
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(pattern: str | Pattern, group: str = "layer") -> Pattern:
+    """Read a pattern from a config.
+
+    Args:
+        pattern: `"unstructured"` or `"N:M"`; a pattern object is handed back as it is.
+        group: what an unstructured pattern compares, `"layer"` or `"row"`.
+
+    Raises:
+        ValueError: for anything else, such as `"4:2"`, `"a:b"` or `"0:4"`.
+
+    Example:
+        >>> parse_pattern("2:4")
+        NM(n=2, m=4)
+        >>> parse_pattern("unstructured", group="row")
+        Unstructured(group='row')
+    """
+    if isinstance(pattern, (Unstructured, NM)):
+        return pattern
+    if pattern == "unstructured":
+        return Unstructured(group)
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if match is None:
+        raise ValueError(
+            f"A pattern is 'unstructured' or 'N:M' (N weights kept of every M, for example '2:4'), got {pattern!r}."
+        )
+    return NM(int(match[1]), int(match[2]))
+
+
+def check_sparsity(name: str, sparsity: float) -> None:
+    """Raises:
+    ValueError: if `sparsity` is not a number in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(
+            f"`{name}` is the share of zeros and lies in [0, 1), got {sparsity!r}; 0.9 means that 90% of the weights "
+            "are zero."
+        )
+
+
+def find_pattern(weight: torch.Tensor) -> str:
+    """The pattern that the zeros of a weight satisfy.
+
+    Args:
+        weight: (out, in), any dtype.
+
+    Returns:
+        `"dense"` when less than 1% of it is zero, `"N:M"` for the tightest known N:M that holds in every group,
+        `"unstructured"` otherwise.
+
+    Example:
+        >>> find_pattern(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
+        '2:4'
+    """
+    kept = weight != 0
+    if kept.sum().item() > 0.99 * kept.numel():
+        return "dense"
+    for n, m in KNOWN_NM:
+        if kept.shape[1] % m == 0 and bool((kept.reshape(-1, m).sum(1) <= n).all()):
+            return f"{n}:{m}"
+    return "unstructured"

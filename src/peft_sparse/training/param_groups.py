@@ -1,0 +1,65 @@
+"""Learning rates of their own for PST's scores, as parameter groups for an optimizer.
+
+Scores and weights live on different scales. Movement pruning wants 1e-2 for its scores beside 3e-5 for the weights
+(arXiv 2005.07683) and collapses to chance with one rate for both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+SCORE_FACTORS = ("pst_S", "pst_A", "pst_B", "pst_R", "pst_C")
+WEIGHT_FACTORS = ("pst_U", "pst_V", "pst_D")
+
+
+def pst_param_groups(
+    model: nn.Module, lr: float, score_lr: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model with PST adapters, for the `optimizers` of an unchanged Trainer.
+
+    Args:
+        model: with PST layers.
+        lr: learning rate of the weight updates (`pst_U`, `pst_V`, `pst_D`) and of all other trainable parameters, such
+            as a classification head.
+        score_lr: learning rate of the scores (`pst_S`, `pst_A`, `pst_B`, `pst_R`, `pst_C`).
+        weight_decay: for parameters with two or more dimensions that are not PST's, whose decay would pull weights back
+            to the base model and scores to a tie.
+
+    Returns:
+        Groups named "scores", "weights", "others" and "others_without_decay", empty ones left out, in the order of
+        `model.named_parameters()`.
+
+    Raises:
+        ValueError: if the model has no trainable PST parameter.
+
+    Example:
+        >>> # optimizer = torch.optim.AdamW(pst_param_groups(model, lr=3e-5, score_lr=1e-2))
+        >>> # trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[SparsityCallback()], ...)
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "scores": {"lr": score_lr, "weight_decay": 0.0},
+        "weights": {"lr": lr, "weight_decay": 0.0},
+        "others": {"lr": lr, "weight_decay": weight_decay},
+        "others_without_decay": {"lr": lr, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[_group_of(name, parameter)]
+            group.setdefault("params", []).append(parameter)
+    if "params" not in groups["scores"] and "params" not in groups["weights"]:
+        raise ValueError(
+            f"`pst_param_groups` sorts the trainable parameters of PST, got {type(model).__name__} without any; call "
+            "`get_peft_model(model, PstConfig(...))` first."
+        )
+    return [{"name": name, **group} for name, group in groups.items() if "params" in group]
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    parts = name.split(".")
+    if any(factor in parts for factor in SCORE_FACTORS):
+        return "scores"
+    if any(factor in parts for factor in WEIGHT_FACTORS):
+        return "weights"
+    return "others" if parameter.dim() > 1 else "others_without_decay"

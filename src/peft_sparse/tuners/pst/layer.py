@@ -1,0 +1,191 @@
+"""PST's layer: Y = X (M * W')^T with W' = W + beta U V and M selected from S = |W'| + alpha1 A B + alpha2 (R + C)
+(arXiv 2205.11005).
+
+The mask is a function of the factors and of one number, how many weights are pruned in each comparison group. That
+number is a persistent buffer, so a reloaded or resumed model has exactly the same mask. It is a count, and an integer,
+since a share would be rounded when a model is cast to half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from peft_sparse import ops
+from peft_sparse.sparsity import Pattern, parse_pattern, select_mask, sparsity_at
+from peft_sparse.tuners.pst.config import PstConfig
+from peft_sparse.tuners.sparse_layer import SparseLayer
+
+FACTORS = ("U", "V", "D", "A", "B", "R", "C", "S")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a layer needs of an adapter's config, as plain values."""
+
+    pattern: Pattern
+    group_size: int
+    schedule: Callable[[int, int], float]  # (step, total steps) -> sparsity
+    sparsity: float
+    total_steps: int | None
+    scales: dict[str, float]  # beta, alpha1, alpha2
+
+
+class PstLinear(SparseLayer):
+    """A linear that is pruned while it is tuned.
+
+    Attributes:
+        pst_U, pst_V: (out, r) and (r, in), the low-rank weight update.
+        pst_D: (out, in), the full weight update.
+        pst_A, pst_B, pst_R, pst_C: (out, score_r), (score_r, in), (out,), (in,), PST's scores.
+        pst_S: (out, in), movement scores.
+        pst_pruned: int64 scalar, weights pruned in each comparison group (the layer; for N:M each M).
+
+    An adapter has those that its `importance` and `weight_update` call for.
+    """
+
+    adapter_layer_names = tuple(f"pst_{factor}" for factor in FACTORS)
+    other_param_names = ("pst_pruned",)
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ParameterDict({}))
+        self.pst_pruned = BufferDict({}, persistent=True)
+        self._settings: dict[str, _Settings] = {}
+        self._driven: set[str] = set()  # adapters whose schedule was set in this process; for warnings only
+
+    def update_layer(self, adapter_name: str, config: PstConfig, **kwargs: Any) -> None:
+        """Add an adapter. U and A start normal, all else at zero, as the authors' do: W' = W and S = |W'|."""
+        for factor, start in self._initial_factors(config).items():
+            if not config.init_weights:
+                nn.init.normal_(start)
+            getattr(self, f"pst_{factor}")[adapter_name] = nn.Parameter(start)
+        pattern = parse_pattern(config.pattern)
+        schedule = partial(
+            _sparsity_of_step,
+            schedule=config.schedule,
+            initial_sparsity=config.initial_sparsity,
+            final_sparsity=config.sparsity,
+            initial_warmup=config.initial_warmup,
+            final_warmup=config.final_warmup,
+        )
+        self._settings[adapter_name] = _Settings(
+            pattern=pattern,
+            group_size=pattern.group_size((self.out_features, self.in_features)),
+            schedule=schedule,
+            sparsity=config.sparsity,
+            total_steps=config.total_steps,
+            scales={"beta": config.beta, "alpha1": config.alpha1, "alpha2": config.alpha2},
+        )
+        self.pst_pruned[adapter_name] = torch.tensor(self._count(adapter_name, schedule(0, 1)), dtype=torch.int64)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _initial_factors(self, config: PstConfig) -> dict[str, torch.Tensor]:
+        rows, columns = self.out_features, self.in_features
+        factors: dict[str, torch.Tensor] = {}
+        if config.weight_update == "low_rank":
+            factors |= {"U": torch.randn(rows, config.r), "V": torch.zeros(config.r, columns)}
+        elif config.weight_update == "full":
+            factors |= {"D": torch.zeros(rows, columns)}
+        if config.importance == "pst":
+            factors |= {"A": torch.randn(rows, config.score_r), "B": torch.zeros(config.score_r, columns)}
+            factors |= {"R": torch.zeros(rows), "C": torch.zeros(columns)}
+        elif config.importance == "movement":
+            factors |= {"S": torch.zeros(rows, columns)}
+        return factors
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._settings.pop(adapter_name, None)
+        self._driven.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT 0.20 casts this integer to the base weight's dtype, and bfloat16 holds integers up to 256 only.
+        pruned = self.pst_pruned[adapter_name]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.pst_pruned[adapter_name] = pruned.to(self.pst_pruned[adapter_name].device)
+
+    # The schedule
+
+    def set_sparsity_step(self, adapter_name: str, step: int, total_steps: int) -> None:
+        """Prune as many weights as the adapter's schedule says after `step` of `total_steps` optimizer steps."""
+        sparsity = self._settings[adapter_name].schedule(step, total_steps)
+        self.pst_pruned[adapter_name].fill_(self._count(adapter_name, sparsity))
+        self._driven.add(adapter_name)
+
+    def is_driven(self, adapter_name: str) -> bool:
+        """Whether `set_sparsity_step` was called for the adapter in this process."""
+        return adapter_name in self._driven
+
+    def num_groups(self, adapter_name: str) -> int:
+        """Number of comparison groups: 1 for unstructured, one per M weights for N:M."""
+        return self.in_features * self.out_features // self._settings[adapter_name].group_size
+
+    def _count(self, adapter_name: str, sparsity: float) -> int:
+        settings = self._settings[adapter_name]
+        return settings.pattern.num_pruned(sparsity, settings.group_size)
+
+    def total_steps(self, adapter_name: str) -> int | None:
+        """`PstConfig.total_steps`."""
+        return self._settings[adapter_name].total_steps
+
+    def sparsity_progress(self, adapter_name: str) -> tuple[int, int, int]:
+        """Weights pruned in each comparison group: at the start of the schedule, now, and at its end."""
+        settings = self._settings[adapter_name]
+        start, end = self._count(adapter_name, settings.schedule(0, 1)), self._count(adapter_name, settings.sparsity)
+        return start, int(self.pst_pruned[adapter_name]), end
+
+    # The function
+
+    def _factors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        return {
+            factor: tensors[adapter_name]
+            for factor in FACTORS
+            if adapter_name in (tensors := getattr(self, f"pst_{factor}"))
+        }
+
+    @torch.no_grad()
+    def get_mask(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """M, bool (out, in), True = kept.
+
+        Args:
+            weight: W, (out, in); None: the base weight as it is now.
+        """
+        weight = self.base_weight if weight is None else weight
+        settings, factors = self._settings[adapter_name], self._factors(adapter_name)
+        update = {factor: factors.pop(factor) for factor in ("U", "V", "D") if factor in factors}
+        updated = ops.reference.pst_updated_weight(weight, **update, beta=settings.scales["beta"])
+        scores = ops.reference.pst_scores(
+            updated, **factors, alpha1=settings.scales["alpha1"], alpha2=settings.scales["alpha2"]
+        )
+        return select_mask(scores, int(self.pst_pruned[adapter_name]), settings.group_size)
+
+    def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.base_weight if weight is None else weight
+        mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
+        return ops.reference.pst_weight(weight, mask, **self._factors(adapter_name), **scales)
+
+    def adapted_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
+    ) -> torch.Tensor:
+        mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
+        return ops.pst_linear(x, weight, bias, mask, **self._factors(adapter_name), **scales)
+
+    def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        factors = self._factors(adapter_name)
+        update = {factor: factors[factor] for factor in ("U", "V", "D") if factor in factors}
+        beta = self._settings[adapter_name].scales["beta"]
+        updated = ops.reference.pst_updated_weight(weight, **update, beta=beta)
+        return self.get_mask(adapter_name, weight) & (updated != 0)
+
+
+def _sparsity_of_step(step: int, total_steps: int, **settings: Any) -> float:
+    return sparsity_at(step=step, total_steps=total_steps, **settings)

@@ -1,0 +1,120 @@
+"""PST's model: places [`PstLinear`] layers and drives their schedule."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from peft_sparse.linears import in_out_features, unwrap
+from peft_sparse.sparsity import parse_pattern
+from peft_sparse.tuners.pst.config import PstConfig
+from peft_sparse.tuners.pst.layer import PstLinear
+from peft_sparse.tuners.sparse_model import SparseTuner
+
+WAY_OUT = (
+    "add `peft_sparse.SparsityCallback()` to the Trainer's `callbacks`, or call "
+    "`model.base_model.set_sparsity_step(step, total_steps)` after every optimizer step"
+)
+
+
+def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = None) -> None:
+    """Set every PST layer of a model to its sparsity after `step` optimizer steps; used by the next forward.
+
+    Active adapters are driven; of several active ones, those that are trainable.
+
+    Args:
+        model: any module that holds PST layers: a PeftModel, a PstModel, or a transformers model with `add_adapter`.
+        step: optimizer steps done, from 0.
+        total_steps: steps that the schedule spans; None: `PstConfig.total_steps`.
+
+    Raises:
+        ValueError: if the model has no PST layer, for a negative step, or if no total is known. Nothing is set then.
+    """
+    driven = [
+        (layer, adapter_name)
+        for layer in model.modules()
+        if isinstance(layer, PstLinear)
+        for adapter_name in _driven_adapters(layer)
+    ]
+    if not driven:
+        raise ValueError(
+            f"A sparsity schedule drives PST layers, got {type(model).__name__} without an active one; make them with "
+            "`get_peft_model(model, PstConfig(...))`."
+        )
+    if step < 0:
+        raise ValueError(f"`step` counts optimizer steps from 0, got {step}.")
+    totals = [total_steps or layer.total_steps(adapter_name) for layer, adapter_name in driven]
+    if None in totals or (total_steps is not None and total_steps <= 0):
+        raise ValueError(
+            f"The schedule spans `total_steps` > 0 optimizer steps, got {total_steps}; pass it, or set "
+            "`PstConfig(total_steps=...)`."
+        )
+    for (layer, adapter_name), total in zip(driven, totals, strict=True):
+        layer.set_sparsity_step(adapter_name, step, total)
+
+
+def _driven_adapters(layer: PstLinear) -> list[str]:
+    present = layer._present(layer.active_adapters)
+    trainable = [name for name in present if any(p.requires_grad for p in layer._factors(name).values())]
+    return present if len(present) == 1 else trainable
+
+
+def warn_about_schedule(model: nn.Module, adapter_name: str, doing: str) -> None:
+    """Warn if an adapter has not reached its final sparsity.
+
+    Merging warns whenever it has not. Saving, which training does on the way, warns only if nothing drove the schedule.
+    """
+    layers = [m for m in model.modules() if isinstance(m, PstLinear) and adapter_name in m._settings]
+    progress = [layer.sparsity_progress(adapter_name) for layer in layers]
+    start, now, end = (sum(counts) for counts in zip(*progress, strict=True)) if progress else (0, 0, 0)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    if now == end or (doing == "Saving" and (now != start or any(layer.is_driven(adapter_name) for layer in layers))):
+        return
+    state = "its schedule never advanced" if now == start else "its schedule stopped on the way"
+    zeros = [
+        sum(counts[index] * layer.num_groups(adapter_name) for layer, counts in zip(layers, progress, strict=True))
+        for index in (1, 2)
+    ]
+    warnings.warn(
+        f"{doing} PST adapter '{adapter_name}' at {zeros[0] / weights:.1%} sparsity instead of {zeros[1] / weights:.1%}: "
+        f"{state}. To prune while training, {WAY_OUT}.",
+        stacklevel=3,
+    )
+
+
+class PstModel(SparseTuner):
+    """Prunes a dense model while it tunes it (arXiv 2205.11005).
+
+    Made by `get_peft_model(model, PstConfig(...))`. Warns at save and at merge if the schedule never moved.
+    """
+
+    prefix: str = "pst_"
+    tuner_layer_cls = PstLinear
+
+    def set_sparsity_step(self, step: int, total_steps: int | None = None) -> None:
+        """See [`peft_sparse.tuners.pst.set_sparsity_step`]."""
+        set_sparsity_step(self.model, step, total_steps)
+
+    def _check_targets(self, targets: dict[str, nn.Module], peft_config: PstConfig) -> None:
+        pattern = parse_pattern(peft_config.pattern)
+        for name, module in targets.items():
+            pattern.check_width(in_out_features(unwrap(module))[0], name)
+
+    def _check_all_merges(self, adapter_names: list[str] | None) -> None:
+        super()._check_all_merges(adapter_names)
+        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
+            warn_about_schedule(self.model, adapter_name, doing="Merging")
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PstConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        warn_about_schedule(model, adapter_name, doing="Saving")
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

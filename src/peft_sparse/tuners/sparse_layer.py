@@ -1,0 +1,182 @@
+"""What the layers of both methods share: a linear whose effective weight is a function f of its base weight.
+
+A method says what f is ([`SparseLayer.effective_weight`]) and how to compute a linear with it without forming f(W)
+([`SparseLayer.adapted_linear`]). Here is the rest: several active adapters compose in order, W -> f_b(f_a(W)); merging
+writes that weight into the base layer after checking that zeros and function are the same; unmerging puts a kept copy
+back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from peft_sparse.linears import as_stored, get_weight, in_out_features, set_weight
+from peft_sparse.sparsity import round_keeping_support
+
+# Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains. float32
+# allows for TF32 matmuls.
+MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+PROBE_ROWS = 4
+
+
+class SparseLayer(nn.Module, BaseTunerLayer):
+    """A tuner layer around nn.Linear or Conv1D. Weights are (out, in) in all of its methods.
+
+    Args:
+        base_layer: the module that is wrapped; its weight stays frozen.
+        name: its full name in the model, for messages.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_out_features(base_layer)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._module_name = name
+        self._weight_before_merge: torch.Tensor | None = None
+
+    # What a method defines
+
+    def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """f(W): the weight that the forward uses, (out, in) in at least float32, differentiable.
+
+        Args:
+            weight: W; None: the base weight as it is now.
+        """
+        raise NotImplementedError
+
+    def adapted_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
+    ) -> torch.Tensor:
+        """X f(W)^T + b, without dropout: what `merge` promises to reproduce."""
+        raise NotImplementedError
+
+    def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Where f(W) is not zero, bool (out, in)."""
+        raise NotImplementedError
+
+    # The rest
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The base layer's weight as (out, in)."""
+        return get_weight(self.base_layer)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """f(W) - W, as the base layer stores its weight (a Conv1D's is transposed), in the weight's dtype."""
+        weight = self.base_weight
+        delta = self.effective_weight(adapter_name, weight) - weight
+        return as_stored(self.base_layer, delta.to(weight.dtype))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapter_names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        if not adapter_names:
+            return self.base_layer(x, *args, **kwargs)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, self.base_layer.weight.dtype)
+        return self._forward_adapters(x, adapter_names)
+
+    def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        weight = self.base_weight
+        for adapter_name in adapter_names[:-1]:
+            weight = self.effective_weight(adapter_name, weight)
+        return self.adapted_linear(x, weight, self.base_layer.bias, adapter_names[-1])
+
+    def _present(self, adapter_names: list[str]) -> list[str]:
+        available = self._get_available_adapters()
+        return [name for name in adapter_names if name in available]
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
+        """The weight after merging `adapter_names` in order; nothing is written.
+
+        Returns:
+            (out, in), of the base weight's dtype.
+
+        Raises:
+            ValueError: if it holds NaN or infinity.
+            RuntimeError: if its zeros, or its outputs, would not be those of the unmerged layer.
+        """
+        weight = self.base_weight
+        for adapter_name in self._present(adapter_names):
+            effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
+            merged = round_keeping_support(effective, support, weight.dtype)
+            self._check_finite(merged, adapter_name)
+            self._check_merge(merged, support, weight, adapter_name)
+            weight = merged
+        return weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective weight of the adapters into the base weight.
+
+        Args:
+            safe_merge: as in PEFT. The checks are made in either case, before anything is written.
+            adapter_names: the adapters to merge, in order; None: the active ones.
+
+        Raises:
+            ValueError, RuntimeError: see [`SparseLayer.merged_weight`]. The base weight is untouched then.
+        """
+        adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not adapter_names:
+            return
+        merged = self.merged_weight(adapter_names)
+        if not self.merged:
+            self._weight_before_merge = self.base_layer.weight.detach().clone()
+        set_weight(self.base_layer, merged)
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before the first merge, bit for bit."""
+        if self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        with torch.no_grad():
+            self.base_layer.weight.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def _check_finite(self, merged: torch.Tensor, adapter_name: str) -> None:
+        if merged.isfinite().all():
+            return
+        found = int((~merged.isfinite()).sum())
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs finite "
+            f"weights, got {found} NaN or infinite ones of {merged.numel()} in `{self._module_name}`; train with a lower "
+            "learning rate, or load an earlier checkpoint. Nothing was merged."
+        )
+
+    def _check_merge(
+        self, merged: torch.Tensor, support: torch.Tensor, weight: torch.Tensor, adapter_name: str
+    ) -> None:
+        moved = int(((merged != 0) != support).sum())
+        if moved:
+            raise RuntimeError(
+                f"Merging keeps every zero of the forward, got {moved} that differ in `{self._module_name}` (adapter "
+                f"{adapter_name}). Nothing was merged; please report this with your config."
+            )
+        generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+        probe = torch.randn(PROBE_ROWS, self.in_features, generator=generator).to(merged)
+        with torch.autocast(device_type=merged.device.type, enabled=False):
+            expected = self.adapted_linear(probe, weight, None, adapter_name).double()
+            difference = (F.linear(probe, merged).double() - expected).norm()
+        tolerance = MERGE_TOLERANCE[merged.dtype]
+        if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(merged.dtype).tiny):
+            raise RuntimeError(
+                f"Merging keeps the layer's function, got outputs that differ by {difference / expected.norm():.1e} "
+                f"(relative; at most {tolerance:.0e} is rounding) in `{self._module_name}` (adapter {adapter_name}). "
+                "Nothing was merged; please report this with your config."
+            )
+
+    def __repr__(self) -> str:
+        return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"
+
+

@@ -1,0 +1,134 @@
+"""What the models of both methods share: which modules are adapted, checked before the first one is touched.
+
+PEFT injects adapters module by module, so an error in the middle would leave a model half wrapped, and a merge that
+fails at one layer would leave the others merged. Both loops are therefore run dry first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+
+from peft_sparse.linears import block_linear_names, is_linear
+from peft_sparse.tuners.sparse_config import SparseConfig
+from peft_sparse.tuners.sparse_layer import SparseLayer
+
+
+class SparseTuner(BaseTuner):
+    """Base of `PstModel` and `SppModel`."""
+
+    tuner_layer_cls = SparseLayer
+    # Default targets are found by structure, in `_prepare_model`, so there is no table of model types.
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = block_linear_names(model)
+        _maybe_include_all_linear_layers(peft_config, model)
+        inside_tuner_layers = tuple(
+            f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+        )
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name
+            and not name.startswith(inside_tuner_layers)
+            and self._check_target_module_exists(peft_config, name)
+        }
+        for name, module in targets.items():
+            self._check_target(name, module)
+        self._check_targets(targets, peft_config)
+
+    def _check_target(self, name: str, module: nn.Module) -> None:
+        """Raises:
+        ValueError: if the module cannot be adapted."""
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
+            raise ValueError(
+                f"{type(self).__name__} adapts plain linears, got `{name}`, which carries an adapter of another method "
+                f"({type(module).__module__}.{type(module).__qualname__}); merge that adapter first."
+            )
+        if not isinstance(module, BaseTunerLayer) and not is_linear(module):
+            raise ValueError(
+                f"{type(self).__name__} adapts torch.nn.Linear and transformers' Conv1D with floating point weights, got "
+                f"{type(module).__name__} in `{name}`; take it out of `target_modules`, or exclude it with "
+                "`exclude_modules`."
+            )
+
+    def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
+        """What a method wants of its targets, by full name; raises ValueError or warns."""
+
+    def _create_and_replace(
+        self,
+        peft_config: SparseConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        self._check_target(current_key, target)  # again for targets that a state dict chose
+        layer = self.tuner_layer_cls(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        layer.set_adapter(self.active_adapters)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_all_merges(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_all_merges(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_all_merges(self, adapter_names: list[str] | None) -> None:
+        """Every layer's merge without writing, so that an error leaves the whole model as it was."""
+        for layer in self.sparse_layers():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            layer.merged_weight([name for name in names if name not in layer.merged_adapters])
+
+    def sparse_layers(self) -> list[SparseLayer]:
+        """The tuner layers of this method in the model."""
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's remapping, with all shapes checked before the first tensor is loaded."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        current = model.state_dict()
+        for key, tensor in remapped.items():
+            expected = current.get(key)
+            if expected is not None and expected.shape != tensor.shape:
+                raise ValueError(
+                    f"The shapes of an adapter checkpoint fit the model that it was trained on, got "
+                    f"{tuple(tensor.shape)} for `{key}`, which has shape {tuple(expected.shape)} here; load it onto its "
+                    "base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
+                    "saved with. Nothing was loaded."
+                )
+        return remapped

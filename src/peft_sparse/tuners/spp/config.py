@@ -1,0 +1,49 @@
+"""Settings of SPP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftType
+
+from peft_sparse.tuners.sparse_config import SparseConfig, check_positive_int
+
+
+@dataclass
+class SppConfig(SparseConfig):
+    """Configuration of SPP (Sparsity-Preserved Parameter-efficient fine-tuning, arXiv 2405.16057).
+
+    SPP tunes a model that is already pruned: the weight becomes W[i, j] (1 + s B[i] A[g(i), j]), so that its zeros
+    survive training and merging.
+
+    Args:
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig.
+            `target_modules=None` means every linear inside the model's repeated blocks.
+        r: number of row groups that share a row of A. More than a layer has rows: one group per row.
+        spp_alpha: scaling s = spp_alpha / r.
+        spp_dropout: dropout probability on the input of the update alone; the base weight sees the whole input.
+        init_weights: True starts at the identity (B = 0); False draws B too, which only tests want.
+
+    Raises:
+        ValueError: for a field outside its range.
+
+    Example:
+        >>> SppConfig(target_modules=["q_proj", "v_proj"]).r
+        16
+    """
+
+    r: int = field(default=16, metadata={"help": "Number of row groups that share a row of the factor A."})
+    spp_alpha: float = field(default=32, metadata={"help": "The update is scaled by spp_alpha / r."})
+    spp_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: start at the identity. False: start at random (for tests)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SPP
+        check_positive_int("r", self.r)
+        if not self.spp_alpha > 0:
+            raise ValueError(f"`spp_alpha` should be above 0, got {self.spp_alpha!r}; the authors' scaling is 2 * r.")
+        if not 0 <= self.spp_dropout < 1:
+            raise ValueError(f"`spp_dropout` is a probability in [0, 1), got {self.spp_dropout!r}.")

@@ -1,0 +1,83 @@
+"""SPP's layer: W_eff[i, j] = W[i, j] (1 + s B[i] A[g(i), j]) (arXiv 2405.16057).
+
+The pattern is implied by W == 0 and kept by the product, so no mask is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_sparse import ops
+from peft_sparse.tuners.sparse_layer import SparseLayer
+from peft_sparse.tuners.spp.config import SppConfig
+
+
+class SppLinear(SparseLayer):
+    """A linear whose non-zero weights are rescaled by a factor of rank one per row group.
+
+    Attributes:
+        spp_A: (r, in), a row per row group; r is at most out_features.
+        spp_B: (out,).
+    """
+
+    adapter_layer_names = ("spp_A", "spp_B")
+    other_param_names = ("spp_dropout",)
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.spp_A = nn.ParameterDict({})
+        self.spp_B = nn.ParameterDict({})
+        self.spp_dropout = nn.ModuleDict({})
+        self._scaling: dict[str, float] = {}
+
+    def update_layer(self, adapter_name: str, config: SppConfig, **kwargs: Any) -> None:
+        """Add an adapter. `A` starts kaiming-uniform and `B` at zero, as the authors' do."""
+        num_groups = min(config.r, self.out_features)
+        A, B = torch.empty(num_groups, self.in_features), torch.zeros(self.out_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if not config.init_weights:
+            nn.init.normal_(B)
+        self.spp_A[adapter_name], self.spp_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
+        self.spp_dropout[adapter_name] = nn.Dropout(config.spp_dropout) if config.spp_dropout else nn.Identity()
+        self._scaling[adapter_name] = config.spp_alpha / config.r
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._scaling.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        return self.spp_A[adapter_name], self.spp_B[adapter_name], self._scaling[adapter_name]
+
+    def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.base_weight if weight is None else weight
+        return ops.reference.spp_weight(weight, *self._factors(adapter_name))
+
+    def adapted_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
+    ) -> torch.Tensor:
+        return ops.spp_linear(x, weight, bias, *self._factors(adapter_name))
+
+    def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight != 0
+
+    def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if not any(self._drops(name) for name in adapter_names):
+            return super()._forward_adapters(x, adapter_names)
+        # Each adapter's own update sees its own dropped input: X W^T + sum of drop_k(X) (W_k - W_(k-1))^T.
+        weight = self.base_weight
+        y = F.linear(x, weight, self.base_layer.bias)
+        for name in adapter_names:
+            y = y + ops.spp_linear_update(self.spp_dropout[name](x), weight, *self._factors(name))
+            weight = self.effective_weight(name, weight)
+        return y
+
+    def _drops(self, adapter_name: str) -> bool:
+        dropout = self.spp_dropout[adapter_name]
+        return dropout.training and isinstance(dropout, nn.Dropout)

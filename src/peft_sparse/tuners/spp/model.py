@@ -1,0 +1,40 @@
+"""SPP's model: places [`SppLinear`] layers, and tells whether the base model has zeros to keep."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from peft_sparse.linears import get_weight, unwrap
+from peft_sparse.tuners.sparse_config import SparseConfig
+from peft_sparse.tuners.sparse_model import SparseTuner
+from peft_sparse.tuners.spp.layer import SppLinear
+
+# A pruned weight has far more zeros; a dense one has a few by chance, most in half precision.
+DENSE_BELOW = 0.01
+
+
+class SppModel(SparseTuner):
+    """Tunes an already pruned model so that its zeros survive training and merging (arXiv 2405.16057).
+
+    Made by `get_peft_model(model, SppConfig())`. Warns if target layers are dense: their weights would only be rescaled.
+    """
+
+    prefix: str = "spp_"
+    tuner_layer_cls = SppLinear
+
+    def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
+        weights = {name: get_weight(unwrap(module)).detach() for name, module in targets.items()}
+        dense = [
+            name
+            for name, weight in weights.items()
+            if not weight.is_meta and (weight == 0).float().mean().item() < DENSE_BELOW
+        ]
+        if dense:
+            warnings.warn(
+                f"SPP tunes a model that is already pruned and keeps its zeros, but {len(dense)} of {len(targets)} target "
+                f"layers have fewer than {DENSE_BELOW:.0%} zeros (the first is `{dense[0]}`). They would be rescaled and "
+                "stay dense; prune the model first, for example with `peft_sparse.prune_wanda`.",
+                stacklevel=2,
+            )

@@ -1,0 +1,89 @@
+"""Fixtures that every test may use, and the promise that no test reaches for the Hugging Face Hub.
+
+What lies in `shared/` (oracle tensors, two small pretrained models, data) is not part of the repository: it is looked
+for beside the repository's folder, or where PEFT_SPARSE_SHARED points. Without it the tests that need it are skipped.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+# Before anything imports huggingface_hub, which reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning after a fork would hide others
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import models
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Oracles(NamedTuple):
+    """Numbers of the authors' code: `cases[kind]` lists settings, `tensors[case["prefix"] + name]` has the tensors."""
+
+    cases: dict[str, list[dict]]
+    tensors: dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data that is not part of the repository."""
+    folder = Path(os.environ.get("PEFT_SPARSE_SHARED") or REPOSITORY.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip("no folder shared/ beside the repository; set PEFT_SPARSE_SHARED to where it is")
+    return folder
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path.name} is not in the shared folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def oracles(shared: Path) -> Oracles:
+    """What the authors' implementations compute. Shared by all tests: clone a tensor before changing it."""
+    cases = json.loads(_existing(shared / "oracles" / "oracles.json").read_text())
+    return Oracles(cases, load_file(_existing(shared / "oracles" / "oracles.safetensors")))
+
+
+@pytest.fixture(scope="session")
+def llama_dir(shared: Path) -> Path:
+    """stories260K as a transformers folder: a real pretrained Llama of 260,032 parameters, with its tokenizer."""
+    return _existing(shared / "models" / "stories260k-llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(shared: Path) -> Path:
+    """A trained GPT-2 of 859,008 parameters (Conv1D layers) with a tokenizer of bytes."""
+    return _existing(shared / "models" / "gpt2-byte-shakespeare")
+
+
+@pytest.fixture
+def tiny_llama() -> models.LlamaForCausalLM:
+    """A new random Llama; see models.py."""
+    return models.tiny_llama()
+
+
+@pytest.fixture
+def tiny_gpt2() -> models.GPT2LMHeadModel:
+    """A new random GPT-2; see models.py."""
+    return models.tiny_gpt2()
+
+
+@pytest.fixture
+def tiny_bert() -> models.BertForSequenceClassification:
+    """A new random BERT classifier; see models.py."""
+    return models.tiny_bert()
