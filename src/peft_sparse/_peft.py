@@ -1,9 +1,9 @@
 """The joint with PEFT: the one file that touches its registry of methods.
 
-PEFT's `register_peft_method` is public, but a method's type has to be a member of the `PeftType` enum first, and an enum
-cannot be extended by its users. `_add_peft_type` adds the member by hand, with all that `enum` itself would have set, so
-that `list(PeftType)`, `PeftType("PST")`, `in`, pickling and JSON treat it like a native one. Nothing else of PEFT or
-transformers is changed.
+PEFT's `register_peft_method` is public, but a method's type has to be a member of the `PeftType` enum first, and an
+enum cannot be extended by its users. `_add_peft_type` adds the member by hand, with all that `enum` itself would have
+set, so that `list(PeftType)`, `PeftType("PST")`, `in`, pickling and JSON treat it like a native one. Nothing else of
+PEFT or transformers is changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
             return
         raise ImportError(
             f"PEFT already has a method called {name.upper()} ({_qualified_name(registered)}), so peft_sparse cannot "
-            f"register its own ({_qualified_name(config_cls)}); use that one without importing peft_sparse, or install "
-            "a version of peft_sparse that knows about it."
+            f"register its own ({_qualified_name(config_cls)}); use that one without importing peft_sparse, or "
+            "install a version of peft_sparse that knows about it."
         )
     owners = [str(owner) for owner, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == f"{name}_"]
     if owners:

@@ -1,9 +1,9 @@
 """The repeated transformer blocks of a model and the linears inside them, found by structure and not by name.
 
 A list of blocks is an outermost nn.ModuleList whose members hold linears without being linears themselves: `layers` of
-a Llama, `encoder.layer` of a BERT, `h` of a GPT-2, both `block` lists of a T5. Embeddings, pooler and heads lie outside
-of them. A linear is named by its path inside the block ("attention.output.dense"), since a last name such as BERT's
-"dense" may also belong to the pooler.
+a Llama, `encoder.layer` of a BERT, `h` of a GPT-2, both `block` lists of a T5. Embeddings, pooler and heads lie
+outside of them. A linear is named by its path inside the block ("attention.output.dense"), since a last name such as
+BERT's "dense" may also belong to the pooler.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def block_linear_names(model: nn.Module) -> set[str]:
     """What to write into PEFT's `target_modules` to match the linears of [`block_linears`] and no others.
 
     Returns:
-        Paths inside the block, such as `{"attention.output.dense", "intermediate.dense", ...}`, which fit any number of
-        blocks and any model that wraps them; full names where such a path would match a linear outside of the blocks.
+        Paths inside the block, such as `{"attention.output.dense", "intermediate.dense", ...}`, which fit any number
+        of blocks and any model that wraps them; full names where such a path would match a linear outside of the
+        blocks.
 
     Raises:
         ValueError: if the model has no repeated blocks.
@@ -83,8 +84,8 @@ def block_linear_names(model: nn.Module) -> set[str]:
     inside = block_linears(model)
     if not inside:
         raise ValueError(
-            f"The default targets are the linears inside a model's repeated transformer blocks, but {type(model).__name__} "
-            "has no list of such blocks; name the linears to adapt in `target_modules`."
+            "The default targets are the linears inside a model's repeated transformer blocks, but "
+            f"{type(model).__name__} has no list of such blocks; name the linears to adapt in `target_modules`."
         )
     paths = {
         path for block_list in find_block_lists(model) for block in block_list.blocks for path in linears_inside(block)

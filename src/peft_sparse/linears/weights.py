@@ -26,21 +26,21 @@ def is_linear(module: nn.Module) -> bool:
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear module."""
-    rows, columns = module.weight.shape
+    rows, columns = module.get_parameter("weight").shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def get_weight(module: nn.Module) -> torch.Tensor:
     """The weight as (out, in): the parameter itself or its transposed view, so gradients and writes reach it."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    return as_stored(module, module.get_parameter("weight"))
 
 
 def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A weight (out, in) in the orientation in which the module stores its own."""
+    """From (out, in) to the orientation in which the module stores its weight, and back."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 @torch.no_grad()
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Overwrite the module's weight in place with `weight`, (out, in) of any dtype."""
-    module.weight.copy_(as_stored(module, weight))
+    module.get_parameter("weight").copy_(as_stored(module, weight))

@@ -2,6 +2,7 @@
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.pst_linear import pst_linear
+from peft_sparse.ops.reference import PstFactors, PstScales
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
 
-__all__ = ["pst_linear", "reference", "spp_linear", "spp_linear_update"]
+__all__ = ["PstFactors", "PstScales", "pst_linear", "reference", "spp_linear", "spp_linear_update"]

@@ -21,7 +21,7 @@ def row_blocks(out_features: int, in_features: int) -> Iterator[slice]:
 
 
 def group_blocks(out_features: int, in_features: int, num_groups: int) -> Iterator[tuple[slice, slice, int]]:
-    """Consecutive (groups, rows, rows per group) that cover a weight whose rows fall into `num_groups` contiguous groups.
+    """Consecutive (groups, rows, rows per group) that cover a weight with `num_groups` contiguous groups of rows.
 
     Groups of one block have the same number of rows, so that its weight can be viewed as (groups, rows per group, in).
     The first `out_features % num_groups` groups are one row longer than the others.

@@ -1,4 +1,5 @@
-"""PST's linear, fused: Y = X (M * W')^T + b with W' = W + beta U V and M selected from the scores S (arXiv 2205.11005).
+"""PST's linear, fused: Y = X (M * W')^T + b with W' = W + beta U V and M selected from the scores S (PST,
+arXiv 2205.11005).
 
 With G = dY^T X and the mask straight-through:
 
@@ -6,8 +7,8 @@ With G = dY^T X and the mask straight-through:
     dU = beta dW' V^T,   dV = beta U^T dW',   dA = alpha1 dS B^T,   dB = alpha1 A^T dS,
     dR = alpha2 row sums of dS,   dC = alpha2 column sums of dS.
 
-With other scores (movement, magnitude) S does not hold |W'|, and dW' = G * M. Only X and M are saved; W' is rebuilt in the
-backward, block of rows by block. The plain twin is [`peft_sparse.ops.reference.pst_linear`].
+With other scores (movement, magnitude) S does not hold |W'|, and dW' = G * M. Only X and M are saved; W' is rebuilt
+in the backward, block of rows by block. The plain twin is [`peft_sparse.ops.reference.pst_linear`].
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops.blocks import autocast_off, matmul_dtype, row_blocks
-from peft_sparse.ops.reference import pst_updated_weight
+from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -28,26 +29,19 @@ def pst_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mask: torch.Tensor,
-    U: torch.Tensor | None = None,
-    V: torch.Tensor | None = None,
-    D: torch.Tensor | None = None,
-    A: torch.Tensor | None = None,
-    B: torch.Tensor | None = None,
-    R: torch.Tensor | None = None,
-    C: torch.Tensor | None = None,
-    S: torch.Tensor | None = None,
-    beta: float = 1.0,
-    alpha1: float = 1.0,
-    alpha2: float = 1.0,
+    factors: PstFactors,
+    scales: PstScales,
 ) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.pst_linear`]: same arguments, same results."""
     dtype = matmul_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    return _PstLinear.apply(x.to(dtype), weight, bias, mask, U, V, D, A, B, R, C, S, beta, alpha1, alpha2)
+    return _PstLinear.apply(x.to(dtype), weight, bias, mask, scales, *factors)
 
 
-def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _rows(factors: PstFactors, rows: slice) -> PstFactors:
+    """The factors of a block of rows."""
+    by_row = {name: factor[rows] for name in "UDARS" if (factor := getattr(factors, name)) is not None}
+    return factors._replace(**by_row)
 
 
 class _PstLinear(torch.autograd.Function):
@@ -58,89 +52,87 @@ class _PstLinear(torch.autograd.Function):
         weight: torch.Tensor,  # (out, in)
         bias: torch.Tensor | None,  # (out,)
         mask: torch.Tensor,  # (out, in) bool
-        U: torch.Tensor | None,  # (out, r)
-        V: torch.Tensor | None,  # (r, in)
-        D: torch.Tensor | None,  # (out, in)
-        A: torch.Tensor | None,  # (out, score_r)
-        B: torch.Tensor | None,  # (score_r, in)
-        R: torch.Tensor | None,  # (out,)
-        C: torch.Tensor | None,  # (in,)
-        S: torch.Tensor | None,  # (out, in)
-        beta: float,
-        alpha1: float,
-        alpha2: float,
+        scales: PstScales,
+        *factor_tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, mask, U, V, D, A, B, R, C, S)
-        ctx.scales = beta, alpha1, alpha2
+        ctx.save_for_backward(x, weight, mask, *factor_tensors)
+        ctx.scales = scales
+        factors = PstFactors(*factor_tensors)
         tokens = x.reshape(-1, x.shape[-1])
         # Filled, not viewed: some models edit a linear's output in place, which autograd refuses on a view.
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for rows in row_blocks(*weight.shape):
-            updated = pst_updated_weight(weight[rows], _rows(U, rows), V, _rows(D, rows), beta)
-            block = (updated * mask[rows]).to(x.dtype)
-            y.view(-1, y.shape[-1])[:, rows] = F.linear(tokens, block, _rows(bias, rows))
+            block = pst_updated_weight(weight[rows], _rows(factors, rows), scales).mul(mask[rows]).to(x.dtype)
+            y.view(-1, y.shape[-1])[:, rows] = F.linear(tokens, block, None if bias is None else bias[rows])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mask, U, V, D, *score_tensors = ctx.saved_tensors
-        beta, alpha1, alpha2 = ctx.scales
+        x, weight, mask, *factor_tensors = ctx.saved_tensors
+        factors, scales = PstFactors(*factor_tensors), ctx.scales
+        needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
         dtype = score_dtype(weight.dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        factors = [U, V, D, *score_tensors]  # in the order of the arguments from `U` on
-        grads = [
-            torch.zeros_like(factor, dtype=dtype) if needed else None
-            for factor, needed in zip(factors, ctx.needs_input_grad[4:12], strict=True)
-        ]
-        dU, dV, dD, dA, dB, dR, dC, dS_own = grads
-        A, B, _, _, _ = score_tensors
-        magnitude_in_scores = A is not None
-        needs_G = needs_weight or any(grad is not None for grad in grads)
         dx = torch.zeros_like(tokens) if needs_x else None
         dweight = torch.empty_like(weight) if needs_weight else None
-
+        grads = PstFactors(
+            *(
+                torch.zeros_like(factor, dtype=dtype) if factor is not None and needed else None
+                for factor, needed in zip(factors, needs_factors, strict=True)
+            )
+        )
         with autocast_off(x):
             for rows in row_blocks(*weight.shape):
-                updated = pst_updated_weight(weight[rows], _rows(U, rows), V, _rows(D, rows), beta)  # (rows, in)
+                row_factors = _rows(factors, rows)
+                updated = pst_updated_weight(weight[rows], row_factors, scales)  # (rows, in)
                 dy_rows = dy[:, rows]  # (tokens, rows)
                 if dx is not None:
-                    dx.addmm_(dy_rows, (updated * mask[rows]).to(x.dtype))
-                if not needs_G:
+                    dx.addmm_(dy_rows, updated.mul(mask[rows]).to(x.dtype))
+                if dweight is None and not any(needs_factors):
                     continue
                 G = (dy_rows.T @ tokens).to(dtype)  # (rows, in)
-                if dU is not None or dV is not None or dD is not None or dweight is not None:
-                    dupdated = G * (mask[rows] + updated.abs()) if magnitude_in_scores else G * mask[rows]
-                    if dU is not None:
-                        dU[rows] = beta * (dupdated @ V.to(dtype).T)
-                    if dV is not None:
-                        dV.addmm_(U[rows].to(dtype).T, dupdated, alpha=beta)
-                    if dD is not None:
-                        dD[rows] = dupdated
-                    if dweight is not None:
-                        dweight[rows] = dupdated.to(weight.dtype)
-                dS = G.mul_(updated)
-                if dA is not None:
-                    dA[rows] = alpha1 * (dS @ B.to(dtype).T)
-                if dB is not None:
-                    dB.addmm_(A[rows].to(dtype).T, dS, alpha=alpha1)
-                if dR is not None:
-                    dR[rows] = alpha2 * dS.sum(1)
-                if dC is not None:
-                    dC.add_(dS.sum(0), alpha=alpha2)
-                if dS_own is not None:
-                    dS_own[rows] = dS
-        factor_grads = [
-            None if grad is None else grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True)
-        ]
+                dupdated = G * (mask[rows] + updated.abs()) if factors.A is not None else G * mask[rows]
+                if dweight is not None:
+                    dweight[rows] = dupdated.to(weight.dtype)
+                _add_factor_grads(grads, rows, row_factors, dupdated, dS=G.mul_(updated), scales=scales)
         return (
             None if dx is None else dx.view(x.shape),
             dweight,
             dy.sum(0) if needs_bias else None,
             None,
-            *factor_grads,
             None,
-            None,
-            None,
+            *(
+                None if grad is None or factor is None else grad.to(factor.dtype)
+                for grad, factor in zip(grads, factors, strict=True)
+            ),
         )
+
+
+def _add_factor_grads(
+    grads: PstFactors,
+    rows: slice,
+    row_factors: PstFactors,
+    dupdated: torch.Tensor,
+    dS: torch.Tensor,
+    scales: PstScales,
+) -> None:
+    """Add what a block of rows contributes to the factors' gradients, given those of its W' and S."""
+    dU, dV, dD, dA, dB, dR, dC, dscores = grads
+    U, V, _, A, B, _, _, _ = row_factors
+    if dU is not None and V is not None:
+        dU[rows] = scales.beta * (dupdated @ V.to(dupdated.dtype).T)
+    if dV is not None and U is not None:
+        dV.addmm_(U.to(dupdated.dtype).T, dupdated, alpha=scales.beta)
+    if dD is not None:
+        dD[rows] = dupdated
+    if dA is not None and B is not None:
+        dA[rows] = scales.alpha1 * (dS @ B.to(dS.dtype).T)
+    if dB is not None and A is not None:
+        dB.addmm_(A.to(dS.dtype).T, dS, alpha=scales.alpha1)
+    if dR is not None:
+        dR[rows] = scales.alpha2 * dS.sum(1)
+    if dC is not None:
+        dC.add_(dS.sum(0), alpha=scales.alpha2)
+    if dscores is not None:
+        dscores[rows] = dS

@@ -1,13 +1,15 @@
 """The obvious version of each op: plain PyTorch, written from the equations, differentiated by autograd.
 
 It defines what is correct; the fused ops of this folder have the same signatures and are compared with it, forward and
-backward. The two `*_weight` functions are the methods themselves, as maps from a weight to the effective weight; merging
-and the composition of several adapters use them.
+backward. The two `*_weight` functions are the methods themselves, as maps from a weight to the effective weight;
+merging and the composition of several adapters use them.
 
 Weights are (out, in). Products are formed in at least float32 and rounded once, to the weight's dtype.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,8 @@ from peft_sparse.sparsity.importance import pst_importance, score_dtype
 
 
 def row_groups(out_features: int, num_groups: int, device: torch.device | None = None) -> torch.Tensor:
-    """g(i): the group of each row, int64 (out,). Groups are contiguous and as equal as possible; the first ones are one
-    row longer when out_features is not divisible by `num_groups`.
+    """g(i): the group of each row, int64 (out,). Groups are contiguous and as equal as possible; the first ones are
+    one row longer when out_features is not divisible by `num_groups`.
 
     Example:
         >>> row_groups(5, 2)
@@ -75,73 +77,64 @@ def spp_linear_update(
     return F.linear(x, update.to(x.dtype))
 
 
-def pst_updated_weight(
-    weight: torch.Tensor,
-    U: torch.Tensor | None = None,
-    V: torch.Tensor | None = None,
-    D: torch.Tensor | None = None,
-    beta: float = 1.0,
-) -> torch.Tensor:
+class PstFactors(NamedTuple):
+    """The trained tensors of a PST layer. Which of them are there decides the weight update and the importance."""
+
+    U: torch.Tensor | None = None  # (out, r)        low-rank weight update
+    V: torch.Tensor | None = None  # (r, in)
+    D: torch.Tensor | None = None  # (out, in)       full weight update
+    A: torch.Tensor | None = None  # (out, score_r)  PST's scores
+    B: torch.Tensor | None = None  # (score_r, in)
+    R: torch.Tensor | None = None  # (out,)
+    C: torch.Tensor | None = None  # (in,)
+    S: torch.Tensor | None = None  # (out, in)       movement scores
+
+
+class PstScales(NamedTuple):
+    """The constants of PST's equations."""
+
+    beta: float = 1.0
+    alpha1: float = 1.0
+    alpha2: float = 1.0
+
+
+def pst_updated_weight(weight: torch.Tensor, factors: PstFactors, scales: PstScales) -> torch.Tensor:
     """W' = W + beta U V (low-rank), W + D (full) or W (none), (out, in) in at least float32."""
     dtype = score_dtype(weight.dtype)
     updated = weight.to(dtype)
-    if U is not None and V is not None:
-        updated = updated + beta * (U.to(dtype) @ V.to(dtype))
-    if D is not None:
-        updated = updated + D.to(dtype)
+    if factors.U is not None and factors.V is not None:
+        updated = updated + scales.beta * (factors.U.to(dtype) @ factors.V.to(dtype))
+    if factors.D is not None:
+        updated = updated + factors.D.to(dtype)
     return updated
 
 
-def pst_scores(
-    updated_weight: torch.Tensor,
-    A: torch.Tensor | None = None,
-    B: torch.Tensor | None = None,
-    R: torch.Tensor | None = None,
-    C: torch.Tensor | None = None,
-    S: torch.Tensor | None = None,
-    alpha1: float = 1.0,
-    alpha2: float = 1.0,
-) -> torch.Tensor:
-    """Importance by which tensors are there: S (movement); A, B, R, C (PST); none of them (magnitude).
+def pst_scores(updated_weight: torch.Tensor, factors: PstFactors, scales: PstScales) -> torch.Tensor:
+    """Importance by which factors are there: S (movement); A, B, R, C (PST); none of them (magnitude).
 
     Returns:
         (out, in) in at least float32. Magnitude is data-free, so it carries no gradient.
     """
+    _, _, _, A, B, R, C, S = factors
     if S is not None:
         return S.to(score_dtype(S.dtype))
     if A is not None and B is not None and R is not None and C is not None:
-        return pst_importance(updated_weight, A, B, R, C, alpha1, alpha2)
+        return pst_importance(updated_weight, A, B, R, C, scales.alpha1, scales.alpha2)
     return updated_weight.detach().abs()
 
 
-def pst_weight(
-    weight: torch.Tensor,
-    mask: torch.Tensor,
-    U: torch.Tensor | None = None,
-    V: torch.Tensor | None = None,
-    D: torch.Tensor | None = None,
-    A: torch.Tensor | None = None,
-    B: torch.Tensor | None = None,
-    R: torch.Tensor | None = None,
-    C: torch.Tensor | None = None,
-    S: torch.Tensor | None = None,
-    beta: float = 1.0,
-    alpha1: float = 1.0,
-    alpha2: float = 1.0,
-) -> torch.Tensor:
+def pst_weight(weight: torch.Tensor, mask: torch.Tensor, factors: PstFactors, scales: PstScales) -> torch.Tensor:
     """M * W', with the identity as the mask's gradient towards the scores (straight-through).
 
     Args:
         weight: W, (out, in), frozen.
-        mask: M, bool (out, in), True = kept: selected from the scores of these same tensors.
-        U, V, D, beta: see [`pst_updated_weight`].
-        A, B, R, C, S, alpha1, alpha2: see [`pst_scores`].
+        mask: M, bool (out, in), True = kept: selected from the scores of these same factors.
 
     Returns:
         (out, in), at least float32.
     """
-    updated = pst_updated_weight(weight, U, V, D, beta)
-    scores = pst_scores(updated, A, B, R, C, S, alpha1, alpha2)
+    updated = pst_updated_weight(weight, factors, scales)
+    scores = pst_scores(updated, factors, scales)
     straight_through = mask.to(scores.dtype) + (scores - scores.detach())
     return straight_through.to(updated.dtype) * updated
 
@@ -151,26 +144,17 @@ def pst_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mask: torch.Tensor,
-    U: torch.Tensor | None = None,
-    V: torch.Tensor | None = None,
-    D: torch.Tensor | None = None,
-    A: torch.Tensor | None = None,
-    B: torch.Tensor | None = None,
-    R: torch.Tensor | None = None,
-    C: torch.Tensor | None = None,
-    S: torch.Tensor | None = None,
-    beta: float = 1.0,
-    alpha1: float = 1.0,
-    alpha2: float = 1.0,
+    factors: PstFactors,
+    scales: PstScales,
 ) -> torch.Tensor:
     """Y = X (M * W')^T + b, with M * W' of [`pst_weight`].
 
     Args:
         x: (..., in), of the weight's dtype.
+        weight, mask, factors, scales: see [`pst_weight`].
         bias: (out,) or None.
 
     Returns:
-        (..., out), of the weight's dtype.
+        (..., out), of the dtype of `x`.
     """
-    effective = pst_weight(weight, mask, U, V, D, A, B, R, C, S, beta, alpha1, alpha2)
-    return F.linear(x, effective.to(x.dtype), bias)
+    return F.linear(x, pst_weight(weight, mask, factors, scales).to(x.dtype), bias)

@@ -36,13 +36,19 @@ def spp_linear(
 def spp_linear_update(
     x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """The fused form of [`peft_sparse.ops.reference.spp_linear_update`]: the same function as `spp_linear`, without the 1
-    in W (1 + s B A)."""
+    """The fused form of [`peft_sparse.ops.reference.spp_linear_update`]: the same function as `spp_linear`, without
+    the 1 in W (1 + s B A)."""
     return _SppLinear.apply(x.to(matmul_dtype(x)), weight, None, A, B, scaling, 0.0)
 
 
 def _scaled_rows(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, rows: int, scaling: float, offset: float, dtype: torch.dtype
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    rows: int,
+    scaling: float,
+    offset: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """W (offset + s B A) of one block of row groups, (rows of the block, in), rounded to `dtype`."""
     factors = (scaling * B).view(-1, rows, 1) * A[:, None, :]  # (groups, rows, in)
@@ -69,7 +75,7 @@ class _SppLinear(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         # Filled, not viewed: some models edit a linear's output in place, which autograd refuses on a view.
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for groups, rows, size in group_blocks(*weight.shape, A.shape[0]):
+        for groups, rows, size in group_blocks(weight.shape[0], weight.shape[1], A.shape[0]):
             block = _scaled_rows(weight[rows], A[groups], B[rows], size, scaling, offset, x.dtype)
             y.view(-1, y.shape[-1])[:, rows] = F.linear(tokens, block, None if bias is None else bias[rows])
         return y
@@ -86,7 +92,7 @@ class _SppLinear(torch.autograd.Function):
         dA, dB = torch.zeros_like(A32), torch.zeros_like(B32)
         dweight = torch.empty_like(weight) if needs_weight else None
         with autocast_off(x):
-            for groups, rows, size in group_blocks(*weight.shape, A.shape[0]):
+            for groups, rows, size in group_blocks(weight.shape[0], weight.shape[1], A.shape[0]):
                 dy_rows = dy[:, rows]  # (tokens, rows)
                 if dx is not None:
                     block = _scaled_rows(weight[rows], A32[groups], B32[rows], size, scaling, ctx.offset, x.dtype)

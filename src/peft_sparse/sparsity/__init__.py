@@ -1,4 +1,4 @@
-"""The maths of sparsity: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
+"""The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask

@@ -1,7 +1,7 @@
 """Importance scores: how much a weight matters. Shape of the weight, larger = keep.
 
-Scores are at least float32, whatever the weight's dtype: bfloat16 weights tie by the thousand, and a product of factors
-needs the digits.
+Scores are at least float32, whatever the weight's dtype: bfloat16 weights tie by the thousand, and a product of
+factors needs the digits.
 """
 
 from __future__ import annotations

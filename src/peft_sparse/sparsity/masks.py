@@ -16,8 +16,8 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     The threshold is found by selection rather than by a sort, and is compared with the scores in a second pass.
 
     Args:
-        scores: importance, any shape; consecutive runs of `group_size` entries (row-major) form the groups. A NaN counts
-            as larger than any number.
+        scores: importance, any shape; consecutive runs of `group_size` entries (row-major) form the groups. A NaN
+            counts as larger than any number.
         num_pruned: how many entries of each group to prune, from 0 to `group_size`.
         group_size: a divisor of `scores.numel()`.
 
@@ -48,8 +48,9 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
 def round_keeping_support(weight: torch.Tensor, support: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Cast to `dtype` without creating zeros inside `support`.
 
-    A small weight can underflow in float16, and a factor can cancel a weight exactly. Such an entry becomes the smallest
-    number of `dtype` instead, which is within its rounding, so that the set of zeros stays what the mask says.
+    A small weight can underflow in float16, and a factor can cancel a weight exactly. Such an entry becomes the
+    smallest number of `dtype` instead, which is within its rounding, so that the set of zeros stays what the mask
+    says.
 
     Args:
         weight: any shape, any floating dtype.

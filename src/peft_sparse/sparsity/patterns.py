@@ -25,7 +25,8 @@ class Unstructured:
     """Zeros may sit anywhere.
 
     Args:
-        group: `"layer"` (all weights of a layer compete, PST and magnitude) or `"row"` (those of one output do, Wanda).
+        group: `"layer"` (all weights of a layer compete, PST and magnitude) or `"row"` (those of one output do,
+            Wanda).
     """
 
     group: str = "layer"

@@ -43,7 +43,7 @@ def sparsity_at(
     start, end = initial_warmup * total_steps, total_steps - final_warmup * total_steps
     if step <= start:
         return initial_sparsity
-    if step > end or end <= start:
+    if step > end or step >= total_steps or end <= start:
         return final_sparsity
     remaining = 1 - (step - start) / (total_steps * (1 - final_warmup - initial_warmup))
     return final_sparsity + (initial_sparsity - final_sparsity) * remaining ** POWERS[schedule]

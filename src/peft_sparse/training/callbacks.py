@@ -13,13 +13,13 @@ from peft_sparse.tuners.pst import PstLinear, set_sparsity_step
 class SparsityCallback(TrainerCallback):
     """Drives PST's sparsity schedule: one step of it for each optimizer step, whatever the gradient accumulation.
 
-    The schedule spans `PstConfig.total_steps`, or else all steps of the training. A resumed run goes on where it stopped.
-    As in the authors' code, the sparsity of step t is set after that step and used by the next forward.
+    The schedule spans `PstConfig.total_steps`, or else all steps of the training. A resumed run goes on where it
+    stopped. As in the authors' code, the sparsity of step t is set after that step and used by the next forward.
 
     Args:
         best_at_final_sparsity: forget the best metric seen before the final sparsity was reached, so that
-            `load_best_model_at_end` chooses among fully sparse models, as the authors do. With False, the best model may
-            be an early one with fewer zeros.
+            `load_best_model_at_end` chooses among fully sparse models, as the authors do. With False, the best model
+            may be an early one with fewer zeros.
 
     Raises:
         ValueError: when training starts, if the model has no PST layer.

@@ -14,9 +14,7 @@ SCORE_FACTORS = ("pst_S", "pst_A", "pst_B", "pst_R", "pst_C")
 WEIGHT_FACTORS = ("pst_U", "pst_V", "pst_D")
 
 
-def pst_param_groups(
-    model: nn.Module, lr: float, score_lr: float, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+def pst_param_groups(model: nn.Module, lr: float, score_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups of a model with PST adapters, for the `optimizers` of an unchanged Trainer.
 
     Args:
@@ -24,8 +22,8 @@ def pst_param_groups(
         lr: learning rate of the weight updates (`pst_U`, `pst_V`, `pst_D`) and of all other trainable parameters, such
             as a classification head.
         score_lr: learning rate of the scores (`pst_S`, `pst_A`, `pst_B`, `pst_R`, `pst_C`).
-        weight_decay: for parameters with two or more dimensions that are not PST's, whose decay would pull weights back
-            to the base model and scores to a tie.
+        weight_decay: for parameters with two or more dimensions that are not PST's, whose decay would pull weights
+            back to the base model and scores to a tie.
 
     Returns:
         Groups named "scores", "weights", "others" and "others_without_decay", empty ones left out, in the order of

@@ -14,8 +14,8 @@ class SparseConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the linears to adapt, or a regex, or 'all-linear'. None: every linear inside the model's "
-            "repeated transformer blocks (never embeddings, pooler or head)."
+            "help": "Names of the linears to adapt, or a regex, or 'all-linear'. None: every linear inside the "
+            "model's repeated transformer blocks (never embeddings, pooler or head)."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -24,23 +24,24 @@ class SparseConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules besides the adapter that are trained and saved with it, such as a new classification head. "
-            "PEFT adds the head by itself for task types such as SEQ_CLS."
+            "help": "Modules besides the adapter that are trained and saved with it, such as a new classification "
+            "head. PEFT adds the head by itself for task types such as SEQ_CLS."
         },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the blocks to adapt. None: all."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of blocks that `layers_to_transform` counts, such as 'layers'."}
+        default=None,
+        metadata={"help": "Name of the list of blocks that `layers_to_transform` counts, such as 'layers'."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment] # PEFT's habit
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern` names the list of blocks that `layers_to_transform` counts, got layers_pattern="

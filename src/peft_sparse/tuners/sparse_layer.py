@@ -9,6 +9,7 @@ back.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import nn
 from peft_sparse.linears import as_stored, get_weight, in_out_features, set_weight
 from peft_sparse.sparsity import round_keeping_support
 
-# Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains. float32
-# allows for TF32 matmuls.
+# Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
+# float32 allows for TF32 matmuls.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 PROBE_ROWS = 4
 
@@ -33,6 +34,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         name: its full name in the model, for messages.
     """
 
+    base_layer: Any  # nn.Linear or Conv1D
+    # PEFT's part of the layer, for type checkers that do not look into it
+    active_adapters: list[str]
+    adapter_layer_names: tuple[str, ...]
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[..., torch.Tensor]
+    _get_available_adapters: Callable[[], set[str]]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
+
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -43,6 +53,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._weight_before_merge: torch.Tensor | None = None
 
     # What a method defines
+
+    def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        """Add an adapter with fresh parameters, as `config` says."""
+        raise NotImplementedError
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         """f(W): the weight that the forward uses, (out, in) in at least float32, differentiable.
@@ -149,9 +163,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             return
         found = int((~merged.isfinite()).sum())
         raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs finite "
-            f"weights, got {found} NaN or infinite ones of {merged.numel()} in `{self._module_name}`; train with a lower "
-            "learning rate, or load an earlier checkpoint. Nothing was merged."
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs "
+            f"finite weights, got {found} NaN or infinite ones of {merged.numel()} in `{self._module_name}`; train "
+            "with a lower learning rate, or load an earlier checkpoint. Nothing was merged."
         )
 
     def _check_merge(
@@ -178,5 +192,3 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"
-
-

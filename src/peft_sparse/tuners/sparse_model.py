@@ -20,7 +20,7 @@ from peft_sparse.tuners.sparse_layer import SparseLayer
 class SparseTuner(BaseTuner):
     """Base of `PstModel` and `SppModel`."""
 
-    tuner_layer_cls = SparseLayer
+    tuner_layer_cls: type[SparseLayer] = SparseLayer
     # Default targets are found by structure, in `_prepare_model`, so there is no table of model types.
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -29,7 +29,7 @@ class SparseTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if peft_config.target_modules is None:
-            peft_config.target_modules = block_linear_names(model)
+            peft_config.target_modules = block_linear_names(model)  # type: ignore[assignment] # PEFT's habit
         _maybe_include_all_linear_layers(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -50,13 +50,13 @@ class SparseTuner(BaseTuner):
         ValueError: if the module cannot be adapted."""
         if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
             raise ValueError(
-                f"{type(self).__name__} adapts plain linears, got `{name}`, which carries an adapter of another method "
-                f"({type(module).__module__}.{type(module).__qualname__}); merge that adapter first."
+                f"{type(self).__name__} adapts plain linears, got `{name}`, which carries an adapter of another "
+                f"method ({type(module).__module__}.{type(module).__qualname__}); merge that adapter first."
             )
         if not isinstance(module, BaseTunerLayer) and not is_linear(module):
             raise ValueError(
-                f"{type(self).__name__} adapts torch.nn.Linear and transformers' Conv1D with floating point weights, got "
-                f"{type(module).__name__} in `{name}`; take it out of `target_modules`, or exclude it with "
+                f"{type(self).__name__} adapts torch.nn.Linear and transformers' Conv1D with floating point weights, "
+                f"got {type(module).__name__} in `{name}`; take it out of `target_modules`, or exclude it with "
                 "`exclude_modules`."
             )
 
@@ -126,9 +126,9 @@ class SparseTuner(BaseTuner):
             expected = current.get(key)
             if expected is not None and expected.shape != tensor.shape:
                 raise ValueError(
-                    f"The shapes of an adapter checkpoint fit the model that it was trained on, got "
-                    f"{tuple(tensor.shape)} for `{key}`, which has shape {tuple(expected.shape)} here; load it onto its "
-                    "base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
-                    "saved with. Nothing was loaded."
+                    "The shapes of an adapter checkpoint fit the model that it was trained on, got "
+                    f"{tuple(tensor.shape)} for `{key}`, which has shape {tuple(expected.shape)} here; load it onto "
+                    "its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it "
+                    "was saved with. Nothing was loaded."
                 )
         return remapped

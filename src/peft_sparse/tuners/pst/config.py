@@ -18,9 +18,9 @@ WEIGHT_UPDATES = ("low_rank", "full", "none")
 class PstConfig(SparseConfig):
     """Configuration of PST (Parameter-efficient Sparse Training, arXiv 2205.11005).
 
-    PST prunes a dense model while it tunes it: Y = X (M * W')^T with W' = W + beta U V, and the mask M keeps the weights
-    with the largest scores S = |W'| + alpha1 A B + alpha2 (R + C). A schedule raises the share of pruned weights; drive
-    it with `SparsityCallback` or `PstModel.set_sparsity_step`.
+    PST prunes a dense model while it tunes it: Y = X (M * W')^T with W' = W + beta U V, and the mask M keeps the
+    weights with the largest scores S = |W'| + alpha1 A B + alpha2 (R + C). A schedule raises the share of pruned
+    weights; drive it with `SparsityCallback` or `PstModel.set_sparsity_step`.
 
     Args:
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig.

@@ -19,10 +19,10 @@ from torch import nn
 
 from peft_sparse import ops
 from peft_sparse.sparsity import Pattern, parse_pattern, select_mask, sparsity_at
-from peft_sparse.tuners.pst.config import PstConfig
+from peft_sparse.tuners.pst.config import DEFAULT_SPARSITY, PstConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
-FACTORS = ("U", "V", "D", "A", "B", "R", "C", "S")
+FACTORS = ops.PstFactors._fields
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Settings:
     schedule: Callable[[int, int], float]  # (step, total steps) -> sparsity
     sparsity: float
     total_steps: int | None
-    scales: dict[str, float]  # beta, alpha1, alpha2
+    scales: ops.PstScales
 
 
 class PstLinear(SparseLayer):
@@ -63,10 +63,9 @@ class PstLinear(SparseLayer):
 
     def update_layer(self, adapter_name: str, config: PstConfig, **kwargs: Any) -> None:
         """Add an adapter. U and A start normal, all else at zero, as the authors' do: W' = W and S = |W'|."""
-        for factor, start in self._initial_factors(config).items():
-            if not config.init_weights:
-                nn.init.normal_(start)
-            getattr(self, f"pst_{factor}")[adapter_name] = nn.Parameter(start)
+        for attribute, start in zip(self.adapter_layer_names, self._initial_factors(config), strict=True):
+            if start is not None:
+                getattr(self, attribute)[adapter_name] = nn.Parameter(start)
         pattern = parse_pattern(config.pattern)
         schedule = partial(
             _sparsity_of_step,
@@ -80,26 +79,26 @@ class PstLinear(SparseLayer):
             pattern=pattern,
             group_size=pattern.group_size((self.out_features, self.in_features)),
             schedule=schedule,
-            sparsity=config.sparsity,
+            sparsity=pattern.resolve_sparsity(config.sparsity, DEFAULT_SPARSITY),
             total_steps=config.total_steps,
-            scales={"beta": config.beta, "alpha1": config.alpha1, "alpha2": config.alpha2},
+            scales=ops.PstScales(config.beta, config.alpha1, config.alpha2),
         )
         self.pst_pruned[adapter_name] = torch.tensor(self._count(adapter_name, schedule(0, 1)), dtype=torch.int64)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _initial_factors(self, config: PstConfig) -> dict[str, torch.Tensor]:
-        rows, columns = self.out_features, self.in_features
-        factors: dict[str, torch.Tensor] = {}
+    def _initial_factors(self, config: PstConfig) -> ops.PstFactors:
+        rows, columns, factors = self.out_features, self.in_features, ops.PstFactors()
+        zeros = torch.zeros if config.init_weights else torch.randn
         if config.weight_update == "low_rank":
-            factors |= {"U": torch.randn(rows, config.r), "V": torch.zeros(config.r, columns)}
+            factors = factors._replace(U=torch.randn(rows, config.r), V=zeros(config.r, columns))
         elif config.weight_update == "full":
-            factors |= {"D": torch.zeros(rows, columns)}
+            factors = factors._replace(D=zeros(rows, columns))
         if config.importance == "pst":
-            factors |= {"A": torch.randn(rows, config.score_r), "B": torch.zeros(config.score_r, columns)}
-            factors |= {"R": torch.zeros(rows), "C": torch.zeros(columns)}
+            A, B = torch.randn(rows, config.score_r), zeros(config.score_r, columns)
+            factors = factors._replace(A=A, B=B, R=zeros(rows), C=zeros(columns))
         elif config.importance == "movement":
-            factors |= {"S": torch.zeros(rows, columns)}
+            factors = factors._replace(S=zeros(rows, columns))
         return factors
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -145,12 +144,9 @@ class PstLinear(SparseLayer):
 
     # The function
 
-    def _factors(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        return {
-            factor: tensors[adapter_name]
-            for factor in FACTORS
-            if adapter_name in (tensors := getattr(self, f"pst_{factor}"))
-        }
+    def factors(self, adapter_name: str) -> ops.PstFactors:
+        """The adapter's trained tensors; None for those that its config does not call for."""
+        return ops.PstFactors(*(getattr(self, name).get(adapter_name) for name in self.adapter_layer_names))
 
     @torch.no_grad()
     def get_mask(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,30 +156,25 @@ class PstLinear(SparseLayer):
             weight: W, (out, in); None: the base weight as it is now.
         """
         weight = self.base_weight if weight is None else weight
-        settings, factors = self._settings[adapter_name], self._factors(adapter_name)
-        update = {factor: factors.pop(factor) for factor in ("U", "V", "D") if factor in factors}
-        updated = ops.reference.pst_updated_weight(weight, **update, beta=settings.scales["beta"])
-        scores = ops.reference.pst_scores(
-            updated, **factors, alpha1=settings.scales["alpha1"], alpha2=settings.scales["alpha2"]
-        )
+        settings, factors = self._settings[adapter_name], self.factors(adapter_name)
+        updated = ops.reference.pst_updated_weight(weight, factors, settings.scales)
+        scores = ops.reference.pst_scores(updated, factors, settings.scales)
         return select_mask(scores, int(self.pst_pruned[adapter_name]), settings.group_size)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
         mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
-        return ops.reference.pst_weight(weight, mask, **self._factors(adapter_name), **scales)
+        return ops.reference.pst_weight(weight, mask, self.factors(adapter_name), scales)
 
     def adapted_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
     ) -> torch.Tensor:
         mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
-        return ops.pst_linear(x, weight, bias, mask, **self._factors(adapter_name), **scales)
+        return ops.pst_linear(x, weight, bias, mask, self.factors(adapter_name), scales)
 
     def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
-        factors = self._factors(adapter_name)
-        update = {factor: factors[factor] for factor in ("U", "V", "D") if factor in factors}
-        beta = self._settings[adapter_name].scales["beta"]
-        updated = ops.reference.pst_updated_weight(weight, **update, beta=beta)
+        scales = self._settings[adapter_name].scales
+        updated = ops.reference.pst_updated_weight(weight, self.factors(adapter_name), scales)
         return self.get_mask(adapter_name, weight) & (updated != 0)
 
 

@@ -45,8 +45,8 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
         )
     if step < 0:
         raise ValueError(f"`step` counts optimizer steps from 0, got {step}.")
-    totals = [total_steps or layer.total_steps(adapter_name) for layer, adapter_name in driven]
-    if None in totals or (total_steps is not None and total_steps <= 0):
+    totals = [layer.total_steps(name) or 0 if total_steps is None else total_steps for layer, name in driven]
+    if min(totals) <= 0:
         raise ValueError(
             f"The schedule spans `total_steps` > 0 optimizer steps, got {total_steps}; pass it, or set "
             "`PstConfig(total_steps=...)`."
@@ -57,31 +57,36 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
 
 def _driven_adapters(layer: PstLinear) -> list[str]:
     present = layer._present(layer.active_adapters)
-    trainable = [name for name in present if any(p.requires_grad for p in layer._factors(name).values())]
+    trainable = [name for name in present if any(t is not None and t.requires_grad for t in layer.factors(name))]
     return present if len(present) == 1 else trainable
 
 
 def warn_about_schedule(model: nn.Module, adapter_name: str, doing: str) -> None:
     """Warn if an adapter has not reached its final sparsity.
 
-    Merging warns whenever it has not. Saving, which training does on the way, warns only if nothing drove the schedule.
+    Args:
+        doing: `"Merging"`, which warns whenever that is so, or `"Saving"`, which training does on the way and which
+            warns only if the schedule never advanced and nothing in this process drove it.
     """
-    layers = [m for m in model.modules() if isinstance(m, PstLinear) and adapter_name in m._settings]
+    layers = [m for m in model.modules() if isinstance(m, PstLinear) and adapter_name in m.pst_pruned]
     progress = [layer.sparsity_progress(adapter_name) for layer in layers]
-    start, now, end = (sum(counts) for counts in zip(*progress, strict=True)) if progress else (0, 0, 0)
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    if now == end or (doing == "Saving" and (now != start or any(layer.is_driven(adapter_name) for layer in layers))):
+    never_advanced = all(now == start for start, now, _ in progress)
+    driven = any(layer.is_driven(adapter_name) for layer in layers)
+    if all(now == end for _, now, end in progress) or (doing == "Saving" and (driven or not never_advanced)):
         return
-    state = "its schedule never advanced" if now == start else "its schedule stopped on the way"
-    zeros = [
-        sum(counts[index] * layer.num_groups(adapter_name) for layer, counts in zip(layers, progress, strict=True))
-        for index in (1, 2)
-    ]
+    now, end = (_share(layers, [counts[i] for counts in progress], adapter_name) for i in (1, 2))
+    state = "never advanced" if never_advanced else "stopped on the way"
     warnings.warn(
-        f"{doing} PST adapter '{adapter_name}' at {zeros[0] / weights:.1%} sparsity instead of {zeros[1] / weights:.1%}: "
-        f"{state}. To prune while training, {WAY_OUT}.",
+        f"{doing} the PST adapter '{adapter_name}' at {now:.1%} sparsity instead of {end:.1%}: its schedule {state}. "
+        f"To prune while training, {WAY_OUT}.",
         stacklevel=3,
     )
+
+
+def _share(layers: list[PstLinear], pruned: list[int], adapter_name: str) -> float:
+    """The share of zeros in all layers together, given the weights pruned in each comparison group of each."""
+    zeros = sum(count * layer.num_groups(adapter_name) for layer, count in zip(layers, pruned, strict=True))
+    return zeros / sum(layer.in_features * layer.out_features for layer in layers)
 
 
 class PstModel(SparseTuner):

@@ -1,4 +1,5 @@
-"""SPP, fine-tuning that keeps the zeros of a pruned model (arXiv 2405.16057). Importing this registers it with PEFT."""
+"""SPP, fine-tuning that keeps the zeros of a pruned model (arXiv 2405.16057). Importing this registers it with
+PEFT."""
 
 from peft_sparse._peft import register
 from peft_sparse.tuners.spp.config import SppConfig

@@ -18,7 +18,8 @@ DENSE_BELOW = 0.01
 class SppModel(SparseTuner):
     """Tunes an already pruned model so that its zeros survive training and merging (arXiv 2405.16057).
 
-    Made by `get_peft_model(model, SppConfig())`. Warns if target layers are dense: their weights would only be rescaled.
+    Made by `get_peft_model(model, SppConfig())`. Warns if target layers are dense: their weights would only be
+    rescaled.
     """
 
     prefix: str = "spp_"
@@ -33,8 +34,8 @@ class SppModel(SparseTuner):
         ]
         if dense:
             warnings.warn(
-                f"SPP tunes a model that is already pruned and keeps its zeros, but {len(dense)} of {len(targets)} target "
-                f"layers have fewer than {DENSE_BELOW:.0%} zeros (the first is `{dense[0]}`). They would be rescaled and "
-                "stay dense; prune the model first, for example with `peft_sparse.prune_wanda`.",
+                f"SPP tunes a model that is already pruned and keeps its zeros, but {len(dense)} of {len(targets)} "
+                f"target layers have fewer than {DENSE_BELOW:.0%} zeros (the first is `{dense[0]}`). They would be "
+                "rescaled and stay dense; prune the model first, for example with `peft_sparse.prune_wanda`.",
                 stacklevel=2,
             )
