@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 
 import models
 
+# Tiny models are slower on several threads, and many times slower beside other jobs.
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -1,0 +1,52 @@
+"""Perplexity against a loop over tokens, and on a trained model against its published number."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_sparse.evaluation import perplexity
+
+import models
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(20, 8), (17, 8), (9, 64), (2, 2)])
+def test_against_a_loop(tiny_llama, tokens: int, window: int):
+    """17 tokens in windows of 8 leave one token alone, which predicts nothing."""
+    ids = torch.randint(3, models.VOCAB_SIZE, (tokens,))
+    losses = []
+    for start in range(0, tokens, window):
+        piece = ids[start : start + window]
+        for t in range(1, len(piece)):
+            logits = tiny_llama(input_ids=piece[None, :t]).logits[0, -1]
+            losses.append(-logits.log_softmax(-1)[piece[t]].item())
+    assert perplexity(tiny_llama, ids, window, progress=False) == pytest.approx(math.exp(sum(losses) / len(losses)))
+
+
+def test_mode_is_put_back(tiny_gpt2):
+    tiny_gpt2.train()
+    perplexity(tiny_gpt2, torch.arange(8), progress=False)
+    assert all(module.training for module in tiny_gpt2.modules())
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "window", "message"),
+    [
+        (torch.ones(1, 8, dtype=torch.long), 4, r"got shape \(1, 8\)"),
+        (torch.ones(1, dtype=torch.long), 4, r"got shape \(1,\)"),
+        (torch.ones(8), 4, "of torch.float32"),
+        (torch.ones(8, dtype=torch.long), 1, "at least 2 so that one is predicted, got 1"),
+    ],
+)
+def test_errors(tiny_llama, input_ids, window, message: str):
+    with pytest.raises(ValueError, match=message):
+        perplexity(tiny_llama, input_ids, window)
+
+
+def test_a_trained_model(llama_dir, shared):
+    """README.md of the model says 4.18 over 20 windows."""
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    text = (shared / "data/tinystories/sample_a.txt").read_text()[:8000]
+    ids = AutoTokenizer.from_pretrained(llama_dir)(text, return_tensors="pt").input_ids[0]
+    assert 3.5 < perplexity(model, ids[:2048], progress=False) < 5

@@ -1,0 +1,144 @@
+"""The report counts what is there: in memory, under adapters, and on disk."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peft_sparse  # noqa: F401 (registers the tuners)
+from peft_sparse.evaluation import sparsity_report
+from peft_sparse.linears import block_linears, get_weight
+from peft_sparse.pruning import prune_magnitude
+
+import models
+
+FACTORIES = [models.tiny_llama, models.tiny_gpt2, models.tiny_bert]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_a_model_in_memory(factory):
+    model = prune_magnitude(factory(), sparsity=0.7)
+    report, linears = sparsity_report(model), block_linears(model)
+    assert [layer.name for layer in report.layers] == list(linears)
+    for layer, linear in zip(report.layers, linears.values(), strict=True):
+        assert layer.shape == tuple(get_weight(linear).shape)
+        assert layer.zeros == int(0.7 * linear.weight.numel())
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    assert report.total_sparsity == pytest.approx(0.7, abs=1e-3)
+    assert report.total_numel == weights
+    assert report.outside == sum(parameter.numel() for parameter in model.parameters()) - weights
+    assert report.pattern == "unstructured"
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_a_model_on_disk_gives_the_same(factory, tmp_path):
+    model = prune_magnitude(factory(), "2:4")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    stored, in_memory = sparsity_report(tmp_path), sparsity_report(model)
+    assert sorted(stored.layers, key=lambda x: x.name) == sorted(in_memory.layers, key=lambda x: x.name)
+    assert (stored.total_sparsity, stored.outside, stored.pattern) == (0.5, in_memory.outside, "2:4")
+    assert sparsity_report(str(tmp_path)).notes == []
+
+
+@pytest.mark.parametrize("config", [None, {}, {"architectures": ["NobodysModel"]}])
+def test_a_folder_that_does_not_say_what_it_is(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a.weight": torch.eye(4), "a.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    report = sparsity_report(tmp_path)
+    assert [(layer.name, layer.zeros) for layer in report.layers] == [("a", 12)]
+    assert (report.outside, report.outside_zeros) == (4, 4)
+    assert "config.json does not tell" in str(report)
+
+
+def test_weights_that_do_not_fit_their_config(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    tensors = {f"other.{name}": tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "config.json does not tell" in sparsity_report(tmp_path).notes[0]
+
+
+def test_paths_that_are_refused(tmp_path, tiny_llama):
+    with pytest.raises(ValueError, match=r"a folder, got .*nowhere"):
+        sparsity_report(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"model\*.safetensors, got none"):
+        sparsity_report(tmp_path)
+    (tmp_path / "sparse_model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"packed ones .*`load_sparse`"):
+        sparsity_report(tmp_path)
+    get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="got an adapter"):
+        sparsity_report(tmp_path / "adapter")
+
+
+def test_a_model_without_linears():
+    with pytest.raises(ValueError, match="at least one linear, got none in Embedding"):
+        sparsity_report(nn.Embedding(3, 4))
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_lora_fills_the_zeros_of_the_layers_it_adapts(factory):
+    """Unmerged, disabled, merged and unloaded: always the weight that the forward uses."""
+    dense_name = "attn.c_proj" if factory is models.tiny_gpt2 else "q_proj|query"
+    model = get_peft_model(
+        prune_magnitude(factory(), sparsity=0.5),
+        LoraConfig(target_modules=rf".*({dense_name})", init_lora_weights=False),
+    )
+    filled = {layer.name for layer in sparsity_report(model).layers if layer.zeros == 0}
+    assert len(filled) == 2
+    with model.disable_adapter():
+        assert sparsity_report(model).total_sparsity == pytest.approx(0.5, abs=1e-3)
+    unmerged = sparsity_report(model)
+    model.merge_adapter()
+    assert sparsity_report(model).layers == unmerged.layers
+    model.unmerge_adapter()
+    unloaded = sparsity_report(model.merge_and_unload())
+    assert unloaded.layers == unmerged.layers
+    assert unloaded.outside == unmerged.outside
+
+
+def test_the_zeros_of_unmerged_pst_are_those_after_merging(tiny_llama):
+    from peft_sparse import PstConfig
+
+    model = get_peft_model(tiny_llama, PstConfig(sparsity=0.75))
+    model.base_model.set_sparsity_step(100, 100)
+    unmerged = sparsity_report(model)
+    assert unmerged.total_sparsity == pytest.approx(0.75, abs=1e-3)
+    assert sparsity_report(model.merge_and_unload()).layers == unmerged.layers
+
+
+def test_the_table(tiny_llama):
+    lines = str(sparsity_report(prune_magnitude(tiny_llama, "2:4"))).splitlines()
+    assert lines[0].split() == ["layer", "shape", "zeros", "sparsity", "pattern"]
+    assert lines[1].split() == ["model.layers.0.self_attn.q_proj", "32", "x", "32", "512", "50.00%", "2:4"]
+    assert lines[-2].split() == ["total", "7,680", "50.00%", "2:4"]
+    assert (
+        lines[-1] == "not counted: 6,304 parameters outside of these weights, 0.51% of them zero"
+    )  # the padding embedding
+    assert len({line.index("%") for line in lines[1:-1]}) == 1
+
+
+def test_a_long_table_has_a_row_for_each_place():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}) for _ in range(30))
+    prune_magnitude(model, exclude_modules=["blocks.0.up"])
+    report = sparsity_report(model)
+    lines = str(report).splitlines()
+    assert len(report.layers) == 60
+    assert len(lines) == 5
+    assert lines[1].split() == [
+        *["blocks.*.up", "30", "of", "6", "x", "4", "348", "0.00%", "to", "50.00%"],
+        *lines[1].split()[10:],
+    ]
+    assert "dense" in lines[1]
+
+
+def test_to_dict_is_json(tiny_bert):
+    data = json.loads(json.dumps(sparsity_report(prune_magnitude(tiny_bert)).to_dict()))
+    assert data["total_sparsity"] == 0.5
+    assert data["layers"][0]["shape"] == [32, 32]
+    assert data["layers"][0]["sparsity"] == 0.5

@@ -1,0 +1,117 @@
+"""Blocks are found by structure: in many architectures, under PEFT's wrappers, and nowhere else."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartModel,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_sparse.linears import block_linear_names, block_linears, find_block_lists, linears_inside, unwrap
+
+import models
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def opt():
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=16))
+
+
+def qwen2():
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, intermediate_size=24, num_key_value_heads=1))
+
+
+def roberta():
+    return RobertaForSequenceClassification(RobertaConfig(**SIZES, intermediate_size=24))
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
+
+
+def bart():
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    return BartModel(BartConfig(vocab_size=32, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes))
+
+
+LISTS = [
+    (models.tiny_llama, ["model.layers"], 7),
+    (models.tiny_gpt2, ["transformer.h"], 4),
+    (models.tiny_bert, ["bert.encoder.layer"], 6),
+    (roberta, ["roberta.encoder.layer"], 6),
+    (opt, ["model.decoder.layers"], 6),
+    (qwen2, ["model.layers"], 7),
+    (t5, ["encoder.block", "decoder.block"], 6 + 10),
+    (bart, ["encoder.layers", "decoder.layers"], 6 + 10),
+]
+
+
+@pytest.mark.parametrize(("factory", "lists", "per_layer"), LISTS, ids=[case[0].__name__ for case in LISTS])
+def test_lists_and_linears(factory, lists: list[str], per_layer: int):
+    model = factory()
+    assert [block_list.name for block_list in find_block_lists(model)] == lists
+    linears = block_linears(model)
+    assert len(linears) == 2 * per_layer
+    assert all(model.get_submodule(name) is linear for name, linear in linears.items())
+    assert not any(word in name for name in linears for word in ("pooler", "classifier", "lm_head", "embed", "score"))
+
+
+@pytest.mark.parametrize("factory", [case[0] for case in LISTS])
+def test_names_for_peft_match_these_and_no_others(factory):
+    model = factory()
+    expected = set(block_linears(model))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=block_linear_names(model))).get_base_model()
+    adapted = {name for name, module in wrapped.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == expected
+
+
+def test_the_pooler_s_dense_is_not_meant(tiny_bert):
+    assert "dense" not in block_linear_names(tiny_bert)
+    assert "attention.output.dense" in block_linear_names(tiny_bert)
+
+
+def test_full_names_where_a_path_also_fits_outside():
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(2))
+    model.head = nn.ModuleDict({"up": nn.Linear(2, 2)})
+    assert block_linear_names(model) == {"layers.0.up", "layers.1.up"}
+
+
+def test_under_a_tuner_the_wrapped_linears_are_found(tiny_llama):
+    plain = block_linears(tiny_llama)
+    weights = {name: linear.weight for name, linear in plain.items()}
+    adapted = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])).get_base_model()
+    found = block_linears(adapted)
+    assert list(found) == list(plain)
+    assert all(unwrap(found[name]).weight is weight for name, weight in weights.items())
+
+
+def test_lists_that_are_no_blocks():
+    model = nn.Module()
+    model.linears = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model.norms = nn.ModuleList([nn.LayerNorm(2)])
+    model.mixed = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.LayerNorm(2)])
+    model.empty = nn.ModuleList()
+    assert find_block_lists(model) == []
+    assert block_linears(model) == {}
+    assert set(linears_inside(model)) == {"linears.0", "linears.1", "mixed.0.0"}
+    with pytest.raises(ValueError, match=r"Module has no list of such blocks; name the linears .* `target_modules`"):
+        block_linear_names(model)
+
+
+def test_a_list_inside_a_block_is_part_of_the_block():
+    model, block = nn.Module(), nn.Module()
+    block.experts = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    model.layers = nn.ModuleList([block])
+    assert [block_list.name for block_list in find_block_lists(model)] == ["layers"]
+    assert list(block_linears(model)) == [f"layers.0.experts.{index}.0" for index in range(3)]

@@ -1,0 +1,337 @@
+"""The walk over the blocks against a naive one, for many architectures; and what it promises when something fails.
+
+The naive one shares no code with it: it runs the whole model with hooks for every block, and sums squares by hand.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BartConfig,
+    BartForConditionalGeneration,
+    BatchEncoding,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse import pruning
+from peft_sparse.linears import block_linears
+from peft_sparse.pruning.calibration import check_batches, evaluation_mode
+from peft_sparse.pruning.targets import prune_by_scores
+from peft_sparse.pruning.walk import Walk
+from peft_sparse.sparsity import ColumnNorms
+
+import models
+
+SIZES = {"vocab_size": models.VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+
+
+def t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=models.VOCAB_SIZE, decoder_start_token_id=0, **sizes))
+
+
+def bart():
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    special = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=models.VOCAB_SIZE, d_model=32, max_position_embeddings=64, **sizes, **heads, **special)
+    )
+
+
+def gemma3():
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **heads, **windows))
+
+
+def opt():
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=models.VOCAB_SIZE, max_position_embeddings=64, word_embed_proj_dim=32, **sizes)
+    )
+
+
+def qwen2():
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+
+
+def albert():
+    return AlbertModel(AlbertConfig(**SIZES, num_attention_heads=4, embedding_size=16))
+
+
+ARCHITECTURES = {
+    "llama": models.tiny_llama,
+    "gpt2": models.tiny_gpt2,
+    "bert_classifier": models.tiny_bert,
+    "bert": lambda: BertModel(BertConfig(**SIZES, num_attention_heads=4)),
+    "t5": t5,
+    "bart": bart,
+    "opt": opt,
+    "qwen2": qwen2,
+    "gemma3_sliding_and_full": gemma3,
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, num_attention_heads=4)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
+    "deberta": lambda: DebertaV2Model(
+        DebertaV2Config(**SIZES, num_attention_heads=4, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    ),
+    "albert_shared_block": albert,
+}
+
+
+def batches_for(model: nn.Module, padding: bool = True) -> list[dict[str, torch.Tensor]]:
+    """Three batches of different lengths, padded on the right."""
+    batches = []
+    for length in (9, 7, 12):
+        batch = {"input_ids": torch.randint(3, models.VOCAB_SIZE, (2, length))}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if padding:
+            batch["attention_mask"][0, length - 3 :] = 0
+        if getattr(model.config, "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = torch.randint(3, models.VOCAB_SIZE, (2, length - 2))
+        batches.append(batch)
+    return batches
+
+
+def naive_wanda(model: nn.Module, batches: list[dict[str, torch.Tensor]], sparsity: float, blocks: list[str]) -> None:
+    """Prune block by block, each time with complete forwards of the whole model."""
+    for block in blocks:
+        linears = [m for m in model.get_submodule(block).modules() if isinstance(m, (nn.Linear, Conv1D))]
+        sums = dict.fromkeys(linears, 0.0)
+        for batch in batches:
+
+            def add(linear, args, output, mask=batch["attention_mask"], sums=sums):
+                x = args[0]
+                if x.dim() == 2 and len(x) == mask.numel():  # OPT flattens
+                    x = x.reshape(*mask.shape, -1)
+                if x.shape[:2] == mask.shape:
+                    x = x * mask[:, :, None]
+                sums[linear] = sums[linear] + x.double().flatten(0, -2).square().sum(0)
+
+            hooks = [linear.register_forward_hook(add) for linear in linears]
+            with torch.no_grad():
+                model(**batch)
+            for hook in hooks:
+                hook.remove()
+        for linear in linears:
+            weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+            scores = weight.abs() * sums[linear].sqrt().float()
+            order = scores.argsort(dim=1, stable=True)[:, : int(sparsity * weight.shape[1])]
+            weight.scatter_(1, order, 0.0)
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Full names of the blocks in the order in which they run."""
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and name.rsplit(".", 1)[-1] in ("layers", "layer", "h", "block", "albert_layer_groups")
+        and not name.endswith("0.layer")
+        and ".layer." not in name
+        and "block." not in name
+    ]
+    lists.sort(key=lambda name: "decoder" in name and any("encoder" in other for other in lists))
+    return [f"{name}.{index}" for name in lists for index in range(len(model.get_submodule(name)))]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_same_masks_as_a_naive_walk(architecture: str):
+    model = ARCHITECTURES[architecture]().eval()
+    batches = batches_for(model)
+    expected = copy.deepcopy(model)
+    naive_wanda(expected, batches, 0.5, block_names(expected))
+    pruning.prune_wanda(model, batches, sparsity=0.5, progress=False)
+    changed = 0
+    for (name, parameter), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+        changed += int((parameter == 0).sum())
+    assert changed > 1000
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_encoder_decoder_counts_each_side_by_its_own_mask():
+    """Padding on both sides, of equal shape: cross-attention counts the encoder's tokens, the rest the decoder's."""
+    model = t5().eval()
+    ids = torch.randint(3, 96, (2, 8))
+    encoder_mask, decoder_mask = torch.ones_like(ids), torch.ones_like(ids)
+    encoder_mask[:, 6:], decoder_mask[:, 3:] = 0, 0
+    batch = {"input_ids": ids, "attention_mask": encoder_mask, "decoder_input_ids": ids}
+    counts = {}
+    for way in (
+        {"decoder_attention_mask": decoder_mask},
+        {"labels": ids.masked_fill(decoder_mask == 0, -100)},
+        {},
+    ):
+        walk = Walk(model, [{**batch, **way}])
+        targets = block_linears(model)
+        counts.clear()
+        for step in walk.find_steps(targets):
+            for name, norms in walk.gather(step, lambda linear: ColumnNorms(linear.in_features)).items():
+                counts[name] = norms.num_tokens
+        side = 6 if way else 16
+        assert counts["encoder.block.0.layer.0.SelfAttention.q"] == 12
+        assert counts["decoder.block.1.layer.0.SelfAttention.k"] == side
+        assert counts["decoder.block.1.layer.1.EncDecAttention.k"] == 12
+        assert counts["decoder.block.1.layer.1.EncDecAttention.q"] == side
+
+
+def test_padding_does_not_count(tiny_llama):
+    """What stands in padded places changes nothing."""
+    other = copy.deepcopy(tiny_llama)
+    batches = batches_for(tiny_llama)
+    scrambled = [
+        {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 5)} for batch in batches
+    ]
+    pruning.prune_wanda(tiny_llama, batches, progress=False)
+    pruning.prune_wanda(other, scrambled, progress=False)
+    assert_untouched(other, state_of(tiny_llama))
+
+
+@pytest.mark.parametrize("way", ["list", "generator", "loader", "encoding"])
+def test_batches_may_be_any_iterable(tiny_gpt2, way: str):
+    ids = torch.randint(3, 96, (4, 8))
+    batches = {
+        "list": [{"input_ids": row[None]} for row in ids],
+        "generator": ({"input_ids": row[None]} for row in ids),
+        "loader": torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=1),
+        "encoding": [BatchEncoding({"input_ids": row[None]}) for row in ids],
+    }
+    assert pruning.prune_wanda(tiny_gpt2, batches[way], progress=False) is tiny_gpt2
+    expected = models.tiny_gpt2()
+    naive_wanda(expected, [{"input_ids": row[None], "attention_mask": torch.ones(1, 8)} for row in ids], 0.5, blocks())
+    assert_untouched(tiny_gpt2, state_of(expected))
+
+
+def blocks() -> list[str]:
+    return ["transformer.h.0", "transformer.h.1"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch, got none"),
+        (iter(()), "at least one batch, got none"),
+        ([torch.ones(2, 3)], "a dict of tensors, got Tensor"),
+        ([{"input_ids": [[1, 2]]}], "got list for `input_ids` in batch 0"),
+        ([{}], "a dict of tensors"),
+        ({"input_ids": torch.ones(2, 3)}, "several batches, got one dict"),
+        (7, "several batches, got one int"),
+        ([{"inputs_embeds": torch.tensor([[[float("nan")]]])}], "NaN or infinity in `inputs_embeds` of batch 0"),
+    ],
+)
+def test_calibration_sets_that_are_refused(tiny_llama, batches, message: str):
+    before = state_of(tiny_llama)
+    with pytest.raises(ValueError, match=message):
+        pruning.prune_wanda(tiny_llama, batches, progress=False)
+    assert_untouched(tiny_llama, before)
+
+
+def test_an_additive_mask_may_hold_infinity():
+    assert check_batches([{"attention_mask": torch.tensor([[[[0.0, -torch.inf]]]])}])
+
+
+def test_infinite_activations_in_the_last_block_leave_the_model_untouched(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.model.layers[1].post_attention_layernorm.weight[3] = torch.inf
+    tiny_llama.train()
+    before = state_of(tiny_llama)
+    with pytest.raises(ValueError, match=r"infinity in the input of `model.layers.1.mlp.gate_proj` for batch 0"):
+        pruning.prune_wanda(tiny_llama, batches_for(tiny_llama), progress=False)
+    assert_untouched(tiny_llama, before)
+    assert all(module.training for module in tiny_llama.modules())
+    assert tiny_llama.config.use_cache
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_half_way_leaves_the_model_untouched(tiny_bert, monkeypatch, error):
+    before, done = state_of(tiny_bert), []
+
+    def interrupted(linear, *args):
+        if len(done) == 8:
+            raise error("stop")
+        done.append(linear)
+        prune_by_scores(linear, *args)
+
+    monkeypatch.setattr("peft_sparse.pruning.wanda.prune_by_scores", interrupted)
+    with pytest.raises(error, match="stop"):
+        pruning.prune_wanda(tiny_bert, batches_for(tiny_bert), progress=False)
+    assert len(done) == 8
+    assert_untouched(tiny_bert, before)
+
+
+def test_batches_that_take_another_way_through_the_model(tiny_llama):
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+
+        def forward(self, x, short):
+            x = self.blocks[0](x)
+            return x if bool(short) else self.blocks[1](x)
+
+    model, x = Skips(), torch.randn(2, 3, 4)
+    before = state_of(model)
+    batches = [{"x": x, "short": torch.tensor(flag)} for flag in (False, True)]
+    with pytest.raises(ValueError, match=r"batch 1 calls `blocks.1` 0 times and the first one 1 times"):
+        pruning.prune_wanda(model, batches, progress=False)
+    with pytest.raises(ValueError, match=r"got none for `blocks.1.0` from 1 batches"):
+        pruning.prune_wanda(model, batches[1:], progress=False)
+    assert_untouched(model, before)
+
+
+def test_modes_are_put_back_one_by_one(tiny_bert):
+    tiny_bert.train()
+    tiny_bert.bert.embeddings.eval()
+    modes = [module.training for module in tiny_bert.modules()]
+    with evaluation_mode(tiny_bert):
+        assert not any(module.training for module in tiny_bert.modules())
+    assert [module.training for module in tiny_bert.modules()] == modes
+
+
+def test_a_block_runs_twice_per_batch_and_the_head_once(tiny_llama):
+    """The promise about cost; besides, one complete forward finds the order of the blocks."""
+    batches = batches_for(tiny_llama)
+    runs = {"first": 0, "last": 0, "head": 0}
+
+    def count(name):
+        def hook(*_):
+            runs[name] += 1
+
+        return hook
+
+    tiny_llama.model.layers[0].mlp.up_proj.register_forward_pre_hook(count("first"))
+    tiny_llama.model.layers[1].mlp.up_proj.register_forward_pre_hook(count("last"))
+    tiny_llama.lm_head.register_forward_pre_hook(count("head"))
+    pruning.prune_wanda(tiny_llama, batches, progress=False)
+    assert runs == {"first": 1 + 2 * len(batches), "last": 1 + len(batches), "head": 1}

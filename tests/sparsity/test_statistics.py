@@ -1,0 +1,77 @@
+"""Column norms: the same however the tokens come in batches, and padding is as if it were not there."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_sparse.sparsity import ColumnNorms
+
+
+def norms_of(*batches: torch.Tensor, mask: torch.Tensor | None = None) -> ColumnNorms:
+    norms = ColumnNorms(batches[0].shape[-1])
+    for batch in batches:
+        norms.update(batch, mask)
+    return norms
+
+
+def test_the_definition():
+    x = torch.randn(3, 5, 4)
+    expected = x.reshape(15, 4).double().norm(dim=0) / 3**0.5
+    assert torch.allclose(norms_of(x).norms.double(), expected, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.data())
+def test_splitting_a_batch_changes_nothing(sequences: int, data):
+    x = torch.randn(sequences, 6, 5, generator=torch.Generator().manual_seed(sequences))
+    cut = data.draw(st.integers(1, sequences - 1))
+    whole, parts = norms_of(x), norms_of(x[:cut], x[cut:])
+    assert torch.allclose(whole.norms, parts.norms, rtol=1e-5)
+    assert (
+        (whole.num_sequences, whole.num_tokens)
+        == (parts.num_sequences, parts.num_tokens)
+        == (sequences, 6 * sequences)
+    )
+
+
+def test_padding_is_as_if_it_were_not_there():
+    x, mask = torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 3:] = False
+    junk = x.clone()
+    junk[1, 3:] = float("nan")  # is not even looked at
+    norms = norms_of(junk, mask=mask)
+    expected = (x[0].square().sum(0) + x[1, :3].square().sum(0)).div(2).sqrt()
+    assert torch.allclose(norms.norms, expected, rtol=1e-6)
+    assert norms.num_tokens == 9
+
+
+def test_a_mask_of_another_shape_is_ignored():
+    x = torch.randn(2, 6, 4)
+    assert torch.equal(norms_of(x, mask=torch.zeros(2, 5, dtype=torch.bool)).norms, norms_of(x).norms)
+
+
+def test_flat_inputs_are_one_sequence():
+    norms = norms_of(torch.ones(7, 4))
+    assert (norms.num_sequences, norms.num_tokens) == (1, 7)
+    assert torch.allclose(norms.norms, torch.full((4,), 7**0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    """300^2 is beyond float16, and 1 is lost beside 256^2 in bfloat16."""
+    x = torch.tensor([[[300.0], [1.0], [1.0]]], dtype=dtype)
+    assert norms_of(x).norms.item() == pytest.approx((300.0**2 + 2) ** 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_inputs_add_nothing(bad: float):
+    norms = norms_of(torch.ones(1, 3, 2))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        norms.update(torch.tensor([[[1.0, bad]]]))
+    assert norms.norms.tolist() == pytest.approx([3**0.5, 3**0.5])
+    assert (norms.num_sequences, norms.num_tokens) == (1, 3)
+
+
+def test_nothing_seen():
+    assert ColumnNorms(3).norms.tolist() == [0, 0, 0]

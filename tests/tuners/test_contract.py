@@ -1,0 +1,279 @@
+"""PEFT's contract, once for every method and kind of linear: one row here buys all of these checks.
+
+PEFT's own suite (test_peft_suite.py) covers much of it on its models; here are the transformers APIs, the pattern of
+zeros, exactness, half precision and several adapters.
+"""
+
+import copy
+
+import pytest
+import torch
+from models import tiny_bert, tiny_gpt2, tiny_llama
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_sparse import PstConfig, SppConfig
+from peft_sparse.linears import block_linears, get_weight
+from peft_sparse.pruning import prune_magnitude
+from peft_sparse.tuners.sparse_layer import SparseLayer
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
+CONFIGS = {
+    "pst": lambda **kw: PstConfig(schedule="constant", sparsity=0.5, init_weights=False, **kw),
+    "pst 2:4": lambda **kw: PstConfig(schedule="constant", pattern="2:4", init_weights=False, **kw),
+    "movement": lambda **kw: PstConfig(
+        schedule="constant", sparsity=0.5, importance="movement", weight_update="full", init_weights=False, **kw
+    ),
+    "magnitude": lambda **kw: PstConfig(
+        schedule="constant", sparsity=0.5, importance="magnitude", init_weights=False, **kw
+    ),
+    "scores only": lambda **kw: PstConfig(
+        schedule="constant", sparsity=0.5, weight_update="none", init_weights=False, **kw
+    ),
+    "spp": lambda **kw: SppConfig(r=5, init_weights=False, **kw),
+    "spp, dropout": lambda **kw: SppConfig(r=5, spp_dropout=0.3, init_weights=False, **kw),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+
+each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def tokens() -> dict:
+    return {"input_ids": torch.arange(3, 33).reshape(2, 15)}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    found = model(**tokens()).logits
+    model.train(training)
+    return found
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+
+
+def pruned_model(build, config) -> nn.Module:
+    """SPP wants a pruned base, PST a dense one."""
+    model = build()
+    if isinstance(config(), SppConfig):
+        prune_magnitude(model, sparsity=0.5)
+    return model
+
+
+@each_model
+@each_config
+def test_merge_gives_the_same_function_and_zeros(build, config):
+    model = get_peft_model(pruned_model(build, config), config())
+    before = logits(model)
+    expected = {
+        name: layer.merged_weight(["default"]) for name, layer in sparse_layers(model.base_model.model).items()
+    }
+    merged = model.merge_and_unload()
+    assert not sparse_layers(merged) and type(merged) is type(build())
+    assert (logits(merged) - before).abs().max() <= 1e-4 * before.abs().max()
+    for name, module in block_linears(merged).items():
+        assert torch.equal(get_weight(module), expected[name])
+        zeros = (get_weight(module) == 0).sum().item()
+        assert zeros == get_weight(module).numel() // 2, name
+
+
+@each_model
+@each_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_merge(build, config, dtype):
+    base = pruned_model(build, config).to(dtype)
+    zeros = {name: get_weight(module) == 0 for name, module in block_linears(base).items()}
+    model = get_peft_model(base, config())
+    before = logits(model).float()
+    merged = model.merge_and_unload()
+    assert (logits(merged).float() - before).abs().max() <= 2e-2 * before.abs().max()
+    for name, module in block_linears(merged).items():
+        assert get_weight(module).dtype == dtype
+        assert (get_weight(module) == 0).sum() == get_weight(module).numel() // 2, name
+        if isinstance(config(), SppConfig):
+            assert torch.equal(get_weight(module) == 0, zeros[name])
+
+
+@each_model
+@each_config
+def test_unmerge_restores_every_bit(build, config):
+    base = pruned_model(build, config)
+    weights = {name: module.weight.detach().clone() for name, module in block_linears(base).items()}
+    model = get_peft_model(base, config())
+    before = logits(model)
+    model.merge_adapter()
+    assert not torch.equal(next(iter(sparse_layers(model).values())).weight, next(iter(weights.values())))
+    model.unmerge_adapter()
+    for name, layer in sparse_layers(model.base_model.model).items():
+        assert torch.equal(layer.weight, weights[name])
+    assert torch.equal(logits(model), before)
+
+
+@each_config
+def test_disable_and_unload_give_the_base_model(config):
+    base = pruned_model(tiny_llama, config)
+    before = logits(base)
+    model = get_peft_model(base, config())
+    adapted = logits(model)
+    assert not torch.allclose(adapted, before)
+    model.merge_adapter()
+    with model.disable_adapter():  # unmerges
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), adapted)
+    assert torch.equal(logits(model.unload()), before)
+
+
+@each_config
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load(config, low_cpu_mem_usage, tmp_path):
+    base = pruned_model(tiny_llama, config)
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, config())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(model))
+    for layer, other in zip(sparse_layers(model).values(), sparse_layers(loaded).values(), strict=True):
+        assert torch.equal(layer.merged_weight(["default"]), other.merged_weight(["default"]))
+        if hasattr(other, "pst_pruned"):
+            assert other.pst_pruned["default"].dtype == torch.int64
+
+
+@each_config
+def test_auto_classes_and_transformers_own_api(config, tmp_path):
+    base = pruned_model(tiny_llama, config)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config())
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    native.load_adapter(str(tmp_path / "adapter"), adapter_name="a")
+    assert torch.equal(logits(native), expected)
+    native.add_adapter(config(), adapter_name="b")
+    native.set_adapter("b")
+    assert not torch.equal(logits(native), expected)
+    native.delete_adapter("b")
+    native.set_adapter("a")
+    assert torch.equal(logits(native), expected)
+    native.disable_adapters()
+    assert torch.equal(logits(native), logits(base))
+
+
+@each_config
+def test_inject_and_state_dict(config):
+    base = pruned_model(tiny_gpt2, config)
+    other = copy.deepcopy(base)
+    model = inject_adapter_in_model(config(), base)
+    again = inject_adapter_in_model(config(), other)
+    assert not torch.equal(logits(model), logits(again))
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    assert torch.equal(logits(model), logits(again))
+
+
+@each_config
+@each_model
+def test_several_adapters_compose_and_merge_in_order(build, config):
+    model = get_peft_model(pruned_model(build, config), config(), adapter_name="a")
+    model.add_adapter("b", config())
+    single = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        single[name] = logits(model)
+    model.base_model.set_adapter(["a", "b"])
+    both = logits(model)
+    assert not torch.allclose(both, single["a"]) and not torch.allclose(both, single["b"])
+    layer = next(iter(sparse_layers(model).values()))
+    with torch.no_grad():
+        composed = layer.effective_weight("b", layer.effective_weight("a"))
+    torch.testing.assert_close(layer.merged_weight(["a", "b"]), composed)
+
+    one_by_one = copy.deepcopy(model)
+    one_by_one.merge_adapter(["a"])
+    with pytest.warns(UserWarning, match="additionally merging"):
+        one_by_one.merge_adapter(["b"])
+    merged = model.merge_and_unload()
+    for found in (logits(merged), logits(one_by_one)):
+        assert (found - both).abs().max() <= 1e-4 * both.abs().max()
+
+
+@each_config
+def test_composed_adapters_get_gradients(config):
+    model = get_peft_model(pruned_model(tiny_llama, config), config(), adapter_name="a")
+    model.add_adapter("b", config())
+    model.base_model.set_adapter(["a", "b"])
+    model.train()
+    model(**tokens()).logits.square().sum().backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in trainable} == {"a", "b"}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable.values())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@each_config
+def test_all_linear_exclude_and_modules_to_save(config):
+    model = get_peft_model(
+        pruned_model(tiny_bert, config),
+        config(target_modules="all-linear", exclude_modules=["pooler.dense"], modules_to_save=["classifier"]),
+    )
+    names = set(sparse_layers(model.base_model.model))
+    assert names == set(block_linears(tiny_bert()))
+    assert all(p.requires_grad for n, p in model.named_parameters() if "classifier.modules_to_save" in n)
+
+
+@each_model
+@each_config
+def test_starts_at_the_identity(build, config):
+    """At the default start SPP is the base model; PST, at its initial sparsity of 0, too."""
+    model = pruned_model(build, config)
+    before = logits(model)
+    fresh = config()
+    started = type(fresh)(**{k: v for k, v in fresh.to_dict().items() if k not in ("init_weights", "schedule")})
+    torch.testing.assert_close(logits(get_peft_model(model, started)), before)
+
+
+def test_default_targets_are_the_linears_of_the_blocks():
+    for build in MODELS.values():
+        model = build()
+        expected = set(block_linears(model))
+        names = set(sparse_layers(get_peft_model(model, PstConfig()).base_model.model))
+        assert names == expected and not any(word in n for n in names for word in ("pooler", "head", "embed", "wte"))
+
+
+def test_layers_to_transform_with_default_targets():
+    model = get_peft_model(tiny_bert(), PstConfig(layers_to_transform=[1]))
+    names = sparse_layers(model.base_model.model)
+    assert names and all(".layer.1." in name for name in names)
+
+
+@each_config
+def test_gradient_checkpointing(config):
+    losses, grads = [], []
+    for use_reentrant in (None, True, False):
+        torch.manual_seed(0)
+        model = get_peft_model(pruned_model(tiny_llama, config), config())
+        model.train()
+        if use_reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(1)
+        loss = model(**tokens(), labels=tokens()["input_ids"]).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0])
