@@ -8,7 +8,6 @@ import copy
 
 import pytest
 import torch
-from models import tiny_bert, tiny_gpt2, tiny_llama
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -24,6 +23,8 @@ from peft_sparse import PstConfig, SppConfig
 from peft_sparse.linears import block_linears, get_weight
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.tuners.sparse_layer import SparseLayer
+
+from models import tiny_bert, tiny_gpt2, tiny_llama
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
 CONFIGS = {

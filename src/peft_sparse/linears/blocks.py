@@ -75,8 +75,7 @@ def block_linear_names(model: nn.Module) -> set[str]:
 
     Returns:
         Paths inside the block, such as `{"attention.output.dense", "intermediate.dense", ...}`, which fit any number
-        of blocks and any model that wraps them; full names where such a path would match a linear outside of the
-        blocks.
+        of blocks and any model that wraps them; full names where such a path would match another module.
 
     Raises:
         ValueError: if the model has no repeated blocks.
@@ -90,7 +89,7 @@ def block_linear_names(model: nn.Module) -> set[str]:
     paths = {
         path for block_list in find_block_lists(model) for block in block_list.blocks for path in linears_inside(block)
     }
-    outside = [name for name in linears_inside(model) if name not in inside]
+    outside = [name for name, _ in model.named_modules() if name not in inside]
     if any(f".{name}".endswith(f".{path}") for name in outside for path in paths):
         return set(inside)
     return paths
