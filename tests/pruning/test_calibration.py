@@ -4,6 +4,7 @@ The naive one shares no code with it: it runs the whole model with hooks for eve
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from transformers import (
     DebertaV2Config,
     DebertaV2Model,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -63,6 +66,23 @@ def gemma3():
     windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **heads, **windows))
+
+
+def gemma3n():
+    """The last two blocks attend to keys and values of the first two, which the walk has to notice."""
+    sizes = {**SIZES, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "laurel_rank": 8}
+    extra = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "altup_num_inputs": 2}
+    extra["activation_sparsity_pattern"] = [0.0] * 4
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    return Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            **sizes,
+            **extra,
+            **windows,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
 
 
 def opt():
@@ -167,6 +187,15 @@ def test_same_masks_as_a_naive_walk(architecture: str):
         assert torch.equal(parameter, other), name
         changed += int((parameter == 0).sum())
     assert changed > 1000
+
+
+def test_blocks_that_share_keys_and_values():
+    model = gemma3n().eval()
+    expected, batches = copy.deepcopy(model), batches_for(model)
+    with pytest.warns(UserWarning, match=r"layers.2` depends on more than the block before it"):
+        pruning.prune_wanda(model, batches, progress=False)
+    naive_wanda(expected, batches, 0.5, [f"model.layers.{index}" for index in range(4)])
+    assert_untouched(model, state_of(expected))
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -320,7 +349,7 @@ def test_modes_are_put_back_one_by_one(tiny_bert):
 
 
 def test_a_block_runs_twice_per_batch_and_the_head_once(tiny_llama):
-    """The promise about cost; besides, one complete forward finds the order of the blocks."""
+    """The promise about cost; besides, the first batch is run to find the order of the blocks and to try the walk."""
     batches = batches_for(tiny_llama)
     runs = {"first": 0, "last": 0, "head": 0}
 
@@ -334,4 +363,41 @@ def test_a_block_runs_twice_per_batch_and_the_head_once(tiny_llama):
     tiny_llama.model.layers[1].mlp.up_proj.register_forward_pre_hook(count("last"))
     tiny_llama.lm_head.register_forward_pre_hook(count("head"))
     pruning.prune_wanda(tiny_llama, batches, progress=False)
-    assert runs == {"first": 1 + 2 * len(batches), "last": 1 + len(batches), "head": 1}
+    assert runs == {"first": 1 + 2 * len(batches), "last": 2 + len(batches), "head": 1}
+
+
+class AddsInPlace(nn.Module):
+    """Between its blocks it changes in place what they return; the first two share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+        self.blocks[1][0].weight = self.blocks[0][0].weight
+
+    def forward(self, x, attention_mask=None):
+        for block in self.blocks:
+            x = block(x)
+            x[..., ::2] *= 3
+        return x
+
+
+def test_a_model_that_changes_outputs_in_place():
+    """What is kept of a block is handed out many times, and has to be the same each time."""
+    model = AddsInPlace()
+    batches = [{"x": torch.randn(2, 5, 8), "attention_mask": torch.ones(2, 5)} for _ in range(3)]
+    expected = copy.deepcopy(model)
+    naive_wanda(expected, batches, 0.5, ["blocks.0", "blocks.1", "blocks.2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruning.prune_wanda(model, batches, progress=False)
+    assert_untouched(model, state_of(expected))
+
+
+def test_a_weight_shared_by_two_targets_comes_back_after_an_error():
+    model = AddsInPlace()
+    with torch.no_grad():
+        model.blocks[1][0].bias[1] = torch.inf
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"infinity in the input of `blocks.2.0`"):
+        pruning.prune_wanda(model, [{"x": torch.randn(2, 5, 8)}], progress=False)
+    assert_untouched(model, before)

@@ -62,6 +62,6 @@ def round_keeping_support(weight: torch.Tensor, support: torch.Tensor, dtype: to
     if vanished.any():
         # Subnormals of bfloat16 and float32 may be flushed to zero by the hardware; float16's never are.
         smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
-        signed = torch.full_like(rounded, smallest).copysign(weight.to(torch.float32))
-        rounded = torch.where(vanished, signed, rounded)
+        signed = torch.full_like(weight, smallest, dtype=torch.float32).copysign(weight)
+        rounded = torch.where(vanished, signed.to(dtype), rounded)
     return rounded

@@ -1,0 +1,63 @@
+"""Perplexity of a language model on a text: exp of the mean negative log-likelihood of its tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_sparse.pruning.calibration import evaluation_mode
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, progress: bool = True) -> float:
+    """exp(-1/n sum_t log p(x_t | the tokens before x_t in its window)), over windows that do not overlap.
+
+    The first token of a window is given and not predicted, so a window of k tokens counts k - 1 predictions; the last
+    window may be shorter. Perplexities compare only between runs with the same tokenizer, text and window: a longer
+    window gives more context, hence a lower value.
+
+    Args:
+        model: a causal language model whose output has `logits`; in evaluation mode while it is measured.
+        input_ids: (tokens,) of the whole text, at least 2.
+        window: tokens per window, at least 2 and at most what the model takes.
+        progress: show a bar over the windows.
+
+    Returns:
+        A number from 1 up; the size of the vocabulary for a model that guesses.
+
+    Raises:
+        ValueError: if `input_ids` is not one row of at least 2 tokens, or `window` is below 2.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> _ = model.lm_head.weight.data.zero_()  # guesses
+        >>> round(perplexity(model, torch.arange(20) % 8, window=5, progress=False), 4)
+        8.0
+    """
+    if input_ids.dim() != 1 or len(input_ids) < 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"`input_ids` is one row of at least 2 token ids, shape (tokens,), got shape {tuple(input_ids.shape)} of "
+            f"{input_ids.dtype}; take `tokenizer(text, return_tensors='pt').input_ids[0]`."
+        )
+    if window < 2:
+        raise ValueError(f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window}.")
+    device = next(model.parameters()).device
+    total, predicted = 0.0, 0
+    with evaluation_mode(model):
+        for piece in tqdm(input_ids.split(window), desc="Perplexity", unit="window", disable=not progress):
+            if len(piece) < 2:
+                continue
+            piece = piece.to(device)
+            logits = model(input_ids=piece[None]).logits[0, :-1].float()  # (window - 1, vocabulary)
+            total += F.cross_entropy(logits, piece[1:].to(logits.device), reduction="sum").item()
+            predicted += len(piece) - 1
+    mean = total / predicted
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,60 @@
+"""Magnitude pruning: the smallest |W| of every layer go (Han et al., arXiv 1506.02626). Needs no data.
+
+It is the baseline that every other pruner has to beat, and what PST starts from at step 0.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from peft_sparse.linears import get_weight
+from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
+from peft_sparse.sparsity import Pattern, magnitude_importance, parse_pattern
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prune_magnitude(
+    model: Model,
+    pattern: str | Pattern = "unstructured",
+    sparsity: float | None = None,
+    *,
+    target_modules: Names | None = None,
+    exclude_modules: Names | None = None,
+) -> Model:
+    """Zero the weights of smallest magnitude, in place.
+
+    All weights of a layer compete with each other, or the M weights of each group for an N:M pattern. Every layer has
+    exactly `int(sparsity * numel)` zeros afterwards; of equal magnitudes those with the lower index go first.
+
+    Args:
+        model: any module; its dtype and device stay.
+        pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+        target_modules: names of linears, or a regex for full names, as in PEFT. None: every linear inside the model's
+            repeated transformer blocks, never embeddings, pooler or head.
+        exclude_modules: linears to leave alone, given in the same way.
+
+    Returns:
+        `model` itself. A linear whose weight is shared with a module that is no target is left as it was.
+
+    Raises:
+        ValueError: for a malformed pattern or sparsity; if in_features of a target is not divisible by M, or its
+            weight holds NaN; if there is nothing to prune. The model is untouched then.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = prune_magnitude(LlamaForCausalLM(config), "2:4")
+        >>> (model.model.layers[0].mlp.up_proj.weight == 0).float().mean()
+        tensor(0.5000)
+    """
+    pattern = parse_pattern(pattern)
+    sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
+    for linear in find_targets(model, pattern, target_modules, exclude_modules).values():
+        prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsity)
+    return model

@@ -1,0 +1,128 @@
+"""Which linears a pruner changes, checked before the first one is, and the change itself.
+
+The targets are the linears inside the model's repeated transformer blocks. A weight that is shared with a module
+outside of them (an embedding, a tied head) is left alone: pruning it would prune that module too.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_sparse.linears import block_linears, get_weight, in_out_features, linears_inside
+from peft_sparse.sparsity import Pattern, select_mask
+
+Names = list[str] | tuple[str, ...] | set[str] | str
+
+
+def find_targets(
+    model: nn.Module,
+    pattern: Pattern,
+    target_modules: Names | None = None,
+    exclude_modules: Names | None = None,
+) -> dict[str, nn.Module]:
+    """The linears to prune, by full name.
+
+    Args:
+        model: any module.
+        pattern: every target's in_features must suit it.
+        target_modules: names of linears or the ends of names ("q_proj", "self_attn.q_proj"), or one regex that matches
+            full names, as in PEFT. None: all linears inside the repeated blocks.
+        exclude_modules: what to leave out of them, given in the same way.
+
+    Raises:
+        ValueError: if there is nothing to prune, or if a target carries an adapter, has no weight in memory, holds NaN
+            or infinity, or is too narrow for the pattern. Nothing is changed by this function.
+    """
+    candidates = block_linears(model) if target_modules is None else linears_inside(model)
+    if target_modules is None and not candidates:
+        raise ValueError(
+            f"The default targets are the linears inside a model's repeated transformer blocks, but "
+            f"{type(model).__name__} has no list of such blocks; name the linears to prune in `target_modules` of "
+            "`prune_magnitude`."
+        )
+    names = [name for name in candidates if target_modules is None or matches(target_modules, name)]
+    excluded = [name for name in names if exclude_modules is not None and matches(exclude_modules, name)]
+    if exclude_modules is not None and not excluded:
+        warnings.warn(
+            f"`exclude_modules` names linears to leave alone, got {exclude_modules!r}, which is none.", stacklevel=3
+        )
+    chosen = {name: candidates[name] for name in names if name not in excluded}
+    for name, linear in chosen.items():
+        _check_plain(name, linear)
+    targets = _without_tied(model, chosen)
+    if not targets:
+        raise ValueError(
+            f"A pruner needs at least one linear, got none in {type(model).__name__} for target_modules="
+            f"{target_modules!r}, exclude_modules={exclude_modules!r} ({len(chosen)} that share a weight with another "
+            f"module are left alone); its linears have names such as {list(linears_inside(model))[:3]}."
+        )
+    for name, linear in targets.items():
+        _check_weight(name, get_weight(linear))
+        pattern.check_width(in_out_features(linear)[0], name)
+    return targets
+
+
+def matches(names: Names, name: str) -> bool:
+    """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
+    names or their last parts.
+
+    Example:
+        >>> matches(["q_proj"], "layers.0.q_proj"), matches("q_proj", "layers.0.q_proj")
+        (True, False)
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    target_ids = {id(linear) for linear in targets.values()}
+    elsewhere = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in target_ids
+        for parameter in module.parameters(recurse=False)
+    }
+    return {name: linear for name, linear in targets.items() if id(linear.weight) not in elsewhere}
+
+
+def _check_plain(name: str, linear: nn.Module) -> None:
+    if isinstance(linear, BaseTunerLayer):
+        raise ValueError(
+            f"A pruner changes plain linears, got `{name}`, which carries an adapter ({type(linear).__name__}); call "
+            "`merge_and_unload()` first, or prune before adding the adapter."
+        )
+
+
+def _check_weight(name: str, weight: torch.Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(
+            f"A pruner changes weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
+            "loaded); load the model without offloading."
+        )
+    if not bool(weight.isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"Pruning compares finite weights, got {bad} NaN or infinite ones of {weight.numel()} in `{name}`; load a "
+            "sound checkpoint, or exclude it with `exclude_modules`."
+        )
+
+
+@torch.no_grad()
+def prune_by_scores(linear: nn.Module, scores: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
+    """Zero the weights with the smallest scores, in place; the others keep their bits.
+
+    Args:
+        linear: nn.Linear or Conv1D.
+        scores: importance (out, in).
+        pattern: what competes with what.
+        sparsity: share of zeros, as the pattern resolved it.
+    """
+    group_size = pattern.group_size(scores.shape)
+    mask = select_mask(scores, pattern.num_pruned(sparsity, group_size), group_size)
+    get_weight(linear).masked_fill_(~mask, 0)

@@ -1,0 +1,248 @@
+"""The walk behind [`prune_block_by_block`]: run a batch up to one block of the model, with the blocks before it done.
+
+Every run is the model's own forward, so masks, position embeddings, an encoder's output and whatever else a block is
+called with are right for any architecture. What makes it affordable: a block that is done answers with the output that
+was kept for the last block of its list instead of computing, and the run ends at the block in question. That this
+makes no difference is tried with the first batch; in a model where it does, the blocks before are run again instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from peft_sparse.linears import find_block_lists, linears_inside
+
+Batch = dict[str, torch.Tensor]
+
+
+class Statistics(Protocol):
+    """What a pruner gathers about the inputs of one linear, such as [`ColumnNorms`]."""
+
+    num_tokens: int
+
+    def update(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
+        """Take in the inputs (sequences, tokens, in) of one batch; ValueError if they hold NaN or infinity."""
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Another `forward` for a module, which gets its own back afterwards."""
+    # Not the module itself: models read attributes of their blocks. Some libraries have replaced `forward` already.
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+class _Reached(Exception):
+    """Ends a forward at the block in question."""
+
+
+@dataclass(eq=False)
+class Step:
+    """One block: its list, its targets by full name, and how often a forward calls it (ALBERT's: once per layer)."""
+
+    list_name: str
+    name: str
+    block: nn.Module
+    linears: dict[str, nn.Module]
+    calls: int = 0
+
+
+class Walk:
+    """Runs batches up to a block.
+
+    Attributes:
+        outputs: by name of a list of blocks, what its last finished block returned for each batch.
+        index: of the batch that is running.
+        answers: whether blocks that are done may answer with their outputs; otherwise they have to run.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self.model = model
+        self.batches = batches
+        self.device = next(model.parameters()).device
+        self.outputs: dict[str, list[Any]] = {}
+        self.index = 0  # of the batch that is running
+        self.output: Any = None
+        self.first_list = ""
+        self.answers = True
+        self.encoder_states: list[torch.Tensor] = []
+
+    def find_steps(self, targets: dict[str, nn.Module]) -> list[Step]:
+        """The blocks in the order in which the first batch runs them, up to the last one that has targets."""
+        steps = []
+        for block_list in find_block_lists(self.model):
+            for index, block in enumerate(block_list.blocks):
+                name = f"{block_list.name}.{index}"
+                linears = {f"{name}.{path}": linear for path, linear in linears_inside(block).items()}
+                linears = {path: linear for path, linear in linears.items() if path in targets}
+                steps.append(Step(block_list.name, name, block, linears))
+        order: list[Step] = []
+        dense: dict[str, Any] = {}
+
+        def observed(step: Step) -> Callable[..., Any]:
+            forward = step.block.forward
+
+            def observe(*args: Any, **kwargs: Any) -> Any:
+                step.calls += 1
+                if step.calls == 1:
+                    order.append(step)
+                output = forward(*args, **kwargs)
+                dense[step.name] = copy.deepcopy(output)
+                return output
+
+            return observe
+
+        with ExitStack() as replaced:
+            for step in steps:
+                replaced.enter_context(forward_replaced(step.block, observed(step)))
+            self._forward(0)
+        for step in steps:
+            if step.linears and not step.calls:
+                raise_no_input(next(iter(step.linears)), len(self.batches))
+        self.first_list = order[0].list_name
+        while not order[-1].linears:
+            order.pop()
+        self.answers = self._may_answer(order, dense)
+        return order
+
+    def _may_answer(self, steps: list[Step], dense: dict[str, Any]) -> bool:
+        """Whether a block gets all it needs from what the last block returned, tried with the first batch. Not so
+        where a block reads what an earlier one has put aside, such as keys and values that it shares (Gemma 3n)."""
+        with ExitStack() as replaced:
+            for earlier, step in pairwise(steps):
+                self.finish(earlier, [dense[earlier.name]], replaced)
+                try:
+                    same = _close(self.output_of(step, 0), dense[step.name])
+                except Exception:  # whatever the model makes of missing what it needs
+                    same = False
+                if not same:
+                    warnings.warn(
+                        f"`{step.name}` depends on more than the block before it, so all blocks before a block are "
+                        "run again to prune it; this takes time that grows with the square of their number.",
+                        stacklevel=4,
+                    )
+                    return False
+        self.outputs.clear()
+        return True
+
+    def finish(self, step: Step, outputs: list[Any], replaced: ExitStack) -> None:
+        """From now on, until `replaced` is closed, a block answers with these outputs of its, one for each batch."""
+        list_name = step.list_name
+        self.outputs[list_name] = outputs
+        # A copy, since the model may go on to change it in place.
+        replaced.enter_context(
+            forward_replaced(step.block, lambda *_, **__: copy.deepcopy(self.outputs[list_name][self.index]))
+        )
+
+    def gather(self, step: Step, new_statistics: Callable[[nn.Module], Any]) -> dict[str, Any]:
+        """The statistics of a block's targets over all batches, by full name."""
+        statistics = {name: new_statistics(linear) for name, linear in step.linears.items()}
+        hooks = [
+            linear.register_forward_pre_hook(self._update_hook(name, statistics[name]), with_kwargs=True)
+            for name, linear in step.linears.items()
+        ]
+        try:
+            for index in range(len(self.batches) if hooks else 0):
+                self.output_of(step, index)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, gathered in statistics.items():
+            if not gathered.num_tokens:
+                raise_no_input(name, len(self.batches))
+        return statistics
+
+    def output_of(self, step: Step, index: int) -> Any:
+        """What a block returns for a batch, in the last call of it; nothing after it is run."""
+        calls, forward, self.output = 0, step.block.forward, None
+
+        def stop_after(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            self._see_encoder_states(step, args, kwargs)
+            self.output = forward(*args, **kwargs)
+            if calls == step.calls:
+                raise _Reached
+            return self.output
+
+        with forward_replaced(step.block, stop_after):
+            try:
+                self._forward(index)
+            except _Reached:
+                return self.output
+        raise ValueError(
+            f"All calibration batches run through the same blocks, but batch {index} calls `{step.name}` {calls} "
+            f"times and the first one {step.calls} times; leave that batch out."
+        )
+
+    @torch.no_grad()
+    def _forward(self, index: int) -> None:
+        self.index = index
+        self.model(**{key: tensor.to(self.device) for key, tensor in self.batches[index].items()})
+
+    # Padding
+
+    def _update_hook(self, name: str, statistics: Statistics) -> Callable:
+        return lambda _, args, kwargs: self._update(name, statistics, (*args, *kwargs.values())[0])
+
+    def _update(self, name: str, statistics: Statistics, x: torch.Tensor) -> None:
+        token_mask = self._token_mask(x)
+        if token_mask is not None and x.dim() == 2 and x.shape[0] == token_mask.numel():
+            x = x.reshape(*token_mask.shape, -1)  # a block that flattens sequences and tokens
+        try:
+            statistics.update(x, token_mask)
+        except ValueError as error:
+            raise ValueError(
+                f"Calibration needs finite activations, got NaN or infinity in the input of `{name}` for batch "
+                f"{self.index}; leave that batch out, or load the model in float32 or bfloat16. Nothing was pruned."
+            ) from error
+
+    def _token_mask(self, x: torch.Tensor) -> torch.Tensor | None:
+        """bool (sequences, tokens), True for tokens of `x` that count; None: all do, or there is no telling."""
+        batch = self.batches[self.index]
+        mask = batch.get("attention_mask")
+        if self.encoder_states and not any(x is states for states in self.encoder_states):
+            mask = batch.get("decoder_attention_mask")
+            if mask is None and "labels" in batch:
+                mask = batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
+        return mask.to(x.device).bool() if mask is not None and mask.dim() == 2 else None
+
+    def _see_encoder_states(self, step: Step, args: tuple, kwargs: dict[str, Any]) -> None:
+        """In a decoder, keys and values are computed from the encoder's tokens, the rest from its own."""
+        self.encoder_states = []
+        if step.list_name != self.first_list:
+            others = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
+            self.encoder_states = [value for value in others if isinstance(value, torch.Tensor) and value.dim() == 3]
+
+
+def _close(output: Any, expected: Any) -> bool:
+    if isinstance(expected, torch.Tensor):
+        # NaN passes: it is for the statistics to complain.
+        return output.shape == expected.shape and not (output - expected).norm() > 1e-3 * expected.norm()
+    if isinstance(expected, (tuple, list)):
+        return len(output) == len(expected) and all(map(_close, output, expected))
+    return True
+
+
+def raise_no_input(name: str, num_batches: int) -> None:
+    """The error for a target that no batch reaches."""
+    raise ValueError(
+        f"Calibration needs inputs of every linear that is pruned, got none for `{name}` from {num_batches} batches; "
+        "give more or other batches, or exclude it with `exclude_modules`. Nothing was pruned."
+    )

@@ -1,0 +1,84 @@
+"""Wanda: weights go whose magnitude times the norm of their input is smallest (arXiv 2306.11695, equation 1).
+
+    S_ij = |W_ij| * ||X_j||_2,   compared within each output row i
+
+X_j is the j-th input column over all calibration tokens. Blocks are pruned in order, and each one sees the activations
+of the pruned blocks before it. No weight that stays is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from peft_sparse.linears import get_weight, in_out_features
+from peft_sparse.pruning.calibration import check_batches, prune_block_by_block
+from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
+from peft_sparse.sparsity import ColumnNorms, Pattern, parse_pattern, wanda_importance
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prune_wanda(
+    model: Model,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    pattern: str | Pattern = "unstructured",
+    sparsity: float | None = None,
+    *,
+    exclude_modules: Names | None = None,
+    progress: bool = True,
+) -> Model:
+    """Zero the weights of smallest |W_ij| * ||X_j||_2, in place.
+
+    The weights of one output row compete with each other, or the M weights of each group for an N:M pattern. Every row
+    has exactly `int(sparsity * in_features)` zeros afterwards; of equal scores those with the lower index go first.
+
+    Args:
+        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head.
+        batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
+            ...): a list, a DataLoader, a generator. Tokens that `attention_mask` marks as padding do not count. The
+            authors take 128 sequences of the model's full length.
+        pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+        exclude_modules: linears to leave alone: names or their last parts, or one regex for full names, as in PEFT.
+        progress: show a bar over the blocks.
+
+    Returns:
+        `model` itself, in the mode (training or evaluation) in which it came.
+
+    Raises:
+        ValueError: for a malformed pattern or sparsity; for an empty calibration set or one whose activations hold NaN
+            or infinity; if in_features of a target is not divisible by M; if a target gets no input. After any error,
+            a keyboard interrupt included, the model is as it was.
+
+    Memory:
+        Besides the model, a copy of the weights that are pruned (in CPU memory, for the promise above) and what one
+        block returns for every batch (on the block's device): sequences * tokens * hidden_size numbers; at the
+        start, what every block returns for the first batch.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> batches = [{"input_ids": torch.randint(0, 8, (2, 6))} for _ in range(4)]
+        >>> model = prune_wanda(LlamaForCausalLM(config), batches, sparsity=0.75, progress=False)
+        >>> (model.model.layers[0].mlp.up_proj.weight == 0).sum(dim=1).unique()
+        tensor([6])
+    """
+    pattern = parse_pattern(pattern, group="row")
+    sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
+    targets = find_targets(model, pattern, exclude_modules=exclude_modules)
+
+    def prune(linear: nn.Module, statistics: ColumnNorms) -> None:
+        scores = wanda_importance(get_weight(linear).detach(), statistics.norms)
+        prune_by_scores(linear, scores, pattern, sparsity)
+
+    def new_statistics(linear: nn.Module) -> ColumnNorms:
+        return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)
+
+    prune_block_by_block(model, check_batches(batches), targets, new_statistics, prune, progress)
+    return model
