@@ -139,15 +139,7 @@ def message_of(action) -> str | None:
     return told[0] if told else None
 
 
-@pytest.fixture
-def saves_with_hook():
-    from peft.tuners.tuners_utils import BaseTuner
-
-    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
-        pytest.skip("PEFT before 0.21 has no hook for what a method saves")
-
-
-def test_a_schedule_that_never_advanced_is_told_at_save(tmp_path, saves_with_hook):
+def test_a_schedule_that_never_advanced_is_told_at_save(tmp_path):
     model = get_peft_model(tiny_llama(), PstConfig(sparsity=0.5))
     told = message_of(lambda: model.save_pretrained(tmp_path))
     assert all(words in told for words in ("0.0%", "50.0%", "never advanced", "SparsityCallback", "set_sparsity_step"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_sparse.linears import in_out_features, unwrap
@@ -123,3 +125,10 @@ class PstModel(SparseTuner):
     ) -> dict[str, torch.Tensor]:
         warn_about_schedule(model, adapter_name, doing="Saving")
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # PEFT 0.20, where saving asks for the whole state dict
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            for adapter_name in self.peft_config:
+                warn_about_schedule(self.model, adapter_name, doing="Saving")
+            return super().state_dict(*args, **kwargs)
