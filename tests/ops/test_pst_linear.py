@@ -5,7 +5,7 @@ import torch
 
 from peft_sparse import ops
 from peft_sparse.ops import PstFactors, PstScales
-from peft_sparse.sparsity import select_mask
+from peft_sparse.sparsity import pack_mask, select_mask
 
 SCALES = PstScales(beta=0.7, alpha1=0.5, alpha2=0.3)
 KINDS = {
@@ -40,7 +40,7 @@ def mask_of(weight, factors, sparsity=0.5, scales=SCALES):
 def run(impl, x, weight, bias, mask, factors, dy, scales=SCALES):
     x = x.clone().requires_grad_()
     factors = PstFactors(*(None if t is None else t.clone().requires_grad_() for t in factors))
-    y = impl(x, weight, bias, mask, factors, scales)
+    y = impl(x, weight, bias, pack_mask(mask), factors, scales)
     y.backward(dy)
     return {"y": y.detach(), "x": x.grad} | {n: t.grad for n, t in factors._asdict().items() if t is not None}
 
@@ -66,6 +66,7 @@ def test_blocks_give_the_same(monkeypatch):
     mask, x, dy = mask_of(weight, factors), torch.randn(4, 7), torch.randn(4, 13)
     whole = run(ops.pst_linear, x, weight, bias, mask, factors, dy)
     monkeypatch.setattr("peft_sparse.ops.blocks.BLOCK_ELEMENTS", 7 * 4)
+    monkeypatch.setattr("peft_sparse.ops.blocks.MIN_ROWS", 1)
     for name, value in run(ops.pst_linear, x, weight, bias, mask, factors, dy).items():
         torch.testing.assert_close(value, whole[name])
 
@@ -107,7 +108,7 @@ def test_gradcheck_of_the_differentiable_part():
     inputs = [t.requires_grad_() for t in (x, weight, bias, factors.U, factors.V)]
 
     def function(x, weight, bias, U, V):
-        return ops.pst_linear(x, weight, bias, mask, PstFactors(U=U, V=V), SCALES)
+        return ops.pst_linear(x, weight, bias, pack_mask(mask), PstFactors(U=U, V=V), SCALES)
 
     assert torch.autograd.gradcheck(function, inputs)
 

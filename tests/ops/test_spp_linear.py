@@ -47,11 +47,13 @@ def test_fused_equals_reference(shape, batch, dtype, tolerance):
         torch.testing.assert_close(a, b, atol=tolerance * max(scale, 1.0), rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_blocks_give_the_same(monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])  # parts of a group, and several groups
+def test_blocks_give_the_same(monkeypatch, rows):
     weight, bias, A, B = tensors(37, 19, 5)
     x, dy = torch.randn(4, 19), torch.randn(4, 37)
     whole = run(ops.spp_linear, x, weight, bias, A, B, dy)
-    monkeypatch.setattr("peft_sparse.ops.blocks.BLOCK_ELEMENTS", 19 * 8)
+    monkeypatch.setattr("peft_sparse.ops.blocks.BLOCK_ELEMENTS", 19 * rows)
+    monkeypatch.setattr("peft_sparse.ops.blocks.MIN_ROWS", 1)
     for a, b in zip(run(ops.spp_linear, x, weight, bias, A, B, dy), whole, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -2,7 +2,17 @@
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.pst_linear import pst_linear
+from peft_sparse.ops.pst_mask import MaskCache, pst_mask
 from peft_sparse.ops.reference import PstFactors, PstScales
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
 
-__all__ = ["PstFactors", "PstScales", "pst_linear", "reference", "spp_linear", "spp_linear_update"]
+__all__ = [
+    "MaskCache",
+    "PstFactors",
+    "PstScales",
+    "pst_linear",
+    "pst_mask",
+    "reference",
+    "spp_linear",
+    "spp_linear_update",
+]

@@ -1,38 +1,85 @@
-"""What the fused ops share: row blocks that bound their temporaries, and the dtype of their matmuls.
+"""What the fused ops share: blocks that bound their temporaries, and the dtype of their matmuls.
 
-The effective weight of a layer is rebuilt where it is needed and never kept; a block of it has at most BLOCK_ELEMENTS
-entries (or one row, or one row group, if that is larger).
+The effective weight of a layer is rebuilt block by block where it is needed, and never kept. A block is small enough
+to stay in a core's cache between being built and being multiplied. Elsewhere than in CPU float32 blocks are larger: a
+GPU wants few and large kernels, and half precision rounds once more for each block that adds to a gradient. A compiler
+gets the weight as one block, since it fuses the building itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 19
+LARGE_BLOCK_ELEMENTS = 1 << 24
+MIN_ROWS = 64  # below, a matmul no longer runs at full speed
 
 
-def row_blocks(out_features: int, in_features: int) -> Iterator[slice]:
+def block_rows(x: torch.Tensor, in_features: int) -> int:
+    """Rows in a block of a weight of `in_features` columns that is multiplied with `x`."""
+    small = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return max(MIN_ROWS, (BLOCK_ELEMENTS if small else LARGE_BLOCK_ELEMENTS) // max(1, in_features))
+
+
+def row_blocks(x: torch.Tensor, out_features: int, in_features: int) -> Iterator[slice]:
     """Consecutive slices of rows that cover a weight of shape (out, in)."""
-    rows = max(1, BLOCK_ELEMENTS // max(1, in_features))
-    for start in range(0, out_features, rows):
-        yield slice(start, min(start + rows, out_features))
+    step = out_features if torch.compiler.is_compiling() else block_rows(x, in_features)
+    for start in range(0, out_features, step):
+        yield slice(start, min(start + step, out_features))
 
 
-def group_blocks(out_features: int, in_features: int, num_groups: int) -> Iterator[tuple[slice, slice, int]]:
+def group_blocks(
+    x: torch.Tensor, out_features: int, in_features: int, num_groups: int
+) -> Iterator[tuple[slice, slice, int]]:
     """Consecutive (groups, rows, rows per group) that cover a weight with `num_groups` contiguous groups of rows.
 
-    Groups of one block have the same number of rows, so that its weight can be viewed as (groups, rows per group, in).
-    The first `out_features % num_groups` groups are one row longer than the others.
+    A block is some whole groups of equal size, so that its weight can be viewed as (groups, rows per group, in), or a
+    part of one group. The first `out_features % num_groups` groups are one row longer than the others.
     """
+    most = out_features if torch.compiler.is_compiling() else block_rows(x, in_features)
     size, longer = divmod(out_features, num_groups)
     for first, last, rows in ((0, longer, size + 1), (longer, num_groups, size)):
-        step = max(1, BLOCK_ELEMENTS // max(1, rows * in_features))
+        step = max(1, most // max(1, rows))
         for start in range(first, last, step):
             stop = min(start + step, last)
             offset = start * size + min(start, longer)
-            yield slice(start, stop), slice(offset, offset + (stop - start) * rows), rows
+            if rows <= most:
+                yield slice(start, stop), slice(offset, offset + (stop - start) * rows), rows
+                continue
+            for part in range(0, rows, most):
+                length = min(most, rows - part)
+                yield slice(start, stop), slice(offset + part, offset + part + length), length
+
+
+def linear_by_blocks(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    blocks: Iterable[tuple[slice, Callable[[], torch.Tensor]]],
+) -> torch.Tensor:
+    """X W^T + b of a weight that is built block by block.
+
+    Args:
+        x: (..., in).
+        bias: (out,) or None, of the dtype of `x`.
+        blocks: slices of rows that cover the weight, each with a function that builds them, (rows, in).
+
+    Returns:
+        (..., out). Not a view: some models edit a linear's output in place, which autograd refuses on a view.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.linear(x, torch.cat([build() for _, build in blocks]), bias)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    for rows, build in blocks:
+        into = y.view(-1, out_features)[:, rows]
+        if bias is None:
+            torch.mm(tokens, build().T, out=into)
+        else:
+            torch.addmm(bias[rows], tokens, build().T, out=into)
+    return y
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:

@@ -7,20 +7,21 @@ With G = dY^T X and the mask straight-through:
     dU = beta dW' V^T,   dV = beta U^T dW',   dA = alpha1 dS B^T,   dB = alpha1 A^T dS,
     dR = alpha2 row sums of dS,   dC = alpha2 column sums of dS.
 
-With other scores (movement, magnitude) S does not hold |W'|, and dW' = G * M. Only X and M are saved; W' is rebuilt
-in the backward, block of rows by block. The plain twin is [`peft_sparse.ops.reference.pst_linear`].
+With other scores (movement, magnitude) S does not hold |W'|, and dW' = G * M. Only X is saved, and M as bits; W' is
+rebuilt in the backward, block of rows by block. The plain twin is [`peft_sparse.ops.reference.pst_linear`].
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from peft_sparse.ops.blocks import autocast_off, matmul_dtype, row_blocks
-from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight
+from peft_sparse.ops.blocks import autocast_off, linear_by_blocks, matmul_dtype, row_blocks
+from peft_sparse.ops.reference import PstFactors, PstScales
+from peft_sparse.sparsity import unpack_mask
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -28,20 +29,39 @@ def pst_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    mask: torch.Tensor,
+    packed_mask: torch.Tensor,
     factors: PstFactors,
     scales: PstScales,
 ) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.pst_linear`]: same arguments, same results."""
     dtype = matmul_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    return _PstLinear.apply(x.to(dtype), weight, bias, mask, scales, *factors)
+    return _PstLinear.apply(x.to(dtype), weight, bias, packed_mask, scales, *factors)
 
 
-def _rows(factors: PstFactors, rows: slice) -> PstFactors:
+def _of_rows(factors: PstFactors, rows: slice) -> PstFactors:
     """The factors of a block of rows."""
-    by_row = {name: factor[rows] for name in "UDARS" if (factor := getattr(factors, name)) is not None}
-    return factors._replace(**by_row)
+    U, V, D, A, B, R, C, S = factors
+    U, D, A, R, S = (None if factor is None else factor[rows] for factor in (U, D, A, R, S))
+    return PstFactors(U, V, D, A, B, R, C, S)
+
+
+def _updated_rows(weight: torch.Tensor, factors: PstFactors, beta: float) -> torch.Tensor:
+    """W' of a block of rows, a new tensor in at least float32."""
+    dtype = score_dtype(weight.dtype)
+    if factors.U is not None and factors.V is not None:
+        updated = torch.addmm(weight.to(dtype), factors.U.to(dtype), factors.V.to(dtype), alpha=beta)
+    else:
+        updated = weight.to(dtype, copy=True)
+    return updated if factors.D is None else updated.add_(factors.D)
+
+
+def _masked_rows(
+    weight: torch.Tensor, packed_mask: torch.Tensor, factors: PstFactors, beta: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """M * W' of a block of rows, rounded to `dtype`."""
+    updated = _updated_rows(weight, factors, beta)
+    return updated.mul_(unpack_mask(packed_mask, weight.shape[1], updated.dtype)).to(dtype)
 
 
 class _PstLinear(torch.autograd.Function):
@@ -51,88 +71,103 @@ class _PstLinear(torch.autograd.Function):
         x: torch.Tensor,  # (..., in)
         weight: torch.Tensor,  # (out, in)
         bias: torch.Tensor | None,  # (out,)
-        mask: torch.Tensor,  # (out, in) bool
+        packed_mask: torch.Tensor,  # (out, ceil(in / 8)) uint8
         scales: PstScales,
         *factor_tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, mask, *factor_tensors)
+        ctx.save_for_backward(x, weight, packed_mask, *factor_tensors)
         ctx.scales = scales
         factors = PstFactors(*factor_tensors)
-        tokens = x.reshape(-1, x.shape[-1])
-        # Filled, not viewed: some models edit a linear's output in place, which autograd refuses on a view.
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for rows in row_blocks(*weight.shape):
-            block = pst_updated_weight(weight[rows], _rows(factors, rows), scales).mul(mask[rows]).to(x.dtype)
-            y.view(-1, y.shape[-1])[:, rows] = F.linear(tokens, block, None if bias is None else bias[rows])
-        return y
+        blocks = (
+            (rows, partial(_masked_rows, weight[rows], packed_mask[rows], _of_rows(factors, rows), scales[0], x.dtype))
+            for rows in row_blocks(x, weight.shape[0], weight.shape[1])
+        )
+        return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mask, *factor_tensors = ctx.saved_tensors
-        factors, scales = PstFactors(*factor_tensors), ctx.scales
+        x, weight, packed_mask, *factor_tensors = ctx.saved_tensors
+        factors, scales = PstFactors(*factor_tensors), PstScales(*ctx.scales)
         needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
         dtype = score_dtype(weight.dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = torch.zeros_like(tokens) if needs_x else None
         dweight = torch.empty_like(weight) if needs_weight else None
-        grads = PstFactors(
-            *(
-                torch.zeros_like(factor, dtype=dtype) if factor is not None and needed else None
-                for factor, needed in zip(factors, needs_factors, strict=True)
-            )
-        )
+        grads = _FactorGrads(factors, needs_factors, scales, dtype)
         with autocast_off(x):
-            for rows in row_blocks(*weight.shape):
-                row_factors = _rows(factors, rows)
-                updated = pst_updated_weight(weight[rows], row_factors, scales)  # (rows, in)
-                dy_rows = dy[:, rows]  # (tokens, rows)
+            for rows in row_blocks(x, weight.shape[0], weight.shape[1]):
+                updated = _updated_rows(weight[rows], _of_rows(factors, rows), scales.beta)  # (rows, in)
+                mask = unpack_mask(packed_mask[rows], weight.shape[1], dtype)
                 if dx is not None:
-                    dx.addmm_(dy_rows, updated.mul(mask[rows]).to(x.dtype))
-                if dweight is None and not any(needs_factors):
+                    dx.addmm_(dy[:, rows], (updated * mask).to(x.dtype))
+                if not (needs_weight or any(needs_factors)):
                     continue
-                G = (dy_rows.T @ tokens).to(dtype)  # (rows, in)
-                dupdated = G * (mask[rows] + updated.abs()) if factors.A is not None else G * mask[rows]
+                G = (dy[:, rows].T @ tokens).to(dtype)  # (rows, in)
+                # mask is of no more use but here
+                dupdated = (mask + updated.abs() if factors.A is not None else mask).mul(G)
                 if dweight is not None:
                     dweight[rows] = dupdated.to(weight.dtype)
-                _add_factor_grads(grads, rows, row_factors, dupdated, dS=G.mul_(updated), scales=scales)
+                grads.add(rows, dupdated, dS=G.mul_(updated))
         return (
             None if dx is None else dx.view(x.shape),
             dweight,
             dy.sum(0) if needs_bias else None,
             None,
             None,
-            *(
-                None if grad is None or factor is None else grad.to(factor.dtype)
-                for grad, factor in zip(grads, factors, strict=True)
-            ),
+            *grads.finished(),
         )
 
 
-def _add_factor_grads(
-    grads: PstFactors,
-    rows: slice,
-    row_factors: PstFactors,
-    dupdated: torch.Tensor,
-    dS: torch.Tensor,
-    scales: PstScales,
-) -> None:
-    """Add what a block of rows contributes to the factors' gradients, given those of its W' and S."""
-    dU, dV, dD, dA, dB, dR, dC, dscores = grads
-    U, V, _, A, B, _, _, _ = row_factors
-    if dU is not None and V is not None:
-        dU[rows] = scales.beta * (dupdated @ V.to(dupdated.dtype).T)
-    if dV is not None and U is not None:
-        dV.addmm_(U.to(dupdated.dtype).T, dupdated, alpha=scales.beta)
-    if dD is not None:
-        dD[rows] = dupdated
-    if dA is not None and B is not None:
-        dA[rows] = scales.alpha1 * (dS @ B.to(dS.dtype).T)
-    if dB is not None and A is not None:
-        dB.addmm_(A.to(dS.dtype).T, dS, alpha=scales.alpha1)
-    if dR is not None:
-        dR[rows] = scales.alpha2 * dS.sum(1)
-    if dC is not None:
-        dC.add_(dS.sum(0), alpha=scales.alpha2)
-    if dscores is not None:
-        dscores[rows] = dS
+class _FactorGrads:
+    """The factors' gradients, added up over blocks of rows.
+
+    A with R and B with C share a product each: dS [B^T, 1] is [dA, dR], and [A, 1]^T dS is [dB; dC].
+    """
+
+    def __init__(self, factors: PstFactors, needed: list[bool], scales: PstScales, dtype: torch.dtype) -> None:
+        self.factors, self.needed, self.scales = factors, dict(zip(factors._fields, needed, strict=True)), scales
+        U, V, D, A, B, R, C, S = (None if factor is None else factor.to(dtype) for factor in factors)
+        self.U, self.V = U, V
+        self.A1 = None if A is None or R is None else torch.cat([A, torch.ones_like(R)[:, None]], 1)  # (out, r + 1)
+        self.B1 = None if B is None or C is None else torch.cat([B, torch.ones_like(C)[None]])  # (r + 1, in)
+        self.grads: dict[str, torch.Tensor] = {}
+        for name, like in {"U": U, "V": V, "D": D, "A1": self.A1, "B1": self.B1, "S": S}.items():
+            if like is not None:
+                self.grads[name] = torch.zeros_like(like)
+
+    def add(self, rows: slice, dupdated: torch.Tensor, dS: torch.Tensor) -> None:
+        """Add what a block of rows contributes, given the gradients of its W' and of its scores."""
+        needed, grads = self.needed, self.grads
+        if self.U is not None and self.V is not None:
+            if needed["U"]:
+                grads["U"][rows] = dupdated @ self.V.T
+            if needed["V"]:
+                grads["V"].addmm_(self.U[rows].T, dupdated)
+        if needed["D"]:
+            grads["D"][rows] = dupdated
+        if self.A1 is not None and self.B1 is not None:
+            if needed["A"] or needed["R"]:
+                grads["A1"][rows] = dS @ self.B1.T
+            if needed["B"] or needed["C"]:
+                grads["B1"].addmm_(self.A1[rows].T, dS)
+        if needed["S"]:
+            grads["S"][rows] = dS
+
+    def finished(self) -> tuple[torch.Tensor | None, ...]:
+        """In the order of [`PstFactors`], scaled and of the factors' dtypes; None for those that need no gradient."""
+        grads, (beta, alpha1, alpha2) = self.grads, self.scales
+        found = {
+            "U": lambda: beta * grads["U"],
+            "V": lambda: beta * grads["V"],
+            "D": lambda: grads["D"],
+            "A": lambda: alpha1 * grads["A1"][:, :-1],
+            "B": lambda: alpha1 * grads["B1"][:-1],
+            "R": lambda: alpha2 * grads["A1"][:, -1],
+            "C": lambda: alpha2 * grads["B1"][-1],
+            "S": lambda: grads["S"],
+        }
+        return tuple(
+            found[name]().to(factor.dtype) if factor is not None and self.needed[name] else None
+            for name, factor in self.factors._asdict().items()
+        )

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity.importance import pst_importance, score_dtype
+from peft_sparse.sparsity import pack_mask, pst_importance, select_mask, unpack_mask
+from peft_sparse.sparsity.importance import score_dtype
 
 
 def row_groups(out_features: int, num_groups: int, device: torch.device | None = None) -> torch.Tensor:
@@ -143,7 +144,7 @@ def pst_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    mask: torch.Tensor,
+    packed_mask: torch.Tensor,
     factors: PstFactors,
     scales: PstScales,
 ) -> torch.Tensor:
@@ -151,10 +152,20 @@ def pst_linear(
 
     Args:
         x: (..., in), of the weight's dtype.
-        weight, mask, factors, scales: see [`pst_weight`].
+        weight, factors, scales: see [`pst_weight`].
         bias: (out,) or None.
+        packed_mask: M as bits, see [`peft_sparse.sparsity.pack_mask`].
 
     Returns:
         (..., out), of the dtype of `x`.
     """
+    mask = unpack_mask(packed_mask, weight.shape[1])
     return F.linear(x, pst_weight(weight, mask, factors, scales).to(x.dtype), bias)
+
+
+def pst_mask(
+    weight: torch.Tensor, num_pruned: int, group_size: int, factors: PstFactors, scales: PstScales
+) -> torch.Tensor:
+    """M as bits: all but the `num_pruned` smallest of [`pst_scores`] in each group of `group_size` weights."""
+    updated = pst_updated_weight(weight, factors, scales)
+    return pack_mask(select_mask(pst_scores(updated, factors, scales), num_pruned, group_size))

@@ -4,19 +4,19 @@ With G = dY^T X and H = G * W:
 
     dX = dY W_eff;    dA[g] = s sum over i in g of B[i] H[i];    dB[i] = s <H[i], A[g(i)]>.
 
-Only X is saved. W_eff is rebuilt in the backward, block of row groups by block, so that no tensor of the weight's size
-lives longer than its block. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`.
+Only X is saved. W_eff is rebuilt in the backward, block of rows by block, so that no tensor of the weight's size lives
+longer than its block. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from peft_sparse.ops.blocks import autocast_off, group_blocks, matmul_dtype
+from peft_sparse.ops.blocks import autocast_off, group_blocks, linear_by_blocks, matmul_dtype
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -42,16 +42,16 @@ def spp_linear_update(
 
 
 def _scaled_rows(
-    weight: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    rows: int,
+    weight: torch.Tensor,  # (rows of the block, in)
+    A: torch.Tensor,  # (groups, in)
+    B: torch.Tensor,  # (rows of the block,)
+    rows_per_group: int,
     scaling: float,
     offset: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W (offset + s B A) of one block of row groups, (rows of the block, in), rounded to `dtype`."""
-    factors = (scaling * B).view(-1, rows, 1) * A[:, None, :]  # (groups, rows, in)
+    """W (offset + s B A) of one block, rounded to `dtype`."""
+    factors = (scaling * B).view(-1, rows_per_group, 1) * A[:, None, :]  # (groups, rows per group, in)
     factors.add_(offset).mul_(weight.reshape(factors.shape))
     return factors.view(weight.shape).to(dtype)
 
@@ -72,43 +72,36 @@ class _SppLinear(torch.autograd.Function):
         ctx.scaling, ctx.offset = scaling, offset
         factor_dtype = score_dtype(weight.dtype)
         A, B = A.to(factor_dtype), B.to(factor_dtype)
-        tokens = x.reshape(-1, x.shape[-1])
-        # Filled, not viewed: some models edit a linear's output in place, which autograd refuses on a view.
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for groups, rows, size in group_blocks(weight.shape[0], weight.shape[1], A.shape[0]):
-            block = _scaled_rows(weight[rows], A[groups], B[rows], size, scaling, offset, x.dtype)
-            y.view(-1, y.shape[-1])[:, rows] = F.linear(tokens, block, None if bias is None else bias[rows])
-        return y
+        blocks = (
+            (rows, partial(_scaled_rows, weight[rows], A[groups], B[rows], size, scaling, offset, x.dtype))
+            for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0])
+        )
+        return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        factor_dtype, scaling = score_dtype(weight.dtype), ctx.scaling
-        A32, B32 = A.to(factor_dtype), B.to(factor_dtype)
+        dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
+        A_wide, B_wide = A.to(dtype), B.to(dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = torch.zeros_like(tokens) if needs_x else None
-        dA, dB = torch.zeros_like(A32), torch.zeros_like(B32)
+        dA, dB = torch.zeros_like(A_wide), torch.zeros_like(B_wide)
         dweight = torch.empty_like(weight) if needs_weight else None
         with autocast_off(x):
-            for groups, rows, size in group_blocks(weight.shape[0], weight.shape[1], A.shape[0]):
-                dy_rows = dy[:, rows]  # (tokens, rows)
+            for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0]):
+                dy_rows, A_block, B_block = dy[:, rows], A_wide[groups], B_wide[rows]
                 if dx is not None:
-                    block = _scaled_rows(weight[rows], A32[groups], B32[rows], size, scaling, ctx.offset, x.dtype)
-                    dx.addmm_(dy_rows, block)
+                    dx.addmm_(dy_rows, _scaled_rows(weight[rows], A_block, B_block, size, scaling, offset, x.dtype))
                 if not (needs_A or needs_B or needs_weight):
                     continue
-                G = (dy_rows.T @ tokens).to(factor_dtype)  # (rows, in)
-                B_groups, A_groups = B32[rows].view(-1, 1, size), A32[groups]
+                G = (dy_rows.T @ tokens).to(dtype)  # (rows, in)
                 if dweight is not None:
-                    factors = _scaled_rows(
-                        torch.ones_like(G), A_groups, B32[rows], size, scaling, ctx.offset, factor_dtype
-                    )
-                    dweight[rows] = (G * factors).to(weight.dtype)
-                H = G.mul_(weight[rows]).view(A_groups.shape[0], size, -1)  # (groups, size, in)
-                dA[groups] = scaling * (B_groups @ H).squeeze(1)
-                dB[rows] = scaling * (H @ A_groups[:, :, None]).reshape(-1)
+                    dweight[rows] = _scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
+                H = G.mul_(weight[rows]).view(A_block.shape[0], size, -1)  # (groups, rows per group, in)
+                dA[groups] += scaling * (B_block.view(-1, 1, size) @ H).squeeze(1)
+                dB[rows] = scaling * (H @ A_block[:, :, None]).reshape(-1)
         return (
             None if dx is None else dx.view(x.shape),
             dweight,

@@ -2,6 +2,7 @@
 
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
+from peft_sparse.sparsity.packing import pack_mask, unpack_mask
 from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
 from peft_sparse.sparsity.statistics import ColumnNorms
@@ -15,10 +16,12 @@ __all__ = [
     "check_sparsity",
     "find_pattern",
     "magnitude_importance",
+    "pack_mask",
     "parse_pattern",
     "pst_importance",
     "round_keeping_support",
     "select_mask",
     "sparsity_at",
+    "unpack_mask",
     "wanda_importance",
 ]

@@ -3,17 +3,27 @@
 A mask is bool and has the weight's shape; True = kept. In every group, the `num_pruned` weights with the smallest
 scores go; of equal scores, those with the lower index go first. So the count is exact whatever the ties, and the same
 scores give the same mask on every device.
+
+Selecting costs a few passes over the scores and no sort: a large group brackets its threshold by the quantiles of a
+sample, which leaves about one score in a hundred to look at; in groups of a few scores, each is ranked by comparison
+with the others.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+# A sample of this size puts the threshold of a group between two of its own quantiles, four standard deviations apart
+# on either side. Smaller groups are selected from as a whole.
+SAMPLE_SIZE = 1 << 16
+# Up to this size, comparing each score of a group with each other one is faster than selecting in every group.
+MAX_COMPARED = 8
 
 
 def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch.Tensor:
     """Keep all but the `num_pruned` smallest scores of every group.
-
-    The threshold is found by selection rather than by a sort, and is compared with the scores in a second pass.
 
     Args:
         scores: importance, any shape; consecutive runs of `group_size` entries (row-major) form the groups. A NaN
@@ -24,6 +34,9 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     Returns:
         bool, the shape of `scores`; True = kept, exactly `group_size - num_pruned` of them in each group.
 
+    Raises:
+        ValueError: if `num_pruned` is out of range.
+
     Example:
         >>> select_mask(torch.tensor([[3.0, 1.0, 1.0, 1.0]]), num_pruned=2, group_size=4)
         tensor([[ True, False, False,  True]])
@@ -33,6 +46,18 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     if num_pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     groups = scores.detach().reshape(-1, group_size)
+    mask = None
+    if groups.shape[0] == 1 and group_size > SAMPLE_SIZE:
+        mask = _select_by_bracket(groups[0], num_pruned)
+    elif group_size <= MAX_COMPARED and not bool(groups.isnan().any()):
+        mask = _select_by_rank(groups, num_pruned)
+    if mask is None:
+        mask = _select_by_threshold(groups, num_pruned)
+    return mask.reshape(scores.shape)
+
+
+def _select_by_threshold(groups: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    """For groups of any kind, (number, size): find each one's threshold, then compare with it."""
     threshold = groups.kthvalue(num_pruned, dim=1, keepdim=True).values
     below, tied = groups < threshold, groups == threshold
     # NaN is the largest for kthvalue but equals nothing: a group whose threshold is NaN prunes its first NaNs.
@@ -42,7 +67,54 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     still_to_prune = num_pruned - below.sum(1, keepdim=True)
     if bool((tied.sum(1, keepdim=True) > still_to_prune).any()):
         tied &= tied.cumsum(1) <= still_to_prune
-    return ~(below | tied).reshape(scores.shape)
+    return ~(below | tied)
+
+
+def _select_by_bracket(scores: torch.Tensor, num_pruned: int) -> torch.Tensor | None:
+    """For one large group, (size,): all but the scores in the bracket are decided by comparing with its ends.
+
+    Returns:
+        The mask, or None if the threshold is not in the bracket (the sample was no fair one).
+    """
+    sample = scores[:: _prime_from(scores.numel() // SAMPLE_SIZE)].contiguous()
+    share = num_pruned / scores.numel()
+    rank = round(share * sample.numel())
+    margin = math.ceil(4 * math.sqrt(sample.numel() * share * (1 - share))) + 1
+    low = sample.kthvalue(max(rank - margin, 1)).values
+    high = sample.kthvalue(min(rank + margin, sample.numel())).values
+    # Written so that NaN, which fails every comparison, is kept.
+    mask = (scores < low).logical_not_()
+    num_below = scores.numel() - int(torch.count_nonzero(mask))
+    undecided = (mask ^ (scores <= high).logical_not_()).nonzero()[:, 0]  # in the order of their indices
+    still_to_prune = num_pruned - num_below
+    if not 0 <= still_to_prune <= undecided.numel():
+        return None
+    if still_to_prune:
+        kept = _select_by_threshold(scores[undecided][None], still_to_prune)[0]
+        mask[undecided[~kept]] = False
+    return mask
+
+
+def _prime_from(start: int) -> int:
+    """The first prime from `start` on: a stride that does not keep step with the rows of a weight, whose scores have
+    structure along rows and columns."""
+    candidate = max(start, 2)
+    while any(candidate % divisor == 0 for divisor in range(2, math.isqrt(candidate) + 1)):
+        candidate += 1
+    return candidate
+
+
+def _select_by_rank(groups: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    """For many small groups without NaN, (number, size): a score is kept if enough others rank before it."""
+    columns = groups.unbind(1)
+    mask = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
+    for i, score in enumerate(columns):
+        rank = torch.zeros(score.shape, dtype=torch.uint8, device=groups.device)
+        for j, other in enumerate(columns):
+            if j != i:
+                rank += other <= score if j < i else other < score
+        mask[:, i] = rank >= num_pruned
+    return mask
 
 
 def round_keeping_support(weight: torch.Tensor, support: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

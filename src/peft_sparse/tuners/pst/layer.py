@@ -18,7 +18,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from peft_sparse import ops
-from peft_sparse.sparsity import Pattern, parse_pattern, select_mask, sparsity_at
+from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
 from peft_sparse.tuners.pst.config import DEFAULT_SPARSITY, PstConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -59,6 +59,7 @@ class PstLinear(SparseLayer):
             setattr(self, attribute, nn.ParameterDict({}))
         self.pst_pruned = BufferDict({}, persistent=True)
         self._settings: dict[str, _Settings] = {}
+        self._masks: dict[str, ops.MaskCache] = {}
         self._driven: set[str] = set()  # adapters whose schedule was set in this process; for warnings only
 
     def update_layer(self, adapter_name: str, config: PstConfig, **kwargs: Any) -> None:
@@ -83,6 +84,7 @@ class PstLinear(SparseLayer):
             total_steps=config.total_steps,
             scales=ops.PstScales(config.beta, config.alpha1, config.alpha2),
         )
+        self._masks[adapter_name] = ops.MaskCache()
         self.pst_pruned[adapter_name] = torch.tensor(self._count(adapter_name, schedule(0, 1)), dtype=torch.int64)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -103,6 +105,7 @@ class PstLinear(SparseLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._settings.pop(adapter_name, None)
+        self._masks.pop(adapter_name, None)
         self._driven.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -118,6 +121,7 @@ class PstLinear(SparseLayer):
         """Prune as many weights as the adapter's schedule says after `step` of `total_steps` optimizer steps."""
         sparsity = self._settings[adapter_name].schedule(step, total_steps)
         self.pst_pruned[adapter_name].fill_(self._count(adapter_name, sparsity))
+        self._masks[adapter_name].mark_stale()
         self._driven.add(adapter_name)
 
     def is_driven(self, adapter_name: str) -> bool:
@@ -148,7 +152,17 @@ class PstLinear(SparseLayer):
         """The adapter's trained tensors; None for those that its config does not call for."""
         return ops.PstFactors(*(getattr(self, name).get(adapter_name) for name in self.adapter_layer_names))
 
-    @torch.no_grad()
+    def _packed_mask(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        settings = self._settings[adapter_name]
+        return ops.pst_mask(
+            self._masks[adapter_name],
+            weight,
+            self.pst_pruned[adapter_name],
+            settings.group_size,
+            self.factors(adapter_name),
+            settings.scales,
+        )
+
     def get_mask(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         """M, bool (out, in), True = kept.
 
@@ -156,10 +170,7 @@ class PstLinear(SparseLayer):
             weight: W, (out, in); None: the base weight as it is now.
         """
         weight = self.base_weight if weight is None else weight
-        settings, factors = self._settings[adapter_name], self.factors(adapter_name)
-        updated = ops.reference.pst_updated_weight(weight, factors, settings.scales)
-        scores = ops.reference.pst_scores(updated, factors, settings.scales)
-        return select_mask(scores, int(self.pst_pruned[adapter_name]), settings.group_size)
+        return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
@@ -169,7 +180,7 @@ class PstLinear(SparseLayer):
     def adapted_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
     ) -> torch.Tensor:
-        mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
+        mask, scales = self._packed_mask(adapter_name, weight), self._settings[adapter_name].scales
         return ops.pst_linear(x, weight, bias, mask, self.factors(adapter_name), scales)
 
     def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:

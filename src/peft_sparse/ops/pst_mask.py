@@ -1,0 +1,169 @@
+"""PST's mask, refreshed when a factor changed and kept as bits in between.
+
+A mask is selected from the scores of a whole layer, which costs about as much as a fifth of a forward matmul, so it is
+kept: over accumulation steps, evaluation and generation. One bit a weight is all that stays.
+
+Whether it is still right is decided by content, since neither object identity nor version counters tell everything: an
+in-place change through `.data` does not count as a version, and sharded training recreates parameters at every
+forward. Low-rank factors are compared as a whole with a kept copy; tensors of the weight's size by identity, version
+and a sample.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import count
+from typing import Any
+
+import torch
+
+from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight
+from peft_sparse.sparsity import pack_mask, select_mask
+from peft_sparse.sparsity.importance import score_dtype
+
+# Tensors up to the first size are compared as a whole, larger ones by a sample of about the second.
+COMPARED_ELEMENTS = 1 << 16
+SAMPLED_ELEMENTS = 1 << 12
+
+
+class MaskCache:
+    """The mask of one adapter of one layer, if it was selected before.
+
+    A copy or an unpickled one starts empty: what it belongs to is another layer.
+    """
+
+    def __init__(self) -> None:
+        self.handle = next(_HANDLES)
+        self._packed: torch.Tensor | None = None
+        self._inputs: list[tuple[tuple[Any, ...], torch.Tensor]] = []
+        _CACHES[self.handle] = self
+
+    def __reduce__(self) -> tuple[type[MaskCache], tuple[()]]:
+        return MaskCache, ()
+
+    def mark_stale(self) -> None:
+        """Select anew in the next forward."""
+        self._packed = None
+        self._inputs = []
+
+    def get(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
+        """The mask that was kept for exactly these tensors, or None."""
+        if self._packed is None or len(tensors) != len(self._inputs):
+            return None
+        for tensor, (identity, content) in zip(tensors, self._inputs, strict=True):
+            if _identity(tensor) != identity or not torch.equal(_sample(tensor), content):
+                return None
+        return self._packed
+
+    def put(self, packed: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+        """Keep a mask with what it was selected from."""
+        self._packed = packed
+        self._inputs = [(_identity(tensor), _sample(tensor).clone()) for tensor in tensors]
+
+
+_HANDLES = count()
+_CACHES: weakref.WeakValueDictionary[int, MaskCache] = weakref.WeakValueDictionary()
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tells a large tensor from another or a later one; of a small one, whose content tells, the kind alone."""
+    kind = (tensor.shape, tensor.dtype, tensor.device)
+    return kind if tensor.numel() <= COMPARED_ELEMENTS else (*kind, tensor.data_ptr(), tensor._version)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() <= COMPARED_ELEMENTS:
+        return tensor
+    rows_first = tensor if tensor.is_contiguous() else tensor.T  # as stored: a view, no copy
+    return rows_first.reshape(-1)[:: tensor.numel() // SAMPLED_ELEMENTS]
+
+
+@torch.no_grad()
+def pst_mask(
+    cache: MaskCache,
+    weight: torch.Tensor,
+    pruned: torch.Tensor,
+    group_size: int,
+    factors: PstFactors,
+    scales: PstScales,
+) -> torch.Tensor:
+    """The mask of the weights whose scores are largest, see [`peft_sparse.ops.reference.pst_scores`].
+
+    Args:
+        cache: of the layer and adapter that the mask is for.
+        weight: W, (out, in).
+        pruned: int64 scalar, how many weights of each comparison group are pruned.
+        group_size: size of a comparison group: the whole layer, or M.
+        factors, scales: of the layer.
+
+    Returns:
+        uint8 (out, ceil(in / 8)), as [`peft_sparse.sparsity.pack_mask`] packs it. A compiled graph gets a copy of its
+        own.
+    """
+    if torch.compiler.is_compiling():
+        tensors = [tensor for tensor in factors if tensor is not None]
+        names = "".join(name for name, tensor in factors._asdict().items() if tensor is not None)
+        return _pst_mask_op(cache.handle, weight, pruned, group_size, tensors, names, *scales)
+    tensors = [pruned, weight, *(tensor for tensor in factors if tensor is not None)]
+    packed = cache.get(tensors)
+    if packed is None:
+        packed = _select(weight, int(pruned), group_size, factors, scales)
+        cache.put(packed, tensors)
+    return packed
+
+
+# An operator of its own: a compiler does not look into it, where reading the cache would break the graph.
+@torch.library.custom_op("peft_sparse::pst_mask", mutates_args=())
+def _pst_mask_op(
+    handle: int,
+    weight: torch.Tensor,
+    pruned: torch.Tensor,
+    group_size: int,
+    factors: list[torch.Tensor],
+    names: str,
+    beta: float,
+    alpha1: float,
+    alpha2: float,
+) -> torch.Tensor:
+    named = PstFactors(**dict(zip(names, factors, strict=True)))
+    # An operator returns new memory. Should its layer be gone, nothing can be kept for it.
+    cache = _CACHES.get(handle) or MaskCache()
+    return pst_mask(cache, weight, pruned, group_size, named, PstScales(beta, alpha1, alpha2)).clone()
+
+
+@_pst_mask_op.register_fake
+def _(
+    handle: int,
+    weight: torch.Tensor,
+    pruned: torch.Tensor,
+    group_size: int,
+    factors: list[torch.Tensor],
+    names: str,
+    beta: float,
+    alpha1: float,
+    alpha2: float,
+) -> torch.Tensor:
+    return weight.new_empty((weight.shape[0], (weight.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+def _select(
+    weight: torch.Tensor, num_pruned: int, group_size: int, factors: PstFactors, scales: PstScales
+) -> torch.Tensor:
+    if num_pruned == 0:
+        kept = torch.ones((1, weight.shape[1]), dtype=torch.bool, device=weight.device)
+        return pack_mask(kept).expand(weight.shape[0], -1).contiguous()
+    return pack_mask(select_mask(_scores(weight, factors, scales), num_pruned, group_size))
+
+
+def _scores(weight: torch.Tensor, factors: PstFactors, scales: PstScales) -> torch.Tensor:
+    """The scores of the reference, with A B + R + C as one product: [A, R, 1] times [B; 1; C]."""
+    _, _, _, A, B, R, C, S = factors
+    if S is not None:
+        return S.to(score_dtype(S.dtype))
+    updated = pst_updated_weight(weight, factors, scales)
+    scores = updated.abs() if updated.data_ptr() == weight.data_ptr() else updated.abs_()
+    if A is None or B is None or R is None or C is None:
+        return scores
+    left = torch.cat([scales.alpha1 * A, scales.alpha2 * torch.stack([R, torch.ones_like(R)], 1)], 1)
+    right = torch.cat([B, torch.ones_like(C)[None], C[None]])
+    return scores.addmm_(left.to(scores.dtype), right.to(scores.dtype))

@@ -1,0 +1,54 @@
+"""torch.compile of the whole model, without a break in the graph, gives the same losses."""
+
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_sparse import PstConfig, SppConfig
+
+from models import tiny_llama
+
+CONFIGS = {
+    "spp": lambda: SppConfig(r=5),
+    "pst": lambda: PstConfig(sparsity=0.5),
+    "pst 2:4": lambda: PstConfig(pattern="2:4"),
+    "movement": lambda: PstConfig(sparsity=0.5, importance="movement", weight_update="full"),
+}
+STEPS = 5
+
+
+def losses(config, backend: str | None) -> list[float]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = get_peft_model(tiny_llama(), config())
+    forward = torch.compile(model, fullgraph=True, backend=backend) if backend else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(3, 33).reshape(2, 15)
+    found = []
+    for step in range(STEPS):
+        if isinstance(config(), PstConfig):
+            model.base_model.set_sparsity_step(step, STEPS - 1)
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_aot_eager(config):
+    """The whole of tracing and of the backward's graph, without the code generation that needs a C++ compiler."""
+    assert losses(config, "aot_eager") == pytest.approx(losses(config, None), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+@pytest.mark.parametrize("config", [CONFIGS["spp"], CONFIGS["pst"]], ids=["spp", "pst"])
+def test_inductor(config):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("inductor's CPU backend needs a C++ compiler")
+    assert losses(config, "inductor") == pytest.approx(losses(config, None), abs=1e-5)
