@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import PstConfig, ops
 from peft_sparse.ops import MaskCache, PstFactors, PstScales
@@ -110,6 +112,22 @@ def test_selected_once_for_each_optimizer_step(selections):
         assert len(selections) == len(layers)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "b"]], ids=["one adapter", "two"])
+def test_training_after_inference_mode(names):
+    """What is kept in inference mode cannot be saved for a backward."""
+    model = get_peft_model(nn.Sequential(Conv1D(300, 400)), PstConfig(target_modules=["0"], schedule="constant"))
+    model.add_adapter("b", PstConfig(target_modules=["0"], schedule="constant", sparsity=0.5))
+    model.base_model.set_adapter(names)
+    x = torch.randn(2, 400)
+    with torch.inference_mode():
+        expected = model(x)
+    found = model(x)
+    torch.testing.assert_close(found, expected.clone())
+    found.sum().backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_copies_and_pickles_start_anew():

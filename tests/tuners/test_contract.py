@@ -5,6 +5,7 @@ zeros, exactness, half precision and several adapters.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from peft import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_sparse import PstConfig, SppConfig
+from peft_sparse import PstConfig, SppConfig, ops
 from peft_sparse.linears import block_linears, get_weight
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -278,3 +279,24 @@ def test_gradient_checkpointing(config):
     torch.testing.assert_close(losses[1:], losses[:1] * 2)
     for other in grads[1:]:
         torch.testing.assert_close(other, grads[0])
+
+
+@each_config
+def test_the_reference_can_be_put_to_work(config, monkeypatch):
+    """Same loss and gradients; and the fused functions are not called."""
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(pruned_model(tiny_gpt2, config), config())
+        if enabled:
+            for function in (ops.spp_linear, ops.pst_linear):
+                module = sys.modules[function.__module__]
+                for fused in ("_SppLinear", "_PstLinear"):
+                    monkeypatch.setattr(module, fused, None, raising=False)
+        with ops.use_reference(enabled):
+            torch.manual_seed(1)
+            loss = model(**tokens(), labels=tokens()["input_ids"]).loss
+            loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    assert not ops.reference.reference_in_use()

@@ -1,9 +1,10 @@
-"""Autograd functions on tensors. `reference` holds the plain twin of each, under the same name and signature."""
+"""Autograd functions on tensors. `reference` holds the plain twin of each, under the same name and signature, and
+`use_reference` puts it to work."""
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
-from peft_sparse.ops.reference import PstFactors, PstScales
+from peft_sparse.ops.reference import PstFactors, PstScales, use_reference
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "reference",
     "spp_linear",
     "spp_linear_update",
+    "use_reference",
 ]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import autocast_off, linear_by_blocks, matmul_dtype, row_blocks
 from peft_sparse.ops.reference import PstFactors, PstScales
 from peft_sparse.sparsity import unpack_mask
@@ -34,6 +35,8 @@ def pst_linear(
     scales: PstScales,
 ) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.pst_linear`]: same arguments, same results."""
+    if reference.reference_in_use():
+        return reference.pst_linear(x, weight, bias, packed_mask, factors, scales)
     dtype = matmul_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     return _PstLinear.apply(x.to(dtype), weight, bias, packed_mask, scales, *factors)

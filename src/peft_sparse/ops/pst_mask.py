@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight
+from peft_sparse.ops import reference
+from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight, reference_in_use
 from peft_sparse.sparsity import pack_mask, select_mask
 from peft_sparse.sparsity.importance import score_dtype
 
@@ -50,6 +51,8 @@ class MaskCache:
         """The mask that was kept for exactly these tensors, or None."""
         if self._packed is None or len(tensors) != len(self._inputs):
             return None
+        if self._packed.is_inference() and not torch.is_inference_mode_enabled():
+            return None  # made in inference mode, so autograd would refuse to save it
         for tensor, (identity, content) in zip(tensors, self._inputs, strict=True):
             if _identity(tensor) != identity or not torch.equal(_sample(tensor), content):
                 return None
@@ -68,7 +71,9 @@ _CACHES: weakref.WeakValueDictionary[int, MaskCache] = weakref.WeakValueDictiona
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What tells a large tensor from another or a later one; of a small one, whose content tells, the kind alone."""
     kind = (tensor.shape, tensor.dtype, tensor.device)
-    return kind if tensor.numel() <= COMPARED_ELEMENTS else (*kind, tensor.data_ptr(), tensor._version)
+    if tensor.numel() <= COMPARED_ELEMENTS:
+        return kind
+    return (*kind, tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,6 +105,8 @@ def pst_mask(
         uint8 (out, ceil(in / 8)), as [`peft_sparse.sparsity.pack_mask`] packs it. A compiled graph gets a copy of its
         own.
     """
+    if reference_in_use():
+        return reference.pst_mask(weight, int(pruned), group_size, factors, scales)
     if torch.compiler.is_compiling():
         tensors = [tensor for tensor in factors if tensor is not None]
         names = "".join(name for name, tensor in factors._asdict().items() if tensor is not None)

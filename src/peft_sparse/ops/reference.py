@@ -18,6 +18,39 @@ from peft_sparse.sparsity import pack_mask, pst_importance, select_mask, unpack_
 from peft_sparse.sparsity.importance import score_dtype
 
 
+class use_reference:
+    """Compute every layer with the functions of this module instead of the fused ones, to tell whether those are to
+    blame for a result. Slower, and memory of the weight's size is kept for each layer.
+
+    Args:
+        enabled: False goes back to the fused ones.
+
+    Example:
+        >>> _ = use_reference()  # from now on, or for some lines only:
+        >>> with use_reference(enabled=False):
+        ...     reference_in_use()
+        False
+        >>> _ = use_reference(enabled=False)
+    """
+
+    _enabled = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._before = use_reference._enabled
+        use_reference._enabled = enabled
+
+    def __enter__(self) -> use_reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        use_reference._enabled = self._before
+
+
+def reference_in_use() -> bool:
+    """Whether [`use_reference`] is on."""
+    return use_reference._enabled
+
+
 def row_groups(out_features: int, num_groups: int, device: torch.device | None = None) -> torch.Tensor:
     """g(i): the group of each row, int64 (out,). Groups are contiguous and as equal as possible; the first ones are
     one row longer when out_features is not divisible by `num_groups`.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import autocast_off, group_blocks, linear_by_blocks, matmul_dtype
 from peft_sparse.sparsity.importance import score_dtype
 
@@ -29,6 +30,8 @@ def spp_linear(
     scaling: float,
 ) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.spp_linear`]: same arguments, same results."""
+    if reference.reference_in_use():
+        return reference.spp_linear(x, weight, bias, A, B, scaling)
     dtype = matmul_dtype(x)
     return _SppLinear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, scaling, 1.0)
 
@@ -38,6 +41,8 @@ def spp_linear_update(
 ) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.spp_linear_update`]: the same function as `spp_linear`, without
     the 1 in W (1 + s B A)."""
+    if reference.reference_in_use():
+        return reference.spp_linear_update(x, weight, A, B, scaling)
     return _SppLinear.apply(x.to(matmul_dtype(x)), weight, None, A, B, scaling, 0.0)
 
 
