@@ -55,10 +55,11 @@ def _scaled_rows(
     offset: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W (offset + s B A) of one block, rounded to `dtype`."""
-    factors = (scaling * B).view(-1, rows_per_group, 1) * A[:, None, :]  # (groups, rows per group, in)
-    factors.add_(offset).mul_(weight.reshape(factors.shape))
-    return factors.view(weight.shape).to(dtype)
+    """W (offset + s B A) of one block, rounded to `dtype`; the offset is 1 or 0."""
+    scaled = (scaling * B).view(-1, rows_per_group, 1) * A[:, None, :]  # (groups, rows per group, in)
+    grouped = weight.to(scaled.dtype).reshape(scaled.shape)
+    scaled = torch.addcmul(grouped, grouped, scaled) if offset else scaled.mul_(grouped)
+    return scaled.view(weight.shape).to(dtype)
 
 
 class _SppLinear(torch.autograd.Function):
@@ -106,7 +107,7 @@ class _SppLinear(torch.autograd.Function):
                     dweight[rows] = _scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
                 H = G.mul_(weight[rows]).view(A_block.shape[0], size, -1)  # (groups, rows per group, in)
                 dA[groups] += scaling * (B_block.view(-1, 1, size) @ H).squeeze(1)
-                dB[rows] = scaling * (H @ A_block[:, :, None]).reshape(-1)
+                dB[rows] = scaling * (A_block[:, None, :] @ H.mT).reshape(-1)
         return (
             None if dx is None else dx.view(x.shape),
             dweight,
