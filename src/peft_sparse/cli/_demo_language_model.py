@@ -28,7 +28,7 @@ from peft_sparse.tuners.spp import SppConfig
 
 # pattern: its name in the table, and in the folder where the model is saved
 PATTERNS = {"2:4": ("Wanda 2:4", "wanda-2-4"), "unstructured": ("Wanda 50%", "wanda-50")}
-MAX_WINDOW = 512
+MAX_WINDOW = 256
 BATCH_SIZE = 1
 # The paper's 4e-3 is for LLaMA-7B and thousands of steps; in some dozens 2e-2 repairs far more.
 SPP_LR = 2e-2
@@ -43,9 +43,9 @@ class Settings:
 
     model: str
     output: Path
-    steps: int = 50
-    calibration_windows: int = 16
-    held_out_windows: int = 16
+    steps: int = 40
+    calibration_windows: int = 24
+    held_out_windows: int = 24
     seed: int = 0
 
     @property
