@@ -35,8 +35,9 @@ class MaskCache:
 
     def __init__(self) -> None:
         self.handle = next(_HANDLES)
-        self._packed: torch.Tensor | None = None
-        self._inputs: list[tuple[tuple[Any, ...], torch.Tensor]] = []
+        # the mask, and identity and content of each tensor that it was selected from; one tuple, so that threads which
+        # share a layer (nn.DataParallel) never see the one without the other
+        self._kept: tuple[torch.Tensor, list[tuple[tuple[Any, ...], torch.Tensor]]] | None = None
         _CACHES[self.handle] = self
 
     def __reduce__(self) -> tuple[type[MaskCache], tuple[()]]:
@@ -44,24 +45,24 @@ class MaskCache:
 
     def mark_stale(self) -> None:
         """Select anew in the next forward."""
-        self._packed = None
-        self._inputs = []
+        self._kept = None
 
     def get(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
         """The mask that was kept for exactly these tensors, or None."""
-        if self._packed is None or len(tensors) != len(self._inputs):
+        kept = self._kept
+        if kept is None or len(tensors) != len(kept[1]):
             return None
-        if self._packed.is_inference() and not torch.is_inference_mode_enabled():
+        packed, inputs = kept
+        if packed.is_inference() and not torch.is_inference_mode_enabled():
             return None  # made in inference mode, so autograd would refuse to save it
-        for tensor, (identity, content) in zip(tensors, self._inputs, strict=True):
+        for tensor, (identity, content) in zip(tensors, inputs, strict=True):
             if _identity(tensor) != identity or not torch.equal(_sample(tensor), content):
                 return None
-        return self._packed
+        return packed
 
     def put(self, packed: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """Keep a mask with what it was selected from."""
-        self._packed = packed
-        self._inputs = [(_identity(tensor), _sample(tensor).clone()) for tensor in tensors]
+        self._kept = packed, [(_identity(tensor), _sample(tensor).clone()) for tensor in tensors]
 
 
 _HANDLES = count()
