@@ -1,0 +1,97 @@
+"""Draw the ratios of the CSVs as bar charts, a PNG beside each CSV.
+
+    python -m benchmarks.plot                 # all of benchmarks/results
+    python -m benchmarks.plot some/file.csv
+
+One chart for each ratio and case. A file that `--append` wrote to is drawn by its latest run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NAME_COLUMNS = ("peer", "variant")
+CASE_COLUMNS = ("model", "out", "in", "tokens", "sparsity")
+BAR_HEIGHT, CHART_WIDTH = 0.28, 5.0  # inches
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of the latest run in a CSV."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def charts(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, dict[str, float]]]:
+    """case -> ratio column -> variant -> ratio; a ratio that a variant has not is left out."""
+    name_column = next(name for name in NAME_COLUMNS if name in rows[0])
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        case = ", ".join(f"{name} {row[name]}" for name in CASE_COLUMNS if row.get(name))
+        for column, value in row.items():
+            if "ratio_" in column and value:
+                found.setdefault(case, {}).setdefault(column, {})[row[name_column]] = float(value)
+    return found
+
+
+def draw(path: Path) -> Path:
+    """Draw one CSV.
+
+    Raises:
+        SystemExit: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a screen
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("Drawing takes matplotlib: pip install matplotlib") from None
+
+    rows = read(path)
+    cases = charts(rows)
+    columns = list(dict.fromkeys(column for ratios in cases.values() for column in ratios))
+    most_bars = max(len(bars) for ratios in cases.values() for bars in ratios.values())
+    height = len(cases) * (BAR_HEIGHT * most_bars + 1.0) + 0.8
+    figure = Figure(figsize=(CHART_WIDTH * len(columns), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(cases), len(columns), squeeze=False)
+    for line, (case, ratios) in zip(axes, cases.items(), strict=True):
+        for axis, column in zip(line, columns, strict=True):
+            bars = ratios.get(column, {})
+            if not bars:
+                axis.set_axis_off()
+                continue
+            drawn = axis.barh(list(bars), list(bars.values()), color="#4c72b0")
+            axis.bar_label(drawn, fmt="%.2f", padding=3)
+            axis.axvline(1.0, color="black", linewidth=0.8)
+            axis.margins(x=0.15)
+            axis.invert_yaxis()  # the first row of the CSV on top
+            axis.set_title(f"{column.replace('_', ' ')}\n{case}", fontsize=9)
+    first = rows[0]
+    figure.suptitle(
+        f"{path.stem}: {first['hardware']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
+        f"commit {first['commit']}",
+        fontsize=9,
+    )
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("csv", nargs="*", type=Path, help="CSV files (default: all in benchmarks/results)")
+    paths = options.parse_args(argv).csv or sorted(RESULTS.glob("*.csv"))
+    if not paths:
+        raise SystemExit(f"There is no CSV in {RESULTS} yet; run a benchmark first, see benchmarks/README.md.")
+    for path in paths:
+        print(draw(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The benchmarks: every script runs at a tiny size and writes its columns; the runner's arithmetic; the gate.
+
+Measuring functions are called below the gate, which has no bypass; the gate itself is run once, in a slow test.
+"""
+
+import csv
+import statistics
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import (
+    authors,
+    check,
+    compile_step,
+    layer_step,
+    memory,
+    model_step,
+    models,
+    peers,
+    plot,
+    report,
+    runner,
+    selection,
+)
+
+TIME = ["median_ms", "spread_ms"]
+COLUMNS = {
+    layer_step: [
+        "out", "in", "tokens", "peer", *TIME, "ratio_floor", "ratio_lora", "ratio_hira", "ratio_authors",
+        "ratio_authors_checkpoint", "saved_bytes_beyond_x", "saved_bytes_per_weight", "peak_tensors_mb",
+        "peak_step_mb", "trainable",
+    ],
+    selection: [
+        "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_forward_matmul", "ratio_kthvalue",
+        "ratio_argsort",
+    ],
+    model_step: [
+        "model", "tokens", "peer", *TIME, "ratio_lora", "ratio_hira", "ratio_authors", "ratio_authors_checkpoint",
+        "peak_tensors_mb", "peak_step_mb", "peak_total_mb", "peak_step_ratio_lora",
+        "peak_total_ratio_lora", "saved_mb", "trainable",
+    ],
+    compile_step: [
+        "model", "tokens", "backend", "variant", *TIME, "ratio_eager", "first_step_s", "loss_after_first_step",
+    ],
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def measure(script, path, *options) -> list[dict[str, str]]:
+    """A script without its gate; the rows that its CSV has."""
+    threads = str(torch.get_num_threads())
+    args = runner.prepare(script.options().parse_args(["--quick", "--rounds", "2", "--threads", threads, *options]))
+    rows = [row | report.metadata(args) for row in script.measure(args)]
+    report.write(rows, path)
+    report.print_table(rows)
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def by(rows, column):
+    return {row[column]: row for row in rows}
+
+
+def test_layer_step(tmp_path):
+    rows = measure(layer_step, tmp_path / "a.csv", "--no-memory")
+    assert list(rows[0]) == [*COLUMNS[layer_step], *report.METADATA]
+    found = by(rows, "peer")
+    assert list(found) == list(peers.LAYER_PEERS)
+    assert found["lora"]["ratio_lora"] == found["floor"]["ratio_floor"] == "1"
+    assert found["spp_authors"]["ratio_authors"] == found["pst_authors"]["ratio_authors"] == "1"
+    assert found["lora"]["ratio_authors"] == "" and found["pst"]["ratio_authors_checkpoint"] == ""
+    out, columns, _ = layer_step.QUICK_CASE
+    saved = {name: int(row["saved_bytes_beyond_x"]) for name, row in found.items() if name != "floor"}
+    assert saved["full"] == saved["spp"] == saved["spp_authors_checkpoint"] == 0
+    assert saved["pst"] == out * columns // 8
+    assert saved["hira"] == 4 * out * columns
+    assert min(saved["spp_reference"], saved["pst_reference"], saved["spp_authors"]) >= 2 * 4 * out * columns
+
+
+def test_selection(tmp_path):
+    rows = measure(selection, tmp_path / "a.csv")
+    assert list(rows[0]) == [*COLUMNS[selection], *report.METADATA]
+    assert {row["sparsity"] for row in rows} == {"0.5", "0.9"}
+
+
+def test_ways_to_select_agree():
+    scores = torch.randn(40, 30)
+    expected = selection.select_mask(scores, 600, 1200)
+    assert torch.equal(selection.argsort_mask(scores, 600), expected)
+    assert torch.equal(selection.kthvalue_mask(scores, 600), expected)
+
+
+def test_model_step(tmp_path):
+    rows = measure(model_step, tmp_path / "a.csv", "--no-memory", "--peers", "lora", "spp", "pst", "pst_authors")
+    assert list(rows[0]) == [*COLUMNS[model_step], *report.METADATA]
+    assert list(by(rows, "peer")) == ["lora", "spp", "pst", "pst_authors"]
+    assert rows[0]["model"] == "random Llama 32x2" and rows[0]["peak_step_mb"] == ""
+
+
+@pytest.mark.slow
+def test_compile_step(tmp_path):
+    rows = measure(compile_step, tmp_path / "a.csv", "--backend", "aot_eager")
+    assert list(rows[0]) == [*COLUMNS[compile_step], *report.METADATA]
+    assert list(by(rows, "variant")) == ["spp_eager", "spp_compiled", "pst_eager", "pst_compiled"]
+
+
+def test_compile_step_says_that_there_is_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(compile_step.shutil, "which", lambda name: None)
+    assert compile_step.measure(runner.prepare(compile_step.options().parse_args(["--quick"]))) == []
+    assert "needs a C++ compiler" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_peak_memory_in_a_child_process():
+    def peak(peer):
+        build, tiny = (partial(peers.layer_step, peer, size, size, 8, torch.float32, CPU) for size in (1024, 32))
+        return memory.peak(build, tiny, CPU, threads=1)
+
+    weight_mb = 4 * 1024**2 / memory.MB
+    full, spp, authors_spp = peak("full"), peak("spp"), peak("spp_authors")
+    assert full.built == pytest.approx(weight_mb, rel=0.3)
+    assert 2.9 * weight_mb < full.step < 7 * weight_mb  # gradient, two moments, temporaries of AdamW
+    assert spp.step < authors_spp.step
+
+
+def test_a_ratio_is_the_median_of_paired_ratios():
+    times = runner.Times({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 4.0]})
+    assert times.ratio("a", "b") == 2 and times.ratio("a", "c") is None
+    assert times.median_ms("a") == 4000 and times.spread_ms("b") == 9000
+    assert times.columns("a", {"ratio_b": "b"})["ratio_b"] == statistics.median([2, 3, 1])
+
+
+def test_variants_take_turns():
+    order = []
+    steps = {name: partial(order.append, name) for name in "abc"}
+    times = runner.interleave(steps, rounds=2, device=CPU, warmup=1)
+    assert order == list("abc" * 3) and all(len(seconds) == 2 for seconds in times.seconds.values())
+
+
+def test_saved_bytes_counts_each_storage_once():
+    weight, x = torch.nn.Parameter(torch.randn(6, 4)), torch.randn(5, 4)
+
+    def forward():
+        y = (x @ weight.T).sigmoid()  # saves x, weight and its result
+        return y.T.T * y  # saves two views of that result
+
+    assert memory.saved_bytes(forward, (x, weight)) == 4 * 5 * 6
+
+
+def test_peak_of_tensors():
+    def step():
+        x = torch.empty(1000, dtype=torch.uint8)
+        del x
+        return torch.empty(300, dtype=torch.uint8).clone()
+
+    assert memory.tensor_peak(step, CPU) * memory.MB == 1000
+
+
+def test_append_adds_rows_of_the_same_columns_only(tmp_path):
+    path = tmp_path / "a.csv"
+    for value in (1.0, 2.0):
+        report.write([{"x": value, "y": None}], path, append=True)
+    assert path.read_text() == "x,y\n1,\n2,\n"
+    with pytest.raises(SystemExit, match="same columns"):
+        report.write([{"z": 1}], path, append=True)
+    report.write([{"z": 1}], path)
+    assert path.read_text() == "z\n1\n"
+
+
+def test_authors_formulations_compute_what_the_reference_computes():
+    check.check_formulations()
+
+
+@pytest.mark.parametrize("kind", ["spp", "pst"])
+def test_authors_formulations_compute_the_authors_numbers(oracles, kind):
+    for case in oracles.cases[kind]:
+        t = {k.removeprefix(case["prefix"]): v for k, v in oracles.tensors.items() if k.startswith(case["prefix"])}
+        out, columns = t["weight"].shape
+        if kind == "spp" and out % len(t["row_factors"]):
+            continue  # their code does not run
+        linear = torch.nn.Linear(columns, out, bias=kind == "pst").requires_grad_(False)
+        linear.weight.data = t["weight"]
+        if kind == "spp":
+            module = authors.AuthorsSpp(linear, len(t["row_factors"]), case["scaling"])
+            names = {"A": "row_factors", "B": "column_factor"}
+        else:
+            linear.bias.data = t["bias"]
+            scales = (case["beta"], case["alpha1"], case["alpha2"])
+            names = {"U": "weight_U", "V": "weight_V"} | {n: f"mask_scores_{n}" for n in "ABRC"}
+            module = authors.AuthorsPst(linear, sparsity=case["sparsity"], scales=scales)
+        for name, key in names.items():
+            parameter = getattr(module, name)
+            parameter.data = t[key].reshape(-1, 1) if (kind, name) == ("spp", "B") else t[key].clone()
+        x = t["x"].clone().requires_grad_()
+        y = module(x)
+        y.backward(t["dy"])
+        found = {"y": y, "grad.x": x.grad} | {f"grad.{key}": getattr(module, n).grad for n, key in names.items()}
+        for name, value in found.items():
+            assert (value.reshape(t[name].shape) - t[name]).norm() <= 1e-5 * t[name].norm(), (case["prefix"], name)
+
+
+@pytest.mark.parametrize("dtype", check.TOLERANCE, ids=str)
+def test_fused_ops_on_the_device_of_the_benchmark(dtype):
+    check.check_on_device(CPU, dtype)
+
+
+def test_a_wrong_op_is_not_reported(tmp_path, monkeypatch, capsys):
+    right = check.ops.spp_linear
+    monkeypatch.setattr(check.ops, "spp_linear", lambda x, *rest: 1.001 * right(x, *rest))
+    path = tmp_path / "a.csv"
+    argv = ["--quick", "--no-memory", "--threads", "1", "--out", str(path)]
+    assert runner.main("layer_step", layer_step.options(), layer_step.measure, argv) == 2
+    assert "correctness check failed" in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.slow
+def test_gate_and_script_together(tmp_path):
+    path = tmp_path / "a.csv"
+    argv = ["--quick", "--no-memory", "--threads", "1", "--out", str(path)]
+    assert runner.main("selection", selection.options(), selection.measure, argv) == 0
+    assert path.exists()
+
+
+def test_charts_of_a_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [
+        {"out": 8, "in": 4, "tokens": 2, "peer": peer, "ratio_lora": ratio, "ratio_authors": None, "date": date}
+        for date, peer, ratio in [("1", "spp", 9.0), ("2", "lora", 1.0), ("2", "spp", 1.25)]
+    ]
+    report.write(rows, path)
+    assert plot.charts(plot.read(path)) == {"out 8, in 4, tokens 2": {"ratio_lora": {"lora": 1.0, "spp": 1.25}}}
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.csv"
+    measure(selection, path)
+    assert plot.main([str(path)]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_sizes_are_those_of_the_names():
+    """The stand-in for SmolLM2-135M has its number of parameters, without making them."""
+    with torch.device("meta"):
+        model = models.LlamaForCausalLM(models.LlamaConfig(**models.SMOLLM2_135M))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
