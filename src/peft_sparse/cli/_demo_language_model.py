@@ -43,9 +43,9 @@ class Settings:
 
     model: str
     output: Path
-    steps: int = 40
-    calibration_windows: int = 24
-    held_out_windows: int = 24
+    steps: int = 32
+    calibration_windows: int = 16
+    held_out_windows: int = 16
     seed: int = 0
 
     @property

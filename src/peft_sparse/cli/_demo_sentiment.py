@@ -48,7 +48,7 @@ class Settings:
     train: list[Example]
     held_out: list[Example]
     output: Path
-    steps: int = 150
+    steps: int = 120
     batch_size: int = 16
     sparsity: float = 0.9
     seed: int = 0

@@ -27,7 +27,7 @@ examples:
                                                   a model and a text of your own
 """
 # --quick is a test that everything runs; what it measures means nothing.
-LANGUAGE_MODEL_STEPS, SENTIMENT_STEPS, QUICK_STEPS = 40, 150, 2
+LANGUAGE_MODEL_STEPS, SENTIMENT_STEPS, QUICK_STEPS = 32, 120, 2
 HELD_OUT_EXAMPLES, QUICK_EXAMPLES = 2000, 64
 # More than enough characters of English for the windows of 256 tokens that training and evaluation take.
 CHARACTERS_PER_TOKEN = 6
