@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_sparse.sparsity import round_keeping_support, select_mask
+from peft_sparse.sparsity import masks, round_keeping_support, select_mask
 
 few_examples = settings(max_examples=60, deadline=None)
 
@@ -110,3 +110,45 @@ def test_rounding_is_the_plain_cast_elsewhere(numbers):
     rounded = round_keeping_support(weight, weight != 0, torch.bfloat16)
     assert torch.equal(rounded[cast != 0], cast[cast != 0])
     assert torch.equal(rounded != 0, weight != 0)
+
+
+LARGE = {
+    "normal": lambda: torch.randn(400, 300),
+    "many ties": lambda: torch.randint(0, 5, (400, 300)).float(),
+    "all equal": lambda: torch.zeros(400, 300),
+    "bfloat16": lambda: torch.randn(400, 300).bfloat16().float(),
+    "rows and columns": lambda: torch.randn(400, 1) + torch.randn(1, 300),
+    "sorted": lambda: torch.arange(120_000.0).reshape(400, 300),
+    "heavy tails": lambda: torch.randn(400, 300).pow(9),
+    "infinite": lambda: torch.where(torch.rand(400, 300) < 0.2, -torch.inf, torch.randn(400, 300)),
+    "a sample that misleads": lambda: torch.arange(120_000.0).remainder(2).reshape(400, 300),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.9, 0.99999, 1.0])
+def test_large_groups_equal_sorting(make, share):
+    """Groups above the size of a sample are selected from by a bracket."""
+    scores = make()
+    assert scores.numel() > masks.SAMPLE_SIZE
+    num_pruned = int(share * scores.numel())
+    expected = obvious_mask(scores, num_pruned, scores.numel())
+    assert torch.equal(select_mask(scores, num_pruned, scores.numel()), expected)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 4, 8, 9, 16, 50])
+def test_small_groups_equal_sorting(group_size):
+    """By rank up to MAX_COMPARED scores, by threshold above."""
+    scores = torch.randint(0, 6, (14, group_size * 5)).float()
+    for num_pruned in range(group_size + 1):
+        expected = obvious_mask(scores, num_pruned, group_size)
+        assert torch.equal(select_mask(scores, num_pruned, group_size), expected)
+
+
+def test_an_unfair_sample_is_noticed():
+    """Scores that the sample does not see at all: the bracket misses and the whole group is selected from."""
+    stride = masks._prime_from(120_000 // masks.SAMPLE_SIZE)
+    scores = torch.full((120_000,), 1.0)
+    scores[::stride] = 2.0
+    assert masks._select_by_bracket(scores, 30_000) is None
+    assert torch.equal(select_mask(scores, 30_000, 120_000), obvious_mask(scores, 30_000, 120_000))
