@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_quick_example_runs(llama_dir, tmp_path, monkeypatch, capsys):
     """On a small local model, two steps and a short text; all else as printed."""
     code = BLOCKS[0].replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(llama_dir))
-    code = code.replace("max_steps=60", "max_steps=2")
+    code = code.replace("max_steps=30", "max_steps=2")
     code = code.replace('"\\n".join(topics.values())', "topics['types'][:40000]")
     assert str(llama_dir) in code and "max_steps=2" in code and "types" in code
     monkeypatch.chdir(tmp_path)

@@ -180,8 +180,50 @@ def test_checkpoint_whose_shapes_do_not_fit(config, tmp_path, load_hook):
     with pytest.raises(ValueError, match=rf"(?s)shapes.*{re.escape(str(tuple(tensors[key].shape)))}.*base model"):
         model.load_adapter(tmp_path, "default")
     assert all(torch.equal(tensor, state[k]) for k, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [PstConfig(schedule="constant"), SppConfig()], ids=["pst", "spp"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_checkpoint_of_another_model_leaves_no_trace(config, low_cpu_mem_usage, tmp_path, load_hook):
+    """Neither on a plain model nor beside another adapter."""
+    wide = tiny_llama()
+    wide.model.layers[1].mlp.down_proj = nn.Linear(48, 40, bias=False)
+    config.modules_to_save = ["lm_head"]
+    get_peft_model(prune_magnitude(wide), config).save_pretrained(tmp_path)
+    model = prune_magnitude(tiny_llama())
+    before, requires_grad = snapshot(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="Nothing was loaded"):
-        PeftModel.from_pretrained(prune_magnitude(tiny_llama()), tmp_path)
+        PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert snapshot(model) == before and not hasattr(model, "peft_config")
+    assert [p.requires_grad for p in model.parameters()] == requires_grad
+
+    adapted = get_peft_model(model, type(config)())
+    before = snapshot(adapted)
+    with pytest.raises(ValueError, match="Nothing was loaded"):
+        adapted.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert list(adapted.peft_config) == ["default"] and adapted.active_adapters == ["default"]
+    assert {k: v for k, v in snapshot(adapted).items() if "lm_head" not in k} == {
+        k: v for k, v in before.items() if "lm_head" not in k
+    }
+
+
+def test_a_trained_adapter_stays_when_a_checkpoint_does_not_fit(tmp_path, load_hook):
+    wide = tiny_llama()
+    wide.model.layers[1].mlp.down_proj = nn.Linear(48, 40, bias=False)
+    get_peft_model(wide, PstConfig()).save_pretrained(tmp_path / "wide")
+    get_peft_model(tiny_llama(), PstConfig()).save_pretrained(tmp_path / "own")
+    read = PeftModel.from_pretrained(tiny_llama(), tmp_path / "own", is_trainable=True)
+    config = PstConfig.from_pretrained(tmp_path / "own")
+    config.inference_mode = False
+    made = get_peft_model(tiny_llama(), config)
+    made(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1).step()
+    for model in (read, made):
+        before, state = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match="Nothing was loaded"):
+            model.load_adapter(tmp_path / "wide", "default")
+        assert snapshot(model) == before
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 def test_config_file_with_a_bad_value(tmp_path):

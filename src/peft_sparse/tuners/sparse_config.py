@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
@@ -35,6 +36,16 @@ class SparseConfig(PeftConfig):
         default=None,
         metadata={"help": "Name of the list of blocks that `layers_to_transform` counts, such as 'layers'."},
     )
+
+    # Whether PEFT read this config from a folder and has not loaded the weights beside it yet. Not a field: not saved.
+    _awaits_weights = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+        """Read a config from a folder or the Hub, see PEFT's PeftConfig."""
+        config = super().from_pretrained(*args, **kwargs)
+        config._awaits_weights = True
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()

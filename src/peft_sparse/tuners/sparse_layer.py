@@ -51,6 +51,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._module_name = name
         self._weight_before_merge: torch.Tensor | None = None
+        self._first_versions: dict[str, list[int]] = {}
 
     # What a method defines
 
@@ -77,6 +78,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     # The rest
+
+    def mark_new(self, adapter_name: str) -> None:
+        """Remember the adapter's parameters as they are, for [`SparseLayer.is_new`]."""
+        self._first_versions[adapter_name] = self._versions(adapter_name)
+
+    def is_new(self, adapter_name: str) -> bool:
+        """Whether no parameter of the adapter was changed, by training or loading, since it was added."""
+        return self._first_versions.get(adapter_name) == self._versions(adapter_name)
+
+    def _versions(self, adapter_name: str) -> list[int]:
+        containers = (getattr(self, name) for name in self.adapter_layer_names)
+        return [tensors[adapter_name]._version for tensors in containers if adapter_name in tensors]
 
     @property
     def base_weight(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_sparse.linears import block_linear_names, is_linear
@@ -28,6 +29,8 @@ class SparseTuner(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
+        if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
+            self.trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if peft_config.target_modules is None:
             peft_config.target_modules = block_linear_names(model)  # type: ignore[assignment] # PEFT's habit
         _maybe_include_all_linear_layers(peft_config, model)
@@ -75,10 +78,12 @@ class SparseTuner(BaseTuner):
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
+            target.mark_new(adapter_name)
             return
         self._check_target(current_key, target)  # again for targets that a state dict chose
         layer = self.tuner_layer_cls(target, current_key)
         layer.update_layer(adapter_name, peft_config)
+        layer.mark_new(adapter_name)
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -125,10 +130,34 @@ class SparseTuner(BaseTuner):
         for key, tensor in remapped.items():
             expected = current.get(key)
             if expected is not None and expected.shape != tensor.shape:
+                _take_back(model, config, adapter_name)
                 raise ValueError(
                     "The shapes of an adapter checkpoint fit the model that it was trained on, got "
                     f"{tuple(tensor.shape)} for `{key}`, which has shape {tuple(expected.shape)} here; load it onto "
                     "its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it "
                     "was saved with. Nothing was loaded."
                 )
+        config._awaits_weights = False
         return remapped
+
+
+def _take_back(model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
+    """Remove an adapter that PEFT added only to load it, so that a checkpoint that does not fit leaves no trace.
+
+    An adapter that the user made, or that was trained or loaded before, stays.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, SparseTuner) or not config._awaits_weights:
+        return
+    if not all(layer.is_new(adapter_name) for layer in tuner.sparse_layers() if adapter_name in layer._first_versions):
+        return
+    if len(tuner.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+        return
+    for name, module in list(tuner.model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # unloading would put its copy in place
+            parent, _, child = name.rpartition(".")
+            setattr(tuner.model.get_submodule(parent), child, module.original_module)
+    tuner.unload()
+    for parameter in tuner.trainable_before:
+        parameter.requires_grad_(True)
