@@ -78,8 +78,9 @@ def spp_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: 
         (out, in), at least float32: a product of W, so every zero of W is a zero of it.
     """
     dtype = score_dtype(weight.dtype)
-    factors = B.to(dtype)[:, None] * A.to(dtype)[row_groups(weight.shape[0], A.shape[0], A.device)]
-    return weight.to(dtype) * (1 + scaling * factors)
+    factors = (scaling * B.to(dtype))[:, None] * A.to(dtype)[row_groups(weight.shape[0], A.shape[0], A.device)]
+    wide = weight.to(dtype)
+    return torch.addcmul(wide, wide, factors)  # rounded as in the fused op, so that merging reproduces the forward
 
 
 def spp_linear(
@@ -137,7 +138,7 @@ def pst_updated_weight(weight: torch.Tensor, factors: PstFactors, scales: PstSca
     dtype = score_dtype(weight.dtype)
     updated = weight.to(dtype)
     if factors.U is not None and factors.V is not None:
-        updated = updated + scales.beta * (factors.U.to(dtype) @ factors.V.to(dtype))
+        updated = torch.addmm(updated, factors.U.to(dtype), factors.V.to(dtype), alpha=scales.beta)
     if factors.D is not None:
         updated = updated + factors.D.to(dtype)
     return updated

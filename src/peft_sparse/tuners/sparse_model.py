@@ -141,7 +141,7 @@ class SparseTuner(BaseTuner):
         return remapped
 
 
-def _take_back(model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
+def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:
     """Remove an adapter that PEFT added only to load it, so that a checkpoint that does not fit leaves no trace.
 
     An adapter that the user made, or that was trained or loaded before, stays.
