@@ -91,6 +91,18 @@ def test_merge_gives_the_same_function_and_zeros(build, config):
         assert zeros == get_weight(module).numel() // 2, name
 
 
+@each_config
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_weight_is_the_forward_s_to_the_last_bit(config, dtype):
+    """An identity matrix as the input reads the weight out of a forward."""
+    model = (
+        get_peft_model(nn.Sequential(nn.Linear(300, 200, bias=False)), config(target_modules=["0"])).to(dtype).eval()
+    )
+    with torch.no_grad():
+        used = model(torch.eye(300, dtype=dtype)).T
+    assert torch.equal(model.merge_and_unload()[0].weight, used)
+
+
 @each_model
 @each_config
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
