@@ -220,3 +220,14 @@ def test_spp_resume_and_zeros(tmp_path):
     for name, zero in zeros.items():
         key = name.removeprefix("base_model.model.").replace("base_layer.", "")
         assert torch.equal(merged[key] == 0, zero) and zero.float().mean() == 0.5
+
+
+def test_callback_with_adapters_on_different_modules(tmp_path):
+    """A layer is driven for the adapters that it has, each over its own number of steps."""
+    model = get_peft_model(tiny_bert(), PstConfig(target_modules=["query"], sparsity=0.75), adapter_name="a")
+    model.add_adapter("b", PstConfig(target_modules=["value"], sparsity=0.5, total_steps=4))
+    model.base_model.set_adapter(["a", "b"])
+    callback = SparsityCallback(best_at_final_sparsity=True)
+    Trainer(model, arguments(tmp_path, save_strategy="no"), train_dataset=Sentences(), callbacks=[callback]).train()
+    found = {name: int(count) for layer in pst_layers(model) for name, count in layer.pst_pruned.items()}
+    assert found == {"a": int(0.75 * 32 * 32), "b": int(0.5 * 32 * 32)}

@@ -1,7 +1,7 @@
 """PST's mask, refreshed when a factor changed and kept as bits in between.
 
-A mask is selected from the scores of a whole layer, which costs about as much as a fifth of a forward matmul, so it is
-kept: over accumulation steps, evaluation and generation. One bit a weight is all that stays.
+A mask is selected from the scores of a whole layer, which costs about a third of a forward matmul, so it is kept:
+over accumulation steps, evaluation and generation. One bit a weight is all that stays.
 
 Whether it is still right is decided by content, since neither object identity nor version counters tell everything: an
 in-place change through `.data` does not count as a version, and sharded training recreates parameters at every
@@ -140,17 +140,7 @@ def _pst_mask_op(
 
 
 @_pst_mask_op.register_fake
-def _(
-    handle: int,
-    weight: torch.Tensor,
-    pruned: torch.Tensor,
-    group_size: int,
-    factors: list[torch.Tensor],
-    names: str,
-    beta: float,
-    alpha1: float,
-    alpha2: float,
-) -> torch.Tensor:
+def _(handle: int, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return weight.new_empty((weight.shape[0], (weight.shape[1] + 7) // 8), dtype=torch.uint8)
 
 

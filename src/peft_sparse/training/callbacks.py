@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.tuners.pst import PstLinear, set_sparsity_step
+from peft_sparse.tuners.pst import driven_adapters
 
 
 class SparsityCallback(TrainerCallback):
@@ -34,31 +34,23 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        set_sparsity_step(model, state.global_step, _total_steps(model, state))
+        _set_sparsity(model, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         was_final = not self.best_at_final_sparsity or _is_at_final_sparsity(model)
-        set_sparsity_step(model, state.global_step, _total_steps(model, state))
+        _set_sparsity(model, state)
         if not was_final and _is_at_final_sparsity(model):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
 
-def _total_steps(model: nn.Module, state: TrainerState) -> int | None:
-    """The Trainer's number of steps, for adapters whose config does not have one."""
-    configured = any(
-        isinstance(layer, PstLinear) and any(layer.total_steps(name) for name in layer.active_adapters)
-        for layer in model.modules()
-    )
-    return None if configured else state.max_steps
+def _set_sparsity(model: nn.Module, state: TrainerState) -> None:
+    for layer, adapter_name in driven_adapters(model):
+        total_steps = layer.total_steps(adapter_name) or state.max_steps
+        layer.set_sparsity_step(adapter_name, state.global_step, total_steps)
 
 
 def _is_at_final_sparsity(model: nn.Module) -> bool:
-    progress = [
-        layer.sparsity_progress(name)
-        for layer in model.modules()
-        if isinstance(layer, PstLinear)
-        for name in layer.active_adapters
-    ]
+    progress = [layer.sparsity_progress(adapter_name) for layer, adapter_name in driven_adapters(model)]
     return all(now == end for _, now, end in progress)

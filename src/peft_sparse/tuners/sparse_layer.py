@@ -87,6 +87,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Whether no parameter of the adapter was changed, by training or loading, since it was added."""
         return self._first_versions.get(adapter_name) == self._versions(adapter_name)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and all that is kept about it."""
+        self._first_versions.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
     def _versions(self, adapter_name: str) -> list[int]:
         containers = (getattr(self, name) for name in self.adapter_layer_names)
         return [tensors[adapter_name]._version for tensors in containers if adapter_name in tensors]

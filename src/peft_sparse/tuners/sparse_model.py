@@ -30,7 +30,8 @@ class SparseTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
-            self.trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            # Names, since keeping the parameters would keep their memory when something replaces them.
+            self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if peft_config.target_modules is None:
             peft_config.target_modules = block_linear_names(model)  # type: ignore[assignment] # PEFT's habit
         _maybe_include_all_linear_layers(peft_config, model)
@@ -159,5 +160,5 @@ def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(tuner.model.get_submodule(parent), child, module.original_module)
     tuner.unload()
-    for parameter in tuner.trainable_before:
-        parameter.requires_grad_(True)
+    for name, parameter in tuner.model.named_parameters():
+        parameter.requires_grad_(name in tuner.trainable_before)

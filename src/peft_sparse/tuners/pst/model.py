@@ -34,17 +34,7 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
     Raises:
         ValueError: if the model has no PST layer, for a negative step, or if no total is known. Nothing is set then.
     """
-    driven = [
-        (layer, adapter_name)
-        for layer in model.modules()
-        if isinstance(layer, PstLinear)
-        for adapter_name in _driven_adapters(layer)
-    ]
-    if not driven:
-        raise ValueError(
-            f"A sparsity schedule drives PST layers, got {type(model).__name__} without an active one; make them with "
-            "`get_peft_model(model, PstConfig(...))`."
-        )
+    driven = driven_adapters(model)
     if step < 0:
         raise ValueError(f"`step` counts optimizer steps from 0, got {step}.")
     totals = [layer.total_steps(name) or 0 if total_steps is None else total_steps for layer, name in driven]
@@ -57,7 +47,28 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
         layer.set_sparsity_step(adapter_name, step, total)
 
 
-def _driven_adapters(layer: PstLinear) -> list[str]:
+def driven_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
+    """The PST layers of a model, each with the names of its adapters whose schedule is driven, see
+    [`set_sparsity_step`].
+
+    Raises:
+        ValueError: if there are none.
+    """
+    driven = [
+        (layer, adapter_name)
+        for layer in model.modules()
+        if isinstance(layer, PstLinear)
+        for adapter_name in _driven_on(layer)
+    ]
+    if not driven:
+        raise ValueError(
+            f"A sparsity schedule drives PST layers, got {type(model).__name__} without an active one; make them with "
+            "`get_peft_model(model, PstConfig(...))`."
+        )
+    return driven
+
+
+def _driven_on(layer: PstLinear) -> list[str]:
     present = layer._present(layer.active_adapters)
     trainable = [name for name in present if any(t is not None and t.requires_grad for t in layer.factors(name))]
     return present if len(present) == 1 else trainable
