@@ -1,5 +1,6 @@
 """The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
+from peft_sparse.sparsity.csr import CsrMatrix, to_csr
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import pack_mask, unpack_mask
@@ -11,6 +12,7 @@ __all__ = [
     "NM",
     "SCHEDULES",
     "ColumnNorms",
+    "CsrMatrix",
     "Pattern",
     "Unstructured",
     "check_sparsity",
@@ -22,6 +24,7 @@ __all__ = [
     "round_keeping_support",
     "select_mask",
     "sparsity_at",
+    "to_csr",
     "unpack_mask",
     "wanda_importance",
 ]

@@ -31,13 +31,16 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (words.mul(_GATHER_BYTES) >> 56).to(torch.uint8)  # the shift keeps the sign, and the cast drops it
 
 
-def unpack_mask(packed: torch.Tensor, in_features: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:
+def unpack_mask(
+    packed: torch.Tensor, in_features: int, dtype: torch.dtype = torch.bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The inverse of [`pack_mask`].
 
     Args:
         packed: uint8 (out, ceil(in / 8)).
         in_features: columns of the mask.
         dtype: of the result; a floating one gives 0 and 1, ready to multiply a weight with.
+        out: contiguous memory for the result, which is used if rows of the mask are whole bytes; None: new memory.
 
     Returns:
         (out, in).
@@ -46,7 +49,8 @@ def unpack_mask(packed: torch.Tensor, in_features: int, dtype: torch.dtype = tor
         bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
         unpacked = (packed[..., None] >> bits) & 1
         return unpacked.flatten(1)[:, :in_features].to(dtype)
-    unpacked = _byte_table(dtype, packed.device).index_select(0, packed.reshape(-1).int())
+    table, whole = _byte_table(dtype, packed.device), out if in_features % 8 == 0 else None
+    unpacked = torch.index_select(table, 0, packed.reshape(-1).int(), out=None if whole is None else whole.view(-1, 8))
     return unpacked.view(packed.shape[0], -1)[:, :in_features]
 
 
