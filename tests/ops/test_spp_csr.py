@@ -173,8 +173,8 @@ def test_timing_is_real(monkeypatch):
     monkeypatch.setattr(csr_cache, "_FASTER", {})
     weight, (A, B) = torch.zeros(512, 2048), (torch.randn(16, 2048), torch.randn(512))
     weight[::7, 5] = 1.0
-    state = torch.get_rng_state()
-    assert ops.CsrCache().get(torch.randn(256, 2048), weight, A.requires_grad_(), B.requires_grad_()) is not None
+    x, state = torch.randn(256, 2048), torch.get_rng_state()
+    assert ops.CsrCache().get(x, weight, A.requires_grad_(), B.requires_grad_()) is not None
     assert len(csr_cache._FASTER) == 1
     assert torch.equal(torch.get_rng_state(), state)
 

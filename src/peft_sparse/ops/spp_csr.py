@@ -115,7 +115,7 @@ class _SppCsrLinear(torch.autograd.Function):
         G = csr.with_values(torch.zeros_like(csr.values)) if needs_A or needs_B else None
         for chunk in _chunks(len(tokens), csr.shape):
             dy_T = dy[chunk].T.contiguous()  # (out, tokens of the chunk)
-            if dx is not None:
+            if dx is not None and W_eff_T is not None:
                 dx[chunk] = (W_eff_T @ dy_T).T
             if G is not None:
                 # its second factor (tokens, in) is read by column: as the transpose of a contiguous one
