@@ -155,7 +155,8 @@ def test_a_weight_that_keeps_moving_stays_dense(timed):
     timed(1.0, 2.0)
     weight, _, A, B = tensors(300, 300, 4)
     cache, x = ops.CsrCache(), torch.randn(5, 300)
-    taken = [cache.get(x, weight.clone(), A, B) is not None for _ in range(5)]
+    moved = [weight.clone() for _ in range(5)]  # all alive, so that none gets the address of another
+    taken = [cache.get(x, copied, A, B) is not None for copied in moved]
     assert taken == [True] * csr_cache.MAX_REBUILDS + [False] * (5 - csr_cache.MAX_REBUILDS)
 
 
