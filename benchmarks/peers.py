@@ -31,6 +31,7 @@ LAYER_PEERS = (
     "pst", "pst_reference", "pst_authors",
 )  # fmt: skip
 MODEL_PEERS = tuple(name for name in LAYER_PEERS if name != "floor")
+TRITON_PEERS = ("spp_triton", "pst_triton")  # ours with `ops.use_triton`, which needs a GPU; only if asked for
 AUTHORS = {"spp": "spp_authors", "pst": "pst_authors"}  # of ours, the formulation to compare with
 
 
@@ -71,9 +72,9 @@ def _config(peer: str, names: list[str]):
         "spp": lambda: SppConfig(r=RANK, target_modules=names),
         "pst": lambda: PstConfig(sparsity=SPARSITY, schedule="constant", target_modules=names),
     }
-    method = peer.removesuffix("_reference")
+    method = peer.removesuffix("_reference").removesuffix("_triton")
     if method not in configs:
-        raise ValueError(f"A peer is one of {', '.join(LAYER_PEERS)}, got {peer!r}.")
+        raise ValueError(f"A peer is one of {', '.join(LAYER_PEERS + TRITON_PEERS)}, got {peer!r}.")
     return configs[method]()
 
 
@@ -93,7 +94,7 @@ class TrainingStep:
     """Forward, backward and optimizer step of a peer; calling it does one.
 
     Args:
-        peer: its name; "..._reference" computes with `ops.reference`.
+        peer: its name; "..._reference" computes with `ops.reference`, "..._triton" with the Triton kernels.
         model: from [`adapt`].
         inputs: tensors that exist before the step.
         forward: from the model to a tensor to differentiate: a loss, or the output of a layer with `dy`.
@@ -115,11 +116,13 @@ class TrainingStep:
         self._set_sparsity_step()
 
     def _set_sparsity_step(self) -> None:
-        if self.peer in ("pst", "pst_reference"):
+        if self.peer in ("pst", "pst_reference", "pst_triton"):
             self.model.base_model.set_sparsity_step(self.done, TOTAL_STEPS)
 
     def _implementation(self) -> AbstractContextManager:
-        return ops.reference.use_reference() if self.peer.endswith("_reference") else contextlib.nullcontext()
+        if self.peer.endswith("_reference"):
+            return ops.reference.use_reference()
+        return ops.use_triton() if self.peer in TRITON_PEERS else contextlib.nullcontext()
 
     def __call__(self) -> None:
         with self._implementation():
@@ -169,7 +172,7 @@ def layer_step(
     """The step of one linear without bias, with an input that needs a gradient as inside a network.
 
     Args:
-        peer: one of [`LAYER_PEERS`].
+        peer: one of [`LAYER_PEERS`] or [`TRITON_PEERS`].
         out, columns: of the weight.
         tokens: rows of the input.
     """

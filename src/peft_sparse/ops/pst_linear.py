@@ -97,11 +97,11 @@ class _PstLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.by_triton and not ctx.needs_input_grad[1]:  # before `saved_tensors`, which may be read only once
+            return _backward_by_triton(ctx, dy)
         x, weight, packed_mask, *factor_tensors = ctx.saved_tensors
         factors, scales = PstFactors(*factor_tensors), PstScales(*ctx.scales)
         needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
-        if ctx.by_triton and not needs_weight:
-            return _backward_by_triton(ctx, dy)
         dtype = score_dtype(weight.dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = torch.zeros_like(tokens) if needs_x else None

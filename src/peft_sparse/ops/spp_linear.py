@@ -94,10 +94,10 @@ class _SppLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.by_triton and not ctx.needs_input_grad[1]:  # before `saved_tensors`, which may be read only once
+            return _backward_by_triton(ctx, dy)
         x, weight, A, B = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        if ctx.by_triton and not needs_weight:
-            return _backward_by_triton(ctx, dy)
         dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
         A_wide, B_wide = A.to(dtype), B.to(dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
