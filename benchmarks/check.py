@@ -3,7 +3,8 @@
 1. `tests/ops` passes: the fused ops equal their plain twins, forward and backward, and the authors' numbers where
    `shared/` is beside the repository.
 2. The authors' formulations of `authors.py` equal the same plain twins.
-3. On the device and in the dtype that are about to be measured, the fused ops equal the plain twins once more.
+3. On the device and in the dtype that are about to be measured, the fused ops equal the plain twins once more; the
+   Triton kernels too, if they are among what is measured.
 
     python -m benchmarks.check
 """
@@ -21,6 +22,7 @@ from torch import nn
 
 from benchmarks.authors import AuthorsPst, AuthorsSpp
 from peft_sparse import ops
+from peft_sparse.ops.triton_switch import triton_takes_pst, triton_takes_spp
 from peft_sparse.sparsity import pack_mask, select_mask
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -29,13 +31,22 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 SCALING, SCALES = 2.0, ops.PstScales(beta=0.7, alpha1=0.5, alpha2=0.3)
 
 
-def failure(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong, in words; None if all is as it should be."""
-    if ops.reference.reference_in_use():
-        return "`use_reference` is on, so the fused ops would not be what is timed."
+def failure(device: torch.device, dtype: torch.dtype, triton: bool = False) -> str | None:
+    """What is wrong, in words; None if all is as it should be.
+
+    Args:
+        device, dtype: of what is about to be measured.
+        triton: whether the Triton kernels are measured.
+    """
+    if ops.reference.reference_in_use() or ops.triton_in_use():
+        return (
+            "`use_reference` or `use_triton` is on, so other rows than those of that name would be computed with it."
+        )
     try:
         check_formulations()
         check_on_device(device, dtype)
+        if triton:
+            check_on_device(device, dtype, triton=True)
     except AssertionError as error:
         return str(error)
     return check_ops()
@@ -107,11 +118,14 @@ def _pst() -> Formulation:
     return "authors' PST", module, _random_factors(module), expected
 
 
-def check_on_device(device: torch.device, dtype: torch.dtype) -> None:
+def check_on_device(device: torch.device, dtype: torch.dtype, triton: bool = False) -> None:
     """The fused ops against `ops.reference` on a device, in a dtype.
 
+    Args:
+        triton: whether the Triton kernels compute the fused ops.
+
     Raises:
-        AssertionError: if one differs.
+        AssertionError: if one differs, or if the kernels do not take what they are given.
     """
     out, columns = SHAPE
     wide = torch.promote_types(dtype, torch.float32)
@@ -127,17 +141,25 @@ def check_on_device(device: torch.device, dtype: torch.dtype) -> None:
     pst |= {"R": random(out), "C": random(columns)}
     scores = random(out, columns)
     packed = pack_mask(select_mask(scores, scores.numel() // 2, scores.numel()))
-    found, expected = (
-        {
-            "spp": _run(lambda x, i=impl, f=spp: i.spp_linear(x, weight, bias, f["A"], f["B"], SCALING), x, dy, spp),
-            "pst": _run(
-                lambda x, i=impl: i.pst_linear(x, weight, bias, packed, ops.PstFactors(**pst), SCALES), x, dy, pst
-            ),
-        }
-        for impl in (ops, ops.reference)
-    )
+    with ops.use_triton(triton):
+        if triton and not (triton_takes_spp(x, weight, **spp) and triton_takes_pst(x, weight, ops.PstFactors(**pst))):
+            raise AssertionError(f"The Triton kernels do not take {dtype} on {device}; see `ops.use_triton`.")
+        found, expected = (
+            {
+                "spp": _run(lambda x, i=impl, f=spp: i.spp_linear(x, weight, bias, *f.values(), SCALING), x, dy, spp),
+                "pst": _run(
+                    lambda x, i=impl: i.pst_linear(x, weight, bias, packed, ops.PstFactors(**pst), SCALES), x, dy, pst
+                ),
+            }
+            for impl in (ops, ops.reference)
+        )
     for name in found:
-        _compare(f"{name} on {device}, {dtype}", found[name], expected[name], TOLERANCE[dtype])
+        _compare(
+            f"{name}{' in Triton' if triton else ''} on {device}, {dtype}",
+            found[name],
+            expected[name],
+            TOLERANCE[dtype],
+        )
 
 
 def _run(

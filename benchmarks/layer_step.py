@@ -3,6 +3,7 @@ authors' formulations, our plain reference, and the floor that no dense method c
 
     python -m benchmarks.layer_step          # 2048 x 2048, 1024 tokens
     python -m benchmarks.layer_step --all    # four sizes, three numbers of tokens
+    python -m benchmarks.layer_step --device cuda --dtype bfloat16 --peers floor lora spp spp_triton pst pst_triton
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from functools import partial
 
 from benchmarks import memory, runner
-from benchmarks.peers import LAYER_PEERS, TrainingStep, authors_of, layer_step
+from benchmarks.peers import LAYER_PEERS, TRITON_PEERS, TrainingStep, authors_of, layer_step
 
 SHAPES = ((1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096))  # (out, in)
 TOKENS = (256, 1024, 4096)
@@ -67,7 +68,13 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--out-features", type=int, default=out, help=f"of the one case (default: {out})")
     found.add_argument("--in-features", type=int, default=columns, help=f"of the one case (default: {columns})")
     found.add_argument("--tokens", type=int, default=tokens, help=f"of the one case (default: {tokens})")
-    found.add_argument("--peers", nargs="+", choices=LAYER_PEERS, default=LAYER_PEERS, help="default: all")
+    found.add_argument(
+        "--peers",
+        nargs="+",
+        choices=LAYER_PEERS + TRITON_PEERS,
+        default=LAYER_PEERS,
+        help=f"default: all but {' and '.join(TRITON_PEERS)}, which need --device cuda",
+    )
     return found
 
 

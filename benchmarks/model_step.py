@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import memory, models, runner
-from benchmarks.peers import MODEL_PEERS, authors_of
+from benchmarks.peers import MODEL_PEERS, TRITON_PEERS, authors_of
 
 DEFAULT_PEERS = ("lora", "hira", "spp", "spp_authors", "spp_authors_checkpoint", "pst", "pst_authors")
 TOKENS = 512
@@ -102,7 +102,11 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--model", type=Path, default=None, help="transformers folder (default: the demo's SmolLM2)")
     found.add_argument("--tokens", type=int, default=TOKENS, help=f"length of the one sequence (default: {TOKENS})")
     found.add_argument(
-        "--peers", nargs="+", choices=MODEL_PEERS, default=DEFAULT_PEERS, help=f"default: {' '.join(DEFAULT_PEERS)}"
+        "--peers",
+        nargs="+",
+        choices=MODEL_PEERS + TRITON_PEERS,
+        default=DEFAULT_PEERS,
+        help=f"default: {' '.join(DEFAULT_PEERS)}",
     )
     return found
 

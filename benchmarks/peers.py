@@ -31,11 +31,13 @@ LAYER_PEERS = (
     "pst", "pst_reference", "pst_authors",
 )  # fmt: skip
 MODEL_PEERS = tuple(name for name in LAYER_PEERS if name != "floor")
+TRITON_PEERS = ("spp_triton", "pst_triton")  # ours with `ops.use_triton`, which needs a GPU; only if asked for
 # How to compute, by the last part of a peer's name.
 IMPLEMENTATIONS: dict[str, Callable[[], AbstractContextManager]] = {
     "reference": ops.use_reference,
     "dense": lambda: ops.use_csr(False),
     "csr": lambda: ops.use_csr(True),
+    "triton": ops.use_triton,
 }
 AUTHORS = {"spp": "spp_authors", "pst": "pst_authors"}  # of ours, the formulation to compare with
 
@@ -80,7 +82,7 @@ def _config(peer: str, names: list[str], sparsity: float):
     }
     method, _, implementation = peer.partition("_")
     if method not in configs or (implementation and implementation not in IMPLEMENTATIONS):
-        raise ValueError(f"A peer is one of {', '.join(LAYER_PEERS)}, got {peer!r}.")
+        raise ValueError(f"A peer is one of {', '.join(LAYER_PEERS + TRITON_PEERS)}, got {peer!r}.")
     return configs[method]()
 
 
@@ -122,7 +124,7 @@ class TrainingStep:
         self._set_sparsity_step()
 
     def _set_sparsity_step(self) -> None:
-        if self.peer in ("pst", "pst_reference"):
+        if self.peer in ("pst", "pst_reference", "pst_triton"):
             self.model.base_model.set_sparsity_step(self.done, TOTAL_STEPS)
 
     def _implementation(self) -> AbstractContextManager:

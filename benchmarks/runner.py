@@ -127,11 +127,16 @@ def prepare(args: argparse.Namespace) -> argparse.Namespace:
     """Turn options into what `measure` functions take, and set torch up.
 
     Raises:
-        SystemExit: if the device is not there.
+        SystemExit: if the device is not there, or cannot do what is asked for.
     """
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a GPU that torch sees, got none; leave it out to run on the CPU.")
+    args.triton = any(peer.endswith("_triton") for peer in getattr(args, "peers", ()))
+    if args.triton and args.device.type != "cuda":
+        raise SystemExit(
+            "spp_triton and pst_triton run on a GPU only; add --device cuda, or leave them out of --peers."
+        )
     args.dtype = DTYPES[args.dtype]
     if args.rounds is None:
         args.rounds = QUICK_ROUNDS if args.quick else args.default_rounds
@@ -154,7 +159,7 @@ def main(
         Exit status: 2 if the ops' correctness check failed, and then nothing is measured or written.
     """
     args = prepare(options.parse_args(argv))
-    wrong = check.failure(args.device, args.dtype)
+    wrong = check.failure(args.device, args.dtype, args.triton)
     if wrong:
         print(f"No benchmark is reported: the ops' correctness check failed.\n{wrong}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ Measuring functions are called below the gate, which has no bypass; the gate its
 """
 
 import csv
+import os
 import statistics
 from functools import partial
 
@@ -226,6 +227,27 @@ def test_authors_formulations_compute_the_authors_numbers(oracles, kind):
 @pytest.mark.parametrize("dtype", check.TOLERANCE, ids=str)
 def test_fused_ops_on_the_device_of_the_benchmark(dtype):
     check.check_on_device(CPU, dtype)
+
+
+@pytest.mark.parametrize("script", [layer_step, model_step])
+def test_triton_rows_need_a_gpu(script):
+    with pytest.raises(SystemExit, match="--device cuda"):
+        runner.prepare(script.options().parse_args(["--quick", "--peers", "spp", "spp_triton"]))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="`make test-triton` runs it")
+def test_triton_rows_under_the_interpreter(tmp_path):
+    """What a GPU would do: the gate with the kernels, then their rows beside PyTorch's."""
+    check.check_on_device(CPU, torch.float32, triton=True)
+    with pytest.raises(AssertionError, match=r"do not take torch\.float64"):
+        check.check_on_device(CPU, torch.float64, triton=True)
+    names = ["spp", "spp_triton", "pst", "pst_triton"]
+    args = runner.prepare(layer_step.options().parse_args(["--quick", "--no-memory", "--peers", *names[::2]]))
+    args.peers = names
+    found = by(layer_step.measure(args), "peer")
+    for name in names[::2]:
+        assert found[f"{name}_triton"]["saved_bytes_beyond_x"] == found[name]["saved_bytes_beyond_x"]
+        assert found[f"{name}_triton"]["trainable"] == found[name]["trainable"]
 
 
 def test_a_wrong_op_is_not_reported(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Autograd functions on tensors. `reference` holds the plain twin of each, under the same name and signature, and
-`use_reference` puts it to work. `use_csr` says whether weights with few non-zeros are computed with those alone."""
+`use_reference` puts it to work. `use_csr` says whether weights with few non-zeros are computed with those alone,
+`use_triton` turns on the kernels of the `triton_*` modules."""
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.csr_cache import CsrCache, use_csr
@@ -8,6 +9,7 @@ from peft_sparse.ops.pst_mask import MaskCache, pst_mask
 from peft_sparse.ops.reference import PstFactors, PstScales, use_reference
 from peft_sparse.ops.spp_csr import spp_csr_linear
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
+from peft_sparse.ops.triton_switch import triton_in_use, use_triton
 from peft_sparse.sparsity import CsrMatrix
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "spp_csr_linear",
     "spp_linear",
     "spp_linear_update",
+    "triton_in_use",
     "use_csr",
     "use_reference",
+    "use_triton",
 ]

@@ -8,7 +8,8 @@ With G = dY^T X and the mask straight-through:
     dR = alpha2 row sums of dS,   dC = alpha2 column sums of dS.
 
 With other scores (movement, magnitude) S does not hold |W'|, and dW' = G * M. Only X is saved, and M as bits; W' is
-rebuilt in the backward, block of rows by block. The plain twin is [`peft_sparse.ops.reference.pst_linear`].
+rebuilt in the backward, block of rows by block. The plain twin is [`peft_sparse.ops.reference.pst_linear`]; where
+[`peft_sparse.ops.use_triton`] is on, layers on a GPU are computed by `peft_sparse.ops.triton_pst`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, outer_product, row_blocks
 from peft_sparse.ops.reference import PstFactors, PstScales
+from peft_sparse.ops.triton_switch import triton_takes_pst
 from peft_sparse.sparsity import unpack_mask
 from peft_sparse.sparsity.importance import score_dtype
 
@@ -75,6 +77,11 @@ class _PstLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, packed_mask, *factor_tensors)
         ctx.scales = scales
         factors, buffers, dtype = PstFactors(*factor_tensors), Buffers(x), score_dtype(weight.dtype)
+        ctx.by_triton = triton_takes_pst(x, weight, factors)
+        if ctx.by_triton:
+            from peft_sparse.ops import triton_pst  # needs triton
+
+            return triton_pst.forward(x, weight, bias, packed_mask, factors, scales[0])
 
         def build(rows: slice) -> torch.Tensor:  # M * W'
             shape = weight[rows].shape
@@ -88,6 +95,8 @@ class _PstLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.by_triton and not ctx.needs_input_grad[1]:  # before `saved_tensors`, which may be read only once
+            return _backward_by_triton(ctx, dy)
         x, weight, packed_mask, *factor_tensors = ctx.saved_tensors
         factors, scales = PstFactors(*factor_tensors), PstScales(*ctx.scales)
         needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
@@ -122,6 +131,31 @@ class _PstLinear(torch.autograd.Function):
             None,
             *grads.finished(),
         )
+
+
+def _backward_by_triton(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The backward of a layer whose weight is frozen."""
+    from peft_sparse.ops import triton_pst  # needs triton
+
+    x, weight, packed_mask, *factor_tensors = ctx.saved_tensors
+    factors, scales = PstFactors(*factor_tensors), PstScales(*ctx.scales)
+    needs_x, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
+    dx = grads = None
+    if needs_x:
+        dx = triton_pst.input_gradient(dy, weight, packed_mask, factors, scales[0])
+    if any(needs_factors):
+        grads = triton_pst.factor_gradients(x, dy, weight, packed_mask, factors, scales)
+    return (
+        dx,
+        None,
+        dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None,
+        None,
+        None,
+        *(
+            getattr(grads, name).to(factor.dtype) if needed and factor is not None else None
+            for (name, factor), needed in zip(factors._asdict().items(), needs_factors, strict=True)
+        ),
+    )
 
 
 class _FactorGrads:

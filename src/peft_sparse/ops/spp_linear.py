@@ -5,7 +5,8 @@ With G = dY^T X and H = G * W:
     dX = dY W_eff;    dA[g] = s sum over i in g of B[i] H[i];    dB[i] = s <H[i], A[g(i)]>.
 
 Only X is saved. W_eff is rebuilt in the backward, block of rows by block, so that no tensor of the weight's size lives
-longer than its block. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`.
+longer than its block. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`; where
+[`peft_sparse.ops.use_triton`] is on, layers on a GPU are computed by `peft_sparse.ops.triton_spp`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import Buffers, autocast_off, group_blocks, linear_by_blocks, matmul_dtype, outer_product
+from peft_sparse.ops.triton_switch import triton_takes_spp
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -80,6 +82,11 @@ class _SppLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.scaling, ctx.offset = scaling, offset
+        ctx.by_triton = triton_takes_spp(x, weight, A, B)
+        if ctx.by_triton:
+            from peft_sparse.ops import triton_spp  # needs triton
+
+            return triton_spp.forward(x, weight, bias, A, B, scaling, offset)
         factor_dtype, buffers = score_dtype(weight.dtype), Buffers(x)
         A, B = A.to(factor_dtype), B.to(factor_dtype)
 
@@ -96,6 +103,8 @@ class _SppLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.by_triton and not ctx.needs_input_grad[1]:  # before `saved_tensors`, which may be read only once
+            return _backward_by_triton(ctx, dy)
         x, weight, A, B = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
@@ -128,3 +137,22 @@ class _SppLinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _backward_by_triton(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The backward of a layer whose weight is frozen."""
+    from peft_sparse.ops import triton_spp  # needs triton
+
+    x, weight, A, B = ctx.saved_tensors
+    needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    dx = triton_spp.input_gradient(dy, weight, A, B, ctx.scaling, ctx.offset) if needs_x else None
+    dA, dB = triton_spp.factor_gradients(x, dy, weight, A, B, ctx.scaling) if needs_A or needs_B else (None, None)
+    return (
+        dx,
+        None,
+        dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None,
+        dA.to(A.dtype) if dA is not None and needs_A else None,
+        dB.to(B.dtype) if dB is not None and needs_B else None,
+        None,
+        None,
+    )

@@ -1,0 +1,112 @@
+"""The Triton kernels compiled to machine code for GPUs that need not be here: the interpreter accepts programs that
+the compiler does not, and knows no shared memory."""
+
+import os
+
+import pytest
+import torch
+
+from peft_sparse.ops import PstFactors, PstScales
+
+triton = pytest.importorskip("triton", reason="triton is not installed; `make test-triton` installs it")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("what the interpreter runs is not compiled", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+SHARED_MEMORY = 99 * 1024  # of one block: the smallest limit of a capability from 8.0 on (8.6, 8.9, 12.0)
+OUT, IN, TOKENS, GROUPS = 256, 128, 64, 16
+KERNELS = ("_matmul_kernel", "_reduce_kernel")
+
+
+class Recorder:
+    """Stands for a kernel, and notes how it is launched."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def launches_of(module, launch, monkeypatch):
+    launches = []
+    for name in KERNELS:
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    launch(module)
+    assert [kernel.fn.__name__ for kernel, _, _ in launches] == [KERNELS[0], KERNELS[0], KERNELS[1]]
+    return launches
+
+
+def compiled(kernel, args, options, capability):
+    """As a launch on such a GPU would: integers that are 1 become constants, multiples of 16 are known as such."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    run = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    constants = {
+        name: value for name, value in values.items() if name in options or (type(value) is int and value == 1)
+    }
+    signature, attributes = {}, {}
+    for place, (name, value) in enumerate(values.items()):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    places = list(values)
+    source = ASTSource(kernel, signature, {(places.index(n),): v for n, v in constants.items()}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=run)
+
+
+def launch_spp(dtype):
+    x, dy, weight = (torch.zeros(shape, dtype=dtype) for shape in ((TOKENS, IN), (TOKENS, OUT), (OUT, IN)))
+    A, B = torch.zeros(GROUPS, IN), torch.zeros(OUT)
+
+    def launch(module):
+        module.forward(x, weight, weight[:, 0], A, B, 2.0, 1.0)
+        module.input_gradient(dy, weight, A, B, 2.0, 1.0)
+        module.factor_gradients(x, dy, weight, A, B, 2.0)
+
+    return launch
+
+
+def launch_pst(dtype, rank, score_rank):
+    x, dy, weight = (torch.zeros(shape, dtype=dtype) for shape in ((TOKENS, IN), (TOKENS, OUT), (OUT, IN)))
+    packed = torch.zeros(OUT, IN // 8, dtype=torch.uint8)
+    shapes = {"U": (OUT, rank), "V": (rank, IN), "A": (OUT, score_rank), "B": (score_rank, IN), "R": OUT, "C": IN}
+    factors = PstFactors(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    def launch(module):
+        module.forward(x, weight, weight[:, 0], packed, factors, 1.0)
+        module.input_gradient(dy, weight, packed, factors, 1.0)
+        module.factor_gradients(x, dy, weight, packed, factors, PstScales())
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    "dtype, capability",
+    [(torch.float32, 80), (torch.bfloat16, 80), (torch.bfloat16, 90), (torch.float16, 90)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["spp", "pst", "pst of the largest ranks"])
+def test_compiles_and_fits(monkeypatch, tmp_path, kind, dtype, capability):
+    from peft_sparse.ops import triton_pst, triton_spp, triton_switch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module = triton_spp if kind == "spp" else triton_pst
+    largest = triton_switch.MAX_RANK
+    ranks = (8, 8) if kind == "pst" else (largest, largest - 1)
+    launch = launch_spp(dtype) if kind == "spp" else launch_pst(dtype, *ranks)
+    for kernel, args, options in launches_of(module, launch, monkeypatch):
+        found = compiled(kernel, args, options, capability)
+        assert len(found.asm["cubin"]) > 0
+        assert found.metadata.shared <= SHARED_MEMORY, kernel.fn.__name__
+        # tensor cores, for all but float32 that is not to be rounded to tf32
+        assert ("mma" in found.asm["ptx"]) == (dtype != torch.float32)
