@@ -5,10 +5,12 @@ transformers' Conv1D, GPT-2's linear, stores the transpose.
 """
 
 from peft_sparse.linears.blocks import BlockList, block_linear_names, block_linears, find_block_lists, linears_inside
+from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.weights import as_stored, get_weight, in_out_features, is_linear, set_weight, unwrap
 
 __all__ = [
     "BlockList",
+    "PackedLinear",
     "as_stored",
     "block_linear_names",
     "block_linears",

@@ -2,6 +2,7 @@
 `use_reference` puts it to work."""
 
 from peft_sparse.ops import reference
+from peft_sparse.ops.packed_linear import packed_linear
 from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
 from peft_sparse.ops.reference import PstFactors, PstScales, use_reference
@@ -11,6 +12,7 @@ __all__ = [
     "MaskCache",
     "PstFactors",
     "PstScales",
+    "packed_linear",
     "pst_linear",
     "pst_mask",
     "reference",

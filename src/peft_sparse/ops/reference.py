@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity import pack_mask, pst_importance, select_mask, unpack_mask
+from peft_sparse.sparsity import PackedWeight, pack_mask, pst_importance, select_mask, unpack_mask
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -63,6 +63,28 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
     sizes = torch.full((num_groups,), size, dtype=torch.int64)
     sizes[:longer] += 1
     return torch.arange(num_groups).repeat_interleave(sizes).to(device)
+
+
+def dense(weight: torch.Tensor | PackedWeight) -> torch.Tensor:
+    """(out, in) of a weight that may be packed, differentiable in its values."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    mask = unpack_mask(weight.bitmask, weight.in_features)
+    return weight.values.new_zeros(mask.shape).masked_scatter(mask, weight.values)
+
+
+def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Y = X W^T + b.
+
+    Args:
+        x: (..., in).
+        weight: W, packed.
+        bias: (out,) or None.
+
+    Returns:
+        (..., out), of the dtype of `x`.
+    """
+    return F.linear(x, dense(weight).to(x.dtype), bias)
 
 
 def spp_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:

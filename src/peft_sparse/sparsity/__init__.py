@@ -2,7 +2,7 @@
 
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
-from peft_sparse.sparsity.packing import pack_mask, unpack_mask
+from peft_sparse.sparsity.packing import PackedWeight, pack_mask, pack_values, row_starts, unpack_mask, unpack_values
 from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
 from peft_sparse.sparsity.statistics import ColumnNorms
@@ -11,17 +11,21 @@ __all__ = [
     "NM",
     "SCHEDULES",
     "ColumnNorms",
+    "PackedWeight",
     "Pattern",
     "Unstructured",
     "check_sparsity",
     "find_pattern",
     "magnitude_importance",
     "pack_mask",
+    "pack_values",
     "parse_pattern",
     "pst_importance",
     "round_keeping_support",
+    "row_starts",
     "select_mask",
     "sparsity_at",
     "unpack_mask",
+    "unpack_values",
     "wanda_importance",
 ]
