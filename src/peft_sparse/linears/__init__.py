@@ -6,7 +6,17 @@ transformers' Conv1D, GPT-2's linear, stores the transpose.
 
 from peft_sparse.linears.blocks import BlockList, block_linear_names, block_linears, find_block_lists, linears_inside
 from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.linears.weights import as_stored, get_weight, in_out_features, is_linear, set_weight, unwrap
+from peft_sparse.linears.weights import (
+    as_stored,
+    get_weight,
+    in_out_features,
+    is_linear,
+    num_zeros,
+    set_weight,
+    stored_weight,
+    unwrap,
+    weight_parameter,
+)
 
 __all__ = [
     "BlockList",
@@ -19,6 +29,9 @@ __all__ = [
     "in_out_features",
     "is_linear",
     "linears_inside",
+    "num_zeros",
     "set_weight",
+    "stored_weight",
     "unwrap",
+    "weight_parameter",
 ]

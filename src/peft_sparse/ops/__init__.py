@@ -7,6 +7,7 @@ from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
 from peft_sparse.ops.reference import PstFactors, PstScales, use_reference
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
+from peft_sparse.ops.spp_weight import spp_weight
 
 __all__ = [
     "MaskCache",
@@ -18,5 +19,6 @@ __all__ = [
     "reference",
     "spp_linear",
     "spp_linear_update",
+    "spp_weight",
     "use_reference",
 ]

@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import autocast_off, linear_by_blocks, matmul_dtype, row_blocks
-from peft_sparse.sparsity import PackedWeight, pack_values
+from peft_sparse.sparsity import PackedWeight, Weight, pack_values
 
 
-def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.packed_linear`]: same arguments, same results."""
-    if reference.reference_in_use():
+    if reference.reference_in_use() or not isinstance(weight, PackedWeight):
         return reference.packed_linear(x, weight, bias)
     dtype = matmul_dtype(x)
     return _PackedLinear.apply(x.to(dtype), weight.values, None if bias is None else bias.to(dtype), *weight[1:])

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import block_linears, get_weight, in_out_features, linears_inside
+from peft_sparse.linears import PackedLinear, block_linears, get_weight, in_out_features, linears_inside
 from peft_sparse.sparsity import Pattern, select_mask
 
 Names = list[str] | tuple[str, ...] | set[str] | str
@@ -96,6 +96,11 @@ def _check_plain(name: str, linear: nn.Module) -> None:
         raise ValueError(
             f"A pruner changes plain linears, got `{name}`, which carries an adapter ({type(linear).__name__}); call "
             "`merge_and_unload()` first, or prune before adding the adapter."
+        )
+    if isinstance(linear, PackedLinear):
+        raise ValueError(
+            f"A pruner changes weights with a place for each entry, got `{name}`, which is packed; call "
+            "`unpack_model(model)` first, and `pack_model(model)` afterwards."
         )
 
 

@@ -2,7 +2,20 @@
 
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
-from peft_sparse.sparsity.packing import PackedWeight, pack_mask, pack_values, row_starts, unpack_mask, unpack_values
+from peft_sparse.sparsity.packing import (
+    PackedWeight,
+    Weight,
+    dense_weight,
+    pack_mask,
+    pack_values,
+    row_starts,
+    unpack_mask,
+    unpack_values,
+    weight_entries,
+    weight_rows,
+    with_entries,
+    write_rows,
+)
 from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
 from peft_sparse.sparsity.statistics import ColumnNorms
@@ -14,7 +27,9 @@ __all__ = [
     "PackedWeight",
     "Pattern",
     "Unstructured",
+    "Weight",
     "check_sparsity",
+    "dense_weight",
     "find_pattern",
     "magnitude_importance",
     "pack_mask",
@@ -28,4 +43,8 @@ __all__ = [
     "unpack_mask",
     "unpack_values",
     "wanda_importance",
+    "weight_entries",
+    "weight_rows",
+    "with_entries",
+    "write_rows",
 ]

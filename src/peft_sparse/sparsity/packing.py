@@ -23,7 +23,7 @@ _GATHER_BYTES = 0x0102040810204080
 
 # Places that are unpacked at a time: the temporaries, two int32 a place, stay in a core's cache, and small beside a
 # layer. A GPU wants few and large kernels.
-UNPACKED_AT_ONCE = 1 << 17
+UNPACKED_AT_ONCE = 1 << 18
 UNPACKED_AT_ONCE_GPU = 1 << 22
 
 
@@ -211,3 +211,34 @@ class PackedWeight(NamedTuple):
     def dense(self) -> torch.Tensor:
         """All of it, (out, in), a new tensor."""
         return unpack_values(self.values, self.bitmask, self.in_features)
+
+
+Weight = torch.Tensor | PackedWeight
+
+
+def weight_rows(weight: Weight, rows: slice) -> torch.Tensor:
+    """Some consecutive rows of a weight, packed or not, (rows, in). Those of a tensor are a view."""
+    return weight.rows(rows) if isinstance(weight, PackedWeight) else weight[rows]
+
+
+def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.Tensor) -> None:
+    """Write some consecutive rows of another weight, (rows, in), into entries of the form of [`weight_entries`]."""
+    if isinstance(weight, PackedWeight):
+        entries[weight.span(rows)] = pack_values(block, weight.bitmask[rows])
+    else:
+        entries[rows] = block
+
+
+def weight_entries(weight: Weight) -> torch.Tensor:
+    """The tensor that holds a weight's entries: the values of a packed one, else the weight itself."""
+    return weight.values if isinstance(weight, PackedWeight) else weight
+
+
+def with_entries(weight: Weight, entries: torch.Tensor) -> Weight:
+    """The weight that has other entries at the same places; the inverse of [`weight_entries`]."""
+    return weight._replace(values=entries) if isinstance(weight, PackedWeight) else entries
+
+
+def dense_weight(weight: Weight) -> torch.Tensor:
+    """A weight as (out, in); a packed one as a new tensor."""
+    return weight.dense() if isinstance(weight, PackedWeight) else weight

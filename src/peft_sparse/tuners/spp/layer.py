@@ -9,10 +9,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peft_sparse import ops
+from peft_sparse.sparsity import Weight, weight_entries
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.spp.config import SppConfig
 
@@ -55,24 +55,24 @@ class SppLinear(SparseLayer):
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.spp_A[adapter_name], self.spp_B[adapter_name], self._scaling[adapter_name]
 
-    def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+    def effective_weight(self, adapter_name: str, weight: Weight | None = None) -> Weight:
         weight = self.base_weight if weight is None else weight
-        return ops.reference.spp_weight(weight, *self._factors(adapter_name))
+        return ops.spp_weight(weight, *self._factors(adapter_name))
 
     def adapted_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, adapter_name: str
     ) -> torch.Tensor:
         return ops.spp_linear(x, weight, bias, *self._factors(adapter_name))
 
-    def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight != 0
+    def support(self, adapter_name: str, weight: Weight) -> torch.Tensor:
+        return weight_entries(weight) != 0
 
     def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if not any(self._drops(name) for name in adapter_names):
             return super()._forward_adapters(x, adapter_names)
         # Each adapter's own update sees its own dropped input: X W^T + sum of drop_k(X) (W_k - W_(k-1))^T.
         weight = self.base_weight
-        y = F.linear(x, weight, self.base_layer.bias)
+        y = ops.packed_linear(x, weight, self.base_layer.bias)
         for name in adapter_names:
             y = y + ops.spp_linear_update(self.spp_dropout[name](x), weight, *self._factors(name))
             weight = self.effective_weight(name, weight)
