@@ -18,8 +18,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
-from peft_sparse.ops.blocks import autocast_off, group_blocks, linear_by_blocks, matmul_dtype
-from peft_sparse.sparsity import PackedWeight, Weight, weight_entries, weight_rows, write_rows
+from peft_sparse.ops.blocks import (
+    Buffers,
+    autocast_off,
+    group_blocks,
+    linear_by_blocks,
+    matmul_dtype,
+    outer_product,
+    weight_rows,
+)
+from peft_sparse.sparsity import PackedWeight, Weight, weight_entries, write_rows
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -63,11 +71,15 @@ def _scaled_rows(
     scaling: float,
     offset: float,
     dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W (offset + s B A) of one block, rounded to `dtype`; the offset is 1 or 0."""
-    scaled = (scaling * B).view(-1, rows_per_group, 1) * A[:, None, :]  # (groups, rows per group, in)
+    """W (offset + s B A) of one block, rounded to `dtype`; the offset is 1 or 0. In `out` unless rounded."""
+    B, A = (scaling * B).view(-1, rows_per_group, 1), A[:, None, :]
+    if out is not None:
+        out = out.view(A.shape[0], rows_per_group, A.shape[-1])
+    scaled = torch.mul(B, A, out=out)  # (groups, rows per group, in)
     grouped = weight.to(scaled.dtype).reshape(scaled.shape)
-    scaled = torch.addcmul(grouped, grouped, scaled) if offset else scaled.mul_(grouped)
+    scaled = torch.addcmul(grouped, grouped, scaled, out=out) if offset else scaled.mul_(grouped)
     return scaled.view(weight.shape).to(dtype)
 
 
@@ -87,13 +99,16 @@ class _SppLinear(torch.autograd.Function):
         ctx.save_for_backward(x, entries, A, B)
         ctx.scaling, ctx.offset, ctx.packing = scaling, offset, packing
         weight: Weight = PackedWeight(entries, *packing) if packing else entries
-        factor_dtype = score_dtype(weight.dtype)
+        factor_dtype, buffers = score_dtype(weight.dtype), Buffers(x)
         A, B = A.to(factor_dtype), B.to(factor_dtype)
+
+        def build(groups: slice, rows: slice, size: int) -> torch.Tensor:
+            block = weight_rows(weight, rows, buffers)
+            out = buffers.get("W", block.shape, factor_dtype)
+            return _scaled_rows(block, A[groups], B[rows], size, scaling, offset, x.dtype, out)
+
         blocks = (
-            (
-                rows,
-                partial(_scaled_rows, weight_rows(weight, rows), A[groups], B[rows], size, scaling, offset, x.dtype),
-            )
+            (rows, partial(build, groups, rows, size))
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0])
         )
         return linear_by_blocks(x, bias, weight.shape[0], blocks)
@@ -107,18 +122,20 @@ class _SppLinear(torch.autograd.Function):
         dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
         A_wide, B_wide = A.to(dtype), B.to(dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = torch.zeros_like(tokens) if needs_x else None
+        dx = torch.empty_like(tokens) if needs_x else None
         dA, dB = torch.zeros_like(A_wide), torch.zeros_like(B_wide)
-        dentries = torch.empty_like(entries) if needs_weight else None
+        dentries, buffers = torch.empty_like(entries) if needs_weight else None, Buffers(x)
         with autocast_off(x):
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0]):
                 dy_rows, A_block, B_block = dy[:, rows], A_wide[groups], B_wide[rows]
-                block = weight_rows(weight, rows)  # (rows, in)
+                block = weight_rows(weight, rows, buffers)  # (rows, in)
+                out = buffers.get("W or G", block.shape, dtype)
                 if dx is not None:
-                    dx.addmm_(dy_rows, _scaled_rows(block, A_block, B_block, size, scaling, offset, x.dtype))
+                    W = _scaled_rows(block, A_block, B_block, size, scaling, offset, x.dtype, out)
+                    dx.addmm_(dy_rows, W, beta=0 if rows.start == 0 else 1)
                 if not (needs_A or needs_B or needs_weight):
                     continue
-                G = (dy_rows.T @ tokens).to(dtype)  # (rows, in)
+                G = outer_product(dy_rows, tokens, dtype, out)  # (rows, in)
                 if dentries is not None:
                     dblock = _scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
                     write_rows(dentries, weight, rows, dblock)

@@ -6,17 +6,22 @@ outside of them (an embedding, a tied head) is left alone: pruning it would prun
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import PackedLinear, block_linears, get_weight, in_out_features, linears_inside
+from peft_sparse.linears import (
+    Names,
+    PackedLinear,
+    block_linears,
+    get_weight,
+    in_out_features,
+    linears_inside,
+    matches,
+)
 from peft_sparse.sparsity import Pattern, select_mask
-
-Names = list[str] | tuple[str, ...] | set[str] | str
 
 
 def find_targets(
@@ -65,19 +70,6 @@ def find_targets(
         _check_weight(name, get_weight(linear))
         pattern.check_width(in_out_features(linear)[0], name)
     return targets
-
-
-def matches(names: Names, name: str) -> bool:
-    """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
-    names or their last parts.
-
-    Example:
-        >>> matches(["q_proj"], "layers.0.q_proj"), matches("q_proj", "layers.0.q_proj")
-        (True, False)
-    """
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in names)
 
 
 def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
 """The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
+from peft_sparse.sparsity.csr import CsrMatrix, to_csr
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import (
@@ -12,7 +13,6 @@ from peft_sparse.sparsity.packing import (
     unpack_mask,
     unpack_values,
     weight_entries,
-    weight_rows,
     with_entries,
     write_rows,
 )
@@ -24,6 +24,7 @@ __all__ = [
     "NM",
     "SCHEDULES",
     "ColumnNorms",
+    "CsrMatrix",
     "PackedWeight",
     "Pattern",
     "Unstructured",
@@ -40,11 +41,11 @@ __all__ = [
     "row_starts",
     "select_mask",
     "sparsity_at",
+    "to_csr",
     "unpack_mask",
     "unpack_values",
     "wanda_importance",
     "weight_entries",
-    "weight_rows",
     "with_entries",
     "write_rows",
 ]

@@ -44,13 +44,16 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (words.mul(_GATHER_BYTES) >> 56).to(torch.uint8)  # the shift keeps the sign, and the cast drops it
 
 
-def unpack_mask(packed: torch.Tensor, in_features: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:
+def unpack_mask(
+    packed: torch.Tensor, in_features: int, dtype: torch.dtype = torch.bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The inverse of [`pack_mask`].
 
     Args:
         packed: uint8 (out, ceil(in / 8)).
         in_features: columns of the mask.
         dtype: of the result; a floating one gives 0 and 1, ready to multiply a weight with.
+        out: contiguous memory for the result, which is used if rows of the mask are whole bytes; None: new memory.
 
     Returns:
         (out, in).
@@ -59,7 +62,8 @@ def unpack_mask(packed: torch.Tensor, in_features: int, dtype: torch.dtype = tor
         bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
         unpacked = (packed[..., None] >> bits) & 1
         return unpacked.flatten(1)[:, :in_features].to(dtype)
-    unpacked = _byte_table(dtype, packed.device).index_select(0, packed.reshape(-1).int())
+    table, whole = _byte_table(dtype, packed.device), out if in_features % 8 == 0 else None
+    unpacked = torch.index_select(table, 0, packed.reshape(-1).int(), out=None if whole is None else whole.view(-1, 8))
     return unpacked.view(packed.shape[0], -1)[:, :in_features]
 
 
@@ -202,11 +206,11 @@ class PackedWeight(NamedTuple):
         start, stop, _ = rows.indices(self.bitmask.shape[0])
         return slice(int(self.starts[start]), int(self.starts[stop]))
 
-    def rows(self, rows: slice) -> torch.Tensor:
-        """Some consecutive rows, (rows, in), a new tensor."""
+    def rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Some consecutive rows, (rows, in), a new tensor or in `out`, see [`unpack_values`]."""
         if torch.compiler.is_compiling():  # in one block, see ops/blocks.py
             return unpack_values(self.values, self.bitmask, self.in_features)[rows]
-        return unpack_values(self.values[self.span(rows)], self.bitmask[rows], self.in_features)
+        return unpack_values(self.values[self.span(rows)], self.bitmask[rows], self.in_features, out)
 
     def dense(self) -> torch.Tensor:
         """All of it, (out, in), a new tensor."""
@@ -214,11 +218,6 @@ class PackedWeight(NamedTuple):
 
 
 Weight = torch.Tensor | PackedWeight
-
-
-def weight_rows(weight: Weight, rows: slice) -> torch.Tensor:
-    """Some consecutive rows of a weight, packed or not, (rows, in). Those of a tensor are a view."""
-    return weight.rows(rows) if isinstance(weight, PackedWeight) else weight[rows]
 
 
 def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.Tensor) -> None:
