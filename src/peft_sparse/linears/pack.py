@@ -64,7 +64,7 @@ def pack_model(
                 f"Packing replaces plain linears, got `{name}`, which carries an adapter ({type(linear).__name__}); "
                 "pack the model first and add the adapter then, or call `merge_and_unload()`."
             )
-        if weight_parameter(linear).is_meta:
+        if _is_plain(linear) and linear.get_parameter("weight").is_meta:
             raise ValueError(
                 f"Packing needs weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
                 "loaded); load the model without offloading."

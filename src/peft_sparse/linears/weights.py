@@ -25,7 +25,9 @@ def is_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, (nn.Linear, Conv1D, PackedLinear)) and weight_parameter(module).is_floating_point()
+    if isinstance(module, PackedLinear):
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
