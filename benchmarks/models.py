@@ -41,7 +41,11 @@ def load(model: Path | dict[str, int], dtype: torch.dtype, device: torch.device)
     """A causal language model from a transformers folder, or a random Llama of the given config."""
     torch.manual_seed(0)
     if isinstance(model, Path):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        for parameter in loaded.parameters():
+            # Weights that are mapped from a file take memory when they are first read, which is not the step's doing.
+            parameter.data = parameter.data.clone()
+        return loaded
     return LlamaForCausalLM(LlamaConfig(**model)).to(device, dtype)
 
 

@@ -31,6 +31,12 @@ LAYER_PEERS = (
     "pst", "pst_reference", "pst_authors",
 )  # fmt: skip
 MODEL_PEERS = tuple(name for name in LAYER_PEERS if name != "floor")
+# How to compute, by the last part of a peer's name.
+IMPLEMENTATIONS: dict[str, Callable[[], AbstractContextManager]] = {
+    "reference": ops.use_reference,
+    "dense": lambda: ops.use_csr(False),
+    "csr": lambda: ops.use_csr(True),
+}
 AUTHORS = {"spp": "spp_authors", "pst": "pst_authors"}  # of ours, the formulation to compare with
 
 
@@ -39,12 +45,13 @@ def authors_of(peer: str) -> str | None:
     return AUTHORS.get(peer.partition("_")[0])
 
 
-def adapt(model: nn.Module, peer: str, names: Iterable[str]) -> nn.Module:
+def adapt(model: nn.Module, peer: str, names: Iterable[str], sparsity: float = SPARSITY) -> nn.Module:
     """Make a model train as `peer` does.
 
     Args:
         model: changed in place; in training mode afterwards.
         names: full names of its linears to adapt.
+        sparsity: of the pruned model that they start from; PST's own.
     """
     names = list(names)
     if peer == "full":
@@ -52,35 +59,35 @@ def adapt(model: nn.Module, peer: str, names: Iterable[str]) -> nn.Module:
     model.requires_grad_(False)
     if not peer.startswith("pst"):  # SPP's users have a pruned model, and so its competitors start from one
         for name in names:
-            _prune(model.get_submodule(name).weight)
+            _prune(model.get_submodule(name).weight, sparsity)
     if peer in ("spp_authors", "spp_authors_checkpoint"):
         _replace(model, names, lambda linear: AuthorsSpp(linear, RANK, checkpointed=peer.endswith("checkpoint")))
     elif peer == "pst_authors":
-        _replace(model, names, lambda linear: AuthorsPst(linear, sparsity=SPARSITY))
+        _replace(model, names, lambda linear: AuthorsPst(linear, sparsity=sparsity))
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about models that are not transformers', or not pruned
-            model = get_peft_model(model, _config(peer, names))
+            model = get_peft_model(model, _config(peer, names, sparsity))
     return model.train()
 
 
-def _config(peer: str, names: list[str]):
+def _config(peer: str, names: list[str], sparsity: float):
     configs = {
         "lora": lambda: LoraConfig(r=RANK, target_modules=names),
         "hira": lambda: HiraConfig(r=RANK, target_modules=names),
         "spp": lambda: SppConfig(r=RANK, target_modules=names),
-        "pst": lambda: PstConfig(sparsity=SPARSITY, schedule="constant", target_modules=names),
+        "pst": lambda: PstConfig(sparsity=sparsity, schedule="constant", target_modules=names),
     }
-    method = peer.removesuffix("_reference")
-    if method not in configs:
+    method, _, implementation = peer.partition("_")
+    if method not in configs or (implementation and implementation not in IMPLEMENTATIONS):
         raise ValueError(f"A peer is one of {', '.join(LAYER_PEERS)}, got {peer!r}.")
     return configs[method]()
 
 
 @torch.no_grad()
-def _prune(weight: torch.Tensor) -> None:
+def _prune(weight: torch.Tensor, sparsity: float) -> None:
     scores = weight.abs().float()
-    weight.mul_(select_mask(scores, int(SPARSITY * scores.numel()), scores.numel()))
+    weight.mul_(select_mask(scores, int(sparsity * scores.numel()), scores.numel()))
 
 
 def _replace(model: nn.Module, names: list[str], make: Callable[[nn.Linear], nn.Module]) -> None:
@@ -93,7 +100,7 @@ class TrainingStep:
     """Forward, backward and optimizer step of a peer; calling it does one.
 
     Args:
-        peer: its name; "..._reference" computes with `ops.reference`.
+        peer: its name, which may end in one of [`IMPLEMENTATIONS`].
         model: from [`adapt`].
         inputs: tensors that exist before the step.
         forward: from the model to a tensor to differentiate: a loss, or the output of a layer with `dy`.
@@ -119,7 +126,7 @@ class TrainingStep:
             self.model.base_model.set_sparsity_step(self.done, TOTAL_STEPS)
 
     def _implementation(self) -> AbstractContextManager:
-        return ops.reference.use_reference() if self.peer.endswith("_reference") else contextlib.nullcontext()
+        return IMPLEMENTATIONS.get(self.peer.rpartition("_")[2], contextlib.nullcontext)()
 
     def __call__(self) -> None:
         with self._implementation():
@@ -164,14 +171,21 @@ class FloorStep:
 
 
 def layer_step(
-    peer: str, out: int, columns: int, tokens: int, dtype: torch.dtype, device: torch.device
+    peer: str,
+    out: int,
+    columns: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sparsity: float = SPARSITY,
 ) -> TrainingStep | FloorStep:
     """The step of one linear without bias, with an input that needs a gradient as inside a network.
 
     Args:
-        peer: one of [`LAYER_PEERS`].
+        peer: one of [`LAYER_PEERS`], or a method of ours and one of [`IMPLEMENTATIONS`].
         out, columns: of the weight.
         tokens: rows of the input.
+        sparsity: see [`adapt`].
     """
     torch.manual_seed(0)
     model = _OneLinear(out, columns, dtype, device)
@@ -179,6 +193,6 @@ def layer_step(
     dy = torch.randn(tokens, out, dtype=dtype, device=device)
     if peer == "floor":
         return FloorStep(model.linear.weight.detach(), x, dy)
-    model = adapt(model, peer, ["linear"])
+    model = adapt(model, peer, ["linear"], sparsity)
     x.requires_grad_()
     return TrainingStep(peer, model, (x, dy), lambda: model(x), dy)

@@ -1,9 +1,9 @@
-"""Draw the ratios of the CSVs as bar charts, a PNG beside each CSV.
+"""Draw the ratios of the CSVs, a PNG beside each CSV: bars, or lines where a CSV has a row of sparsities.
 
     python -m benchmarks.plot                 # all of benchmarks/results
     python -m benchmarks.plot some/file.csv
 
-One chart for each ratio and case. A file that `--append` wrote to is drawn by its latest run.
+One chart for each ratio and case (lines: for each size), of its latest run if `--append` wrote several.
 """
 
 from __future__ import annotations
@@ -13,18 +13,29 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME_COLUMNS = ("peer", "variant")
 CASE_COLUMNS = ("model", "out", "in", "tokens", "sparsity")
+MOST_BAR_CHARTS = 4  # sparsities
+MOST_SHOWN = 2.0  # ratio in a chart of lines; what is above does not matter
 BAR_HEIGHT, CHART_WIDTH = 0.28, 5.0  # inches
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the latest run in a CSV."""
+    """The rows of a CSV, of each case those of its latest run."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if row["date"] == rows[-1]["date"]]
+    latest = {_case(row): row["date"] for row in rows}
+    return [row for row in rows if row["date"] == latest[_case(row)]]
+
+
+def _case(row: dict[str, str]) -> str:
+    return ", ".join(f"{name} {row[name]}" for name in CASE_COLUMNS if row.get(name))
 
 
 def charts(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -32,10 +43,9 @@ def charts(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, dict[str, floa
     name_column = next(name for name in NAME_COLUMNS if name in rows[0])
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
-        case = ", ".join(f"{name} {row[name]}" for name in CASE_COLUMNS if row.get(name))
         for column, value in row.items():
             if "ratio_" in column and value:
-                found.setdefault(case, {}).setdefault(column, {})[row[name_column]] = float(value)
+                found.setdefault(_case(row), {}).setdefault(column, {})[row[name_column]] = float(value)
     return found
 
 
@@ -52,12 +62,26 @@ def draw(path: Path) -> Path:
         raise SystemExit("Drawing takes matplotlib: pip install matplotlib") from None
 
     rows = read(path)
+    sparsities = {row.get("sparsity") for row in rows}
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    (_draw_lines if len(sparsities) > MOST_BAR_CHARTS else _draw_bars)(figure, rows)
+    first = rows[0]
+    figure.suptitle(
+        f"{path.stem}: {first['hardware']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
+        f"commit {first['commit']}",
+        fontsize=9,
+    )
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def _draw_bars(figure: Figure, rows: Sequence[dict[str, str]]) -> None:
     cases = charts(rows)
     columns = list(dict.fromkeys(column for ratios in cases.values() for column in ratios))
     most_bars = max(len(bars) for ratios in cases.values() for bars in ratios.values())
-    height = len(cases) * (BAR_HEIGHT * most_bars + 1.0) + 0.8
-    figure = Figure(figsize=(CHART_WIDTH * len(columns), height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(CHART_WIDTH * len(columns), len(cases) * (BAR_HEIGHT * most_bars + 1.0) + 0.8)
     axes = figure.subplots(len(cases), len(columns), squeeze=False)
     for line, (case, ratios) in zip(axes, cases.items(), strict=True):
         for axis, column in zip(line, columns, strict=True):
@@ -71,15 +95,27 @@ def draw(path: Path) -> Path:
             axis.margins(x=0.15)
             axis.invert_yaxis()  # the first row of the CSV on top
             axis.set_title(f"{column.replace('_', ' ')}\n{case}", fontsize=9)
-    first = rows[0]
-    figure.suptitle(
-        f"{path.stem}: {first['hardware']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
-        f"commit {first['commit']}",
-        fontsize=9,
-    )
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=110)
-    return target
+
+
+def _draw_lines(figure: Figure, rows: Sequence[dict[str, str]]) -> None:
+    """The first ratio over sparsity, a line for each variant."""
+    column = next(name for name in rows[0] if name.startswith("ratio_"))
+    name_column = next(name for name in NAME_COLUMNS if name in rows[0])
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        size = ", ".join(f"{name} {row[name]}" for name in CASE_COLUMNS if row.get(name) and name != "sparsity")
+        if row[column]:
+            points = lines.setdefault(size, {}).setdefault(row[name_column], [])
+            points.append((100 * float(row["sparsity"]), float(row[column])))
+    figure.set_size_inches(CHART_WIDTH * len(lines), CHART_WIDTH)
+    for axis, (size, variants) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+        for name, points in variants.items():
+            axis.plot(*zip(*points, strict=True), label=name, marker=".")
+        axis.set_ylim(0, MOST_SHOWN)
+        axis.set_xlabel("zeros in the weight, %")
+        axis.set_ylabel(column.replace("_", " "))
+        axis.set_title(size, fontsize=9)
+        axis.legend(fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> int:

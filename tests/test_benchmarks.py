@@ -23,7 +23,9 @@ from benchmarks import (
     report,
     runner,
     selection,
+    sparse_step,
 )
+from peft_sparse import ops
 
 TIME = ["median_ms", "spread_ms"]
 COLUMNS = {
@@ -41,11 +43,15 @@ COLUMNS = {
         "peak_tensors_mb", "peak_step_mb", "peak_total_mb", "peak_step_ratio_lora",
         "peak_total_ratio_lora", "saved_mb", "trainable",
     ],
+    sparse_step: [
+        "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_floor", "ratio_lora", "ratio_dense",
+    ],
     compile_step: [
         "model", "tokens", "backend", "variant", *TIME, "ratio_eager", "first_step_s", "loss_after_first_step",
     ],
 }  # fmt: skip
 CPU = torch.device("cpu")
+_spp_csr = ops.spp_csr_linear
 
 
 def measure(script, path, *options) -> list[dict[str, str]]:
@@ -83,6 +89,22 @@ def test_selection(tmp_path):
     rows = measure(selection, tmp_path / "a.csv")
     assert list(rows[0]) == [*COLUMNS[selection], *report.METADATA]
     assert {row["sparsity"] for row in rows} == {"0.5", "0.9"}
+
+
+def test_sparse_step(tmp_path):
+    rows = measure(sparse_step, tmp_path / "a.csv")
+    assert list(rows[0]) == [*COLUMNS[sparse_step], *report.METADATA]
+    assert len(rows) == len(sparse_step.VARIANTS) * len(sparse_step.SPARSITIES)
+    assert {row["variant"]: row["ratio_dense"] for row in rows}["spp_dense"] == "1"
+
+
+def test_sparse_step_computes_as_it_says(monkeypatch):
+    taken = []
+    monkeypatch.setattr(ops, "spp_csr_linear", lambda *args, **kwargs: taken.append("csr") or _spp_csr(*args))
+    for peer, expected in (("spp_csr", ["csr"]), ("spp_dense", [])):
+        taken.clear()
+        peers.layer_step(peer, 16, 8, 4, torch.float32, CPU, sparsity=0.9)()
+        assert taken == expected
 
 
 def test_ways_to_select_agree():
@@ -247,3 +269,11 @@ def test_sizes_are_those_of_the_names():
     with torch.device("meta"):
         model = models.LlamaForCausalLM(models.LlamaConfig(**models.SMOLLM2_135M))
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+
+
+def test_plot_over_sparsity(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "sparse_step.csv"
+    measure(sparse_step, path)
+    assert plot.main([str(path)]) == 0
+    assert path.with_suffix(".png").stat().st_size > 1000

@@ -112,6 +112,7 @@ def test_rounding_is_the_plain_cast_elsewhere(numbers):
     assert torch.equal(rounded != 0, weight != 0)
 
 
+STRIDE = masks._sample_stride(120_000)
 LARGE = {
     "normal": lambda: torch.randn(400, 300),
     "many ties": lambda: torch.randint(0, 5, (400, 300)).float(),
@@ -121,7 +122,7 @@ LARGE = {
     "sorted": lambda: torch.arange(120_000.0).reshape(400, 300),
     "heavy tails": lambda: torch.randn(400, 300).pow(9),
     "infinite": lambda: torch.where(torch.rand(400, 300) < 0.2, -torch.inf, torch.randn(400, 300)),
-    "a sample that misleads": lambda: torch.arange(120_000.0).remainder(2).reshape(400, 300),
+    "a sample that misleads": lambda: torch.arange(120_000.0).remainder(STRIDE).reshape(400, 300),
 }
 
 
@@ -130,7 +131,7 @@ LARGE = {
 def test_large_groups_equal_sorting(make, share):
     """Groups above the size of a sample are selected from by a bracket."""
     scores = make()
-    assert scores.numel() > masks.SAMPLE_SIZE
+    assert scores.numel() > masks.MAX_WHOLE
     num_pruned = int(share * scores.numel())
     expected = obvious_mask(scores, num_pruned, scores.numel())
     assert torch.equal(select_mask(scores, num_pruned, scores.numel()), expected)
@@ -147,8 +148,7 @@ def test_small_groups_equal_sorting(group_size):
 
 def test_an_unfair_sample_is_noticed():
     """Scores that the sample does not see at all: the bracket misses and the whole group is selected from."""
-    stride = masks._prime_from(120_000 // masks.SAMPLE_SIZE)
     scores = torch.full((120_000,), 1.0)
-    scores[::stride] = 2.0
+    scores[::STRIDE] = 2.0
     assert masks._select_by_bracket(scores, 30_000) is None
     assert torch.equal(select_mask(scores, 30_000, 120_000), obvious_mask(scores, 30_000, 120_000))

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MIN_SPARSITY = 0.8  # below, it was not faster anywhere that we measured
 MIN_NUMEL = 1 << 16  # smaller layers take no time
-MAX_REBUILDS = 3  # a weight that moves with every forward, as offloaded and sharded ones do
+MAX_CHANGES = 3  # then it is a weight that moves with every forward, as offloaded and sharded ones do
 MAX_TIMED_TOKENS = 1024
 MARGIN = 0.95  # a gain of less than this is noise
 CLEAR = 1.5  # times faster: no need to time again
@@ -71,14 +71,16 @@ def csr_wanted() -> bool | None:
 
 
 class CsrCache:
-    """The non-zeros of one layer's weight, 16 bytes each in float32, kept if they are few and used if that is faster.
+    """The non-zeros of one layer's weight, 16 bytes each in float32, kept where computing with them alone is faster.
 
     A copy or an unpickled one starts empty: what it belongs to is another layer.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Fingerprint, CsrMatrix | None] | None = None  # None inside: too many to be worth it
-        self._builds = 0
+        self._weight: Fingerprint | None = None  # the one that the rest is about
+        self._num_non_zero = 0
+        self._csr: CsrMatrix | None = None
+        self._changes = 0
 
     def __reduce__(self) -> tuple[type[CsrCache], tuple[()]]:
         return CsrCache, ()
@@ -94,24 +96,44 @@ class CsrCache:
         wanted = csr_wanted()
         if wanted is False or not _possible(x, weight) or (not wanted and weight.numel() < MIN_NUMEL):
             return None
-        csr = self._non_zeros(weight, wanted)
-        if csr is None or wanted:
-            return csr
-        return csr if _is_faster(x, weight, csr, A, B) else None
-
-    @torch.no_grad()
-    def _non_zeros(self, weight: torch.Tensor, wanted: bool | None) -> CsrMatrix | None:
-        kept = self._kept
-        if kept is not None and kept[0].matches(weight) and not (kept[1] is None and wanted):
-            return kept[1]
-        if self._builds >= MAX_REBUILDS and not wanted:
+        if self._weight is None or not self._weight.matches(weight):
+            self._changes += 1
+            if self._changes > MAX_CHANGES and not wanted:
+                return None
+            self._csr, self._weight = None, Fingerprint.of(weight)
+            self._num_non_zero = int(weight.count_nonzero())
+        if not wanted and self._num_non_zero > (1 - MIN_SPARSITY) * weight.numel():
             return None
-        self._builds += 1
-        few = int(weight.count_nonzero()) <= (1 - MIN_SPARSITY) * weight.numel()
-        with torch.inference_mode(False):  # training may need it after evaluation
-            csr = to_csr(weight) if few or wanted else None
-            self._kept = Fingerprint.of(weight), csr
-        return csr
+        if not wanted and not self._is_faster(x, weight, A, B):
+            return None
+        self._csr = self._csr or _to_csr(weight)
+        return self._csr
+
+    def _is_faster(self, x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
+        tokens = min(x.numel() // x.shape[-1], MAX_TIMED_TOKENS)
+        grads = (x.requires_grad, A.requires_grad or B.requires_grad) if torch.is_grad_enabled() else (False, False)
+        share = self._num_non_zero / weight.numel()
+        key = (*weight.shape, weight.dtype, tokens.bit_length(), round(share, 2), grads, torch.get_num_threads())
+        if key not in _FASTER:
+            # In a thread, which has none of what may surround this forward: the hooks of a checkpoint, a counter of
+            # operations, autocast, inference mode.
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                ratio = thread.submit(_time_both, tokens, weight, self._csr or _to_csr(weight), A, B, grads).result()
+            _FASTER[key] = ratio < MARGIN
+            logger.info(
+                f"SPP on {tuple(weight.shape)} weights, {1 - share:.0%} zeros, {tokens} tokens: the non-zeros alone "
+                f"take {ratio:.2f} of the dense time, so they are {'used' if _FASTER[key] else 'not used'}."
+            )
+        return _FASTER[key]
+
+
+_FASTER: dict[tuple[Any, ...], bool] = {}
+
+
+@torch.no_grad()
+def _to_csr(weight: torch.Tensor) -> CsrMatrix:
+    with torch.inference_mode(False):  # training may need it after evaluation
+        return to_csr(weight)
 
 
 def _possible(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -128,32 +150,10 @@ def _possible(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-_FASTER: dict[tuple[Any, ...], bool] = {}
-
-
-def _is_faster(x: torch.Tensor, weight: torch.Tensor, csr: CsrMatrix, A: torch.Tensor, B: torch.Tensor) -> bool:
-    tokens = min(x.numel() // x.shape[-1], MAX_TIMED_TOKENS)
-    grads = (x.requires_grad, A.requires_grad or B.requires_grad) if torch.is_grad_enabled() else (False, False)
-    share = len(csr.values) / weight.numel()
-    key = (*csr.shape, weight.dtype, tokens.bit_length(), round(share, 2), grads, torch.get_num_threads())
-    if key not in _FASTER:
-        # In a thread, which has none of what may surround this forward: the hooks of a checkpoint, a counter of
-        # operations, autocast, inference mode.
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            sparse_time, dense_time = thread.submit(_time_both, tokens, weight, csr, A, B, grads).result()
-        _FASTER[key] = sparse_time < MARGIN * dense_time
-        logger.info(
-            f"SPP on {csr.shape[0]} x {csr.shape[1]} weights, {1 - share:.0%} zeros, {tokens} tokens: the non-zeros "
-            f"alone take {sparse_time / dense_time:.2f} of the dense time, so they are "
-            f"{'used' if _FASTER[key] else 'not used'}."
-        )
-    return _FASTER[key]
-
-
 def _time_both(
     tokens: int, weight: torch.Tensor, csr: CsrMatrix, A: torch.Tensor, B: torch.Tensor, grads: tuple[bool, bool]
-) -> tuple[float, float]:
-    """Seconds that one pass takes, backward included where there will be one: over the non-zeros, and dense."""
+) -> float:
+    """The time of one pass over the non-zeros relative to a dense one, backward included where there will be one."""
     # No random numbers: the global random state is the user's, and time does not depend on the values.
     x = torch.ones(tokens, csr.shape[1], dtype=weight.dtype).requires_grad_(grads[0])
     dy = torch.ones(tokens, csr.shape[0], dtype=weight.dtype)
@@ -176,4 +176,4 @@ def _time_both(
         dense.append(times[1])
         if not 1 / CLEAR < times[0] / times[1] < CLEAR:
             break
-    return min(sparse), min(dense)
+    return min(sparse) / min(dense)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from peft_sparse.sparsity import CsrMatrix
 
 CHUNK_ELEMENTS = 1 << 18  # of X or dY
-MIN_TOKENS, MAX_TOKENS = 32, 512  # in a chunk
+MIN_TOKENS, MAX_TOKENS = 64, 512  # in a chunk
 
 
 def spp_csr_linear(

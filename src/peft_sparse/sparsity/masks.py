@@ -15,9 +15,9 @@ import math
 
 import torch
 
-# A sample of this size puts the threshold of a group between two of its own quantiles, four standard deviations apart
-# on either side. Smaller groups are selected from as a whole.
-SAMPLE_SIZE = 1 << 16
+# Larger groups are selected from by a sample, which puts the threshold between two of its own quantiles, four standard
+# deviations apart on either side.
+MAX_WHOLE = 1 << 14
 # Up to this size, comparing each score of a group with each other one is faster than selecting in every group.
 MAX_COMPARED = 8
 
@@ -47,7 +47,7 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
         return torch.ones_like(scores, dtype=torch.bool)
     groups = scores.detach().reshape(-1, group_size)
     mask = None
-    if groups.shape[0] == 1 and group_size > SAMPLE_SIZE:
+    if groups.shape[0] == 1 and group_size > MAX_WHOLE:
         mask = _select_by_bracket(groups[0], num_pruned)
     elif group_size <= MAX_COMPARED and not bool(groups.isnan().any()):
         mask = _select_by_rank(groups, num_pruned)
@@ -76,7 +76,7 @@ def _select_by_bracket(scores: torch.Tensor, num_pruned: int) -> torch.Tensor | 
     Returns:
         The mask, or None if the threshold is not in the bracket (the sample was no fair one).
     """
-    sample = scores[:: _prime_from(scores.numel() // SAMPLE_SIZE)].contiguous()
+    sample = scores[:: _sample_stride(scores.numel())].contiguous()
     share = num_pruned / scores.numel()
     rank = round(share * sample.numel())
     margin = math.ceil(4 * math.sqrt(sample.numel() * share * (1 - share))) + 1
@@ -95,13 +95,14 @@ def _select_by_bracket(scores: torch.Tensor, num_pruned: int) -> torch.Tensor | 
     return mask
 
 
-def _prime_from(start: int) -> int:
-    """The first prime from `start` on: a stride that does not keep step with the rows of a weight, whose scores have
-    structure along rows and columns."""
-    candidate = max(start, 2)
-    while any(candidate % divisor == 0 for divisor in range(2, math.isqrt(candidate) + 1)):
-        candidate += 1
-    return candidate
+def _sample_stride(numel: int) -> int:
+    """Every how many scores of a group one is in the sample: a prime, which does not keep step with the rows of a
+    weight, whose scores have structure along rows and columns."""
+    # Selecting from the sample, twice, and from what its bracket leaves costs least for about this size.
+    stride = max(2, numel // round((2 * numel) ** (2 / 3)))
+    while any(stride % divisor == 0 for divisor in range(2, math.isqrt(stride) + 1)):
+        stride += 1
+    return stride
 
 
 def _select_by_rank(groups: torch.Tensor, num_pruned: int) -> torch.Tensor:
