@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_sparse.evaluation.stored import stored_weights
-from peft_sparse.linears import as_stored, block_linears, get_weight, linears_inside, unwrap
-from peft_sparse.sparsity import find_pattern
+from peft_sparse.linears import as_stored, block_linears, linears_inside, stored_weight, unwrap, weight_parameter
+from peft_sparse.sparsity import dense_weight, find_pattern
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 # A longer table is summed up: one row for all layers whose names differ in the number of the block only.
@@ -136,7 +136,7 @@ def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
     layers = [_layer(name, forward_weight(linear)) for name, linear in linears.items()]
     report = SparsityReport(layers)
-    counted = {id(unwrap(linear).weight) for linear in linears.values()}
+    counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
     for parameter in _parameters_without_adapters(model):
         if id(parameter) not in counted:
             report.outside += parameter.numel()
@@ -148,16 +148,17 @@ def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
     they are disabled."""
-    weight = get_weight(unwrap(linear))
+    weight = stored_weight(unwrap(linear))
     if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
-        return weight
+        return dense_weight(weight)
     names = [name for name in linear.active_adapters if name in linear._get_available_adapters()]
     for name in names:
         if isinstance(linear, SparseLayer):
             weight = linear.effective_weight(name, weight)
         elif hasattr(linear, "get_delta_weight"):
-            weight = weight + as_stored(unwrap(linear), linear.get_delta_weight(name))  # back to (out, in)
-    return weight
+            delta = as_stored(unwrap(linear), linear.get_delta_weight(name))  # back to (out, in)
+            weight = dense_weight(weight) + delta
+    return dense_weight(weight)
 
 
 def _parameters_without_adapters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -4,11 +4,13 @@
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.csr_cache import CsrCache, use_csr
+from peft_sparse.ops.packed_linear import packed_linear
 from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
 from peft_sparse.ops.reference import PstFactors, PstScales, use_reference
 from peft_sparse.ops.spp_csr import spp_csr_linear
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
+from peft_sparse.ops.spp_weight import spp_weight
 from peft_sparse.ops.triton_switch import triton_in_use, use_triton
 from peft_sparse.sparsity import CsrMatrix
 
@@ -18,12 +20,14 @@ __all__ = [
     "MaskCache",
     "PstFactors",
     "PstScales",
+    "packed_linear",
     "pst_linear",
     "pst_mask",
     "reference",
     "spp_csr_linear",
     "spp_linear",
     "spp_linear_update",
+    "spp_weight",
     "triton_in_use",
     "use_csr",
     "use_reference",

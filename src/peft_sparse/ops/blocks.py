@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from peft_sparse.sparsity import PackedWeight, Weight
+
 BLOCK_ELEMENTS = 1 << 21
 LARGE_BLOCK_ELEMENTS = 1 << 24
 MIN_ROWS = 64  # below, a matmul no longer runs at full speed
@@ -77,6 +79,14 @@ class Buffers:
         if buffer is None or buffer.numel() < numel:
             buffer = self._buffers[name, dtype] = self._like.new_empty(numel, dtype=dtype)
         return buffer[:numel].view(shape)
+
+
+def weight_rows(weight: Weight, rows: slice, buffers: Buffers) -> torch.Tensor:
+    """Some consecutive rows of a weight, (rows, in): a view of a dense one; those of a packed one are unpacked, into a
+    buffer of their own."""
+    if not isinstance(weight, PackedWeight):
+        return weight[rows]
+    return weight.rows(rows, buffers.get("unpacked", (rows.stop - rows.start, weight.in_features), weight.dtype))
 
 
 def outer_product(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:

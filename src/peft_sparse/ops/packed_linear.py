@@ -1,0 +1,70 @@
+"""The linear of a packed weight: Y = X W^T + b, with W unpacked block of rows by block.
+
+With G = dY^T X:  dX = dY W;  the gradient of the values is G at the places of the mask.
+
+W is unpacked once in the forward and once in the backward, and no tensor of its size lives longer than a block. The
+plain twin is `packed_linear` in `peft_sparse.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from peft_sparse.ops import reference
+from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, row_blocks, weight_rows
+from peft_sparse.sparsity import PackedWeight, Weight, write_rows
+
+
+def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The fused form of [`peft_sparse.ops.reference.packed_linear`]: same arguments, same results."""
+    if reference.reference_in_use() or not isinstance(weight, PackedWeight):
+        return reference.packed_linear(x, weight, bias)
+    dtype = matmul_dtype(x)
+    return _PackedLinear.apply(x.to(dtype), weight.values, None if bias is None else bias.to(dtype), *weight[1:])
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,  # (..., in)
+        values: torch.Tensor,  # (nnz,)
+        bias: torch.Tensor | None,  # (out,)
+        bitmask: torch.Tensor,
+        in_features: int,
+        starts: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values, bitmask, starts)
+        ctx.in_features, ctx.x_shape = in_features, x.shape
+        weight = PackedWeight(values, bitmask, in_features, starts)
+        buffers = Buffers(x)
+
+        def build(rows: slice) -> torch.Tensor:
+            return weight_rows(weight, rows, buffers).to(x.dtype)
+
+        blocks = ((rows, partial(build, rows)) for rows in row_blocks(x, *weight.shape))
+        return linear_by_blocks(x, bias, weight.shape[0], blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, values, bitmask, starts = ctx.saved_tensors
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        weight = PackedWeight(values, bitmask, ctx.in_features, starts)
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = dy.new_empty(dy.shape[0], ctx.in_features) if needs_x else None
+        dvalues, buffers = torch.empty_like(values) if needs_values else None, Buffers(dy)
+        with autocast_off(dy):
+            for rows in row_blocks(dy, *weight.shape):
+                if dx is not None:
+                    W = weight_rows(weight, rows, buffers).to(dy.dtype)
+                    dx.addmm_(dy[:, rows], W, beta=0 if rows.start == 0 else 1)
+                if dvalues is not None:
+                    G = dy[:, rows].T @ x.reshape(-1, x.shape[-1])  # (rows, in)
+                    write_rows(dvalues, weight, rows, G)
+        dbias = dy.sum(0) if needs_bias else None
+        return None if dx is None else dx.view(ctx.x_shape), dvalues, dbias, None, None, None
