@@ -65,7 +65,7 @@ def prune_block_by_block(
     batches: list[Batch],
     targets: dict[str, nn.Module],
     new_statistics: Callable[[nn.Module], Any],
-    prune: Callable[[nn.Module, Any], None],
+    prune: Callable[[str, nn.Module, Any], None],
     progress: bool = True,
 ) -> None:
     """Gather statistics and prune, block after block.
@@ -90,7 +90,7 @@ def prune_block_by_block(
                 statistics = walk.gather(step, new_statistics)
                 for name, linear in step.linears.items():
                     originals[name] = get_weight(linear).detach().to("cpu", copy=True)
-                    prune(linear, statistics[name])
+                    prune(name, linear, statistics[name])
                 if walk.answers and step is not steps[-1]:
                     walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))], replaced)
         except BaseException:
