@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from peft_sparse.linears import get_weight, in_out_features
+from peft_sparse.pruning.budgets import resolve_sparsities
 from peft_sparse.pruning.calibration import check_batches, prune_block_by_block
 from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
-from peft_sparse.sparsity import ColumnNorms, Pattern, parse_pattern, wanda_importance
+from peft_sparse.sparsity import ColumnNorms, Pattern, pattern_with_group, wanda_importance
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,8 +27,9 @@ def prune_wanda(
     model: Model,
     batches: Iterable[Mapping[str, torch.Tensor]],
     pattern: str | Pattern = "unstructured",
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     *,
+    group: str | None = None,
     exclude_modules: Names | None = None,
     progress: bool = True,
 ) -> Model:
@@ -42,7 +44,10 @@ def prune_wanda(
             ...): a list, a DataLoader, a generator. Tokens that `attention_mask` marks as padding do not count. The
             authors take 128 sequences of the model's full length.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+        sparsity: share of zeros in [0, 1), one for all or one for each linear by its full name; None: 0.5. An N:M
+            pattern fixes it at 1 - N/M; another value is an error.
+        group: what competes: `"row"`, the weights of one output (None, the paper's), or `"layer"`, all of a layer,
+            which then has `int(sparsity * numel)` zeros. Not for N:M.
         exclude_modules: linears to leave alone: names or their last parts, or one regex for full names, as in PEFT.
         progress: show a bar over the blocks.
 
@@ -50,9 +55,9 @@ def prune_wanda(
         `model` itself, in the mode (training or evaluation) in which it came.
 
     Raises:
-        ValueError: for a malformed pattern or sparsity; for an empty calibration set or one whose activations hold NaN
-            or infinity; if in_features of a target is not divisible by M; if a target gets no input. After any error,
-            a keyboard interrupt included, the model is as it was.
+        ValueError: for a malformed pattern, sparsity or group; for an empty calibration set or one whose activations
+            hold NaN or infinity; if in_features of a target is not divisible by M; if a target gets no input. After
+            any error, a keyboard interrupt included, the model is as it was.
 
     Memory:
         Besides the model, a copy of the weights that are pruned (in CPU memory, for the promise above) and what one
@@ -69,13 +74,13 @@ def prune_wanda(
         >>> (model.model.layers[0].mlp.up_proj.weight == 0).sum(dim=1).unique()
         tensor([6])
     """
-    pattern = parse_pattern(pattern, group="row")
-    sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
+    pattern = pattern_with_group(pattern, group, default="row")
     targets = find_targets(model, pattern, exclude_modules=exclude_modules)
+    sparsities = resolve_sparsities(targets, pattern, sparsity, default=0.5)
 
     def prune(name: str, linear: nn.Module, statistics: ColumnNorms) -> None:
         scores = wanda_importance(get_weight(linear).detach(), statistics.norms)
-        prune_by_scores(linear, scores, pattern, sparsity)
+        prune_by_scores(linear, scores, pattern, sparsities[name])
 
     def new_statistics(linear: nn.Module) -> ColumnNorms:
         return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)

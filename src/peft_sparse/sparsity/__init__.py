@@ -1,24 +1,40 @@
 """The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
-from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
+from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import pack_mask, unpack_mask
-from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
+from peft_sparse.sparsity.patterns import (
+    NM,
+    Pattern,
+    Unstructured,
+    check_sparsity,
+    find_pattern,
+    parse_pattern,
+    pattern_with_group,
+)
+from peft_sparse.sparsity.reconstruction import InputFactor, factorize_, fit_block_size, prune_and_reconstruct
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
-from peft_sparse.sparsity.statistics import ColumnNorms
+from peft_sparse.sparsity.statistics import ColumnNorms, Hessian
 
 __all__ = [
     "NM",
     "SCHEDULES",
     "ColumnNorms",
+    "Hessian",
+    "InputFactor",
     "Pattern",
     "Unstructured",
     "check_sparsity",
+    "factorize_",
     "find_pattern",
+    "fit_block_size",
     "magnitude_importance",
     "pack_mask",
     "parse_pattern",
+    "pattern_with_group",
+    "prune_and_reconstruct",
     "pst_importance",
+    "ria_importance",
     "round_keeping_support",
     "select_mask",
     "sparsity_at",
