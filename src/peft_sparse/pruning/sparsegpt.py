@@ -109,15 +109,44 @@ def prune_sparsegpt(
     _check_options(pattern, damping, block_size, match_authors)
     targets = find_targets(model, pattern, exclude_modules=exclude_modules)
     sparsities = resolve_sparsities(targets, pattern, sparsity, default=0.5)
-    factors: weakref.WeakKeyDictionary[Hessian, InputFactor] = weakref.WeakKeyDictionary()
-    size = fit_block_size(pattern, block_size)
+    prune_linear = LinearPruner(pattern, damping, block_size, match_authors)
 
     def prune(name: str, linear: nn.Module, statistics: HessianOfInputs) -> None:
+        prune_linear(name, linear, statistics, sparsities[name])
+
+    statistics = SharedHessians()
+    prune_block_by_block(model, check_batches(batches), targets, statistics.new_statistics, prune, progress)
+    return model
+
+
+class LinearPruner:
+    """Prunes linears one by one, each with the Hessian of its inputs; linears that share one share its factor.
+
+    Args:
+        pattern, damping, block_size, match_authors: as in [`prune_sparsegpt`].
+    """
+
+    def __init__(
+        self, pattern: Pattern, damping: float = 0.01, block_size: int = 128, match_authors: bool = False
+    ) -> None:
+        self.pattern, self.damping, self.match_authors = pattern, damping, match_authors
+        self.block_size = fit_block_size(pattern, block_size)
+        self._factors: weakref.WeakKeyDictionary[Hessian, InputFactor] = weakref.WeakKeyDictionary()
+
+    @torch.no_grad()
+    def __call__(self, name: str, linear: nn.Module, statistics: HessianOfInputs, sparsity: float) -> None:
+        """Prune one linear in place and let go of its Hessian.
+
+        Raises:
+            RuntimeError: if the Hessian cannot be factorised; `name` is what messages call the linear.
+            ValueError: if a weight does not fit the linear's dtype. The weight is as it was then.
+        """
         weight, hessian = get_weight(linear).detach(), statistics.hessian
         with torch.autocast(weight.device.type, enabled=False):
-            if hessian not in factors:
-                factors[hessian] = _factorize(name, hessian, damping, size)
-            result = prune_and_reconstruct(weight, factors[hessian], pattern, sparsities[name], match_authors)
+            if hessian not in self._factors:
+                self._factors[hessian] = _factorize(name, hessian, self.damping, self.block_size)
+            factor = self._factors[hessian]
+            result = prune_and_reconstruct(weight, factor, self.pattern, sparsity, self.match_authors)
         result = round_keeping_support(result, result != 0, weight.dtype)
         if not bool(result.isfinite().all()):
             raise ValueError(
@@ -126,10 +155,6 @@ def prune_sparsegpt(
             )
         set_weight(linear, result)
         statistics.release()
-
-    statistics = SharedHessians()
-    prune_block_by_block(model, check_batches(batches), targets, statistics.new_statistics, prune, progress)
-    return model
 
 
 def _check_options(pattern: Pattern, damping: float, block_size: int, match_authors: bool) -> None:
@@ -160,7 +185,7 @@ def _factorize(name: str, hessian: Hessian, damping: float, block_size: int) -> 
             warnings.warn(
                 f"The Hessian of the inputs of `{name}` is not positive definite with damping {tried[-1]:g}; trying "
                 f"{damping:g}. More calibration tokens than its {len(diagonal)} input features make it so.",
-                stacklevel=5,
+                stacklevel=6,
             )
     raise RuntimeError(
         f"SparseGPT factorises the Hessian of a layer's inputs, but that of `{name}` is not positive definite with "
