@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft_sparse.linears import get_weight, in_out_features
+from peft_sparse.linears import in_out_features
 from peft_sparse.sparsity.statistics import Hessian, check_finite, counted_tokens
 
 
@@ -33,14 +33,15 @@ class SharedHessians:
 
     def new_statistics(self, linear: nn.Module) -> HessianOfInputs:
         """The empty statistics of one linear."""
-        return HessianOfInputs(self._groups, in_out_features(linear)[0], get_weight(linear).device)
+        return HessianOfInputs(self._groups, in_out_features(linear)[0])
 
 
 class HessianOfInputs:
-    """What one linear knows of its inputs: a place in a group of linears that share a Hessian."""
+    """What one linear knows of its inputs: a place in a group of linears that share a Hessian, which lives where the
+    inputs are."""
 
-    def __init__(self, groups: list[_Group], in_features: int, device: torch.device) -> None:
-        self._groups, self._in_features, self._device = groups, in_features, device
+    def __init__(self, groups: list[_Group], in_features: int) -> None:
+        self._groups, self._in_features = groups, in_features
         self._group: _Group | None = None
         self.num_updates = 0
 
@@ -79,7 +80,7 @@ class HessianOfInputs:
         tokens, num_sequences = counted_tokens(x, token_mask)
         check_finite(tokens)  # before anything has changed
         if self._group is None:
-            group = _Group(Hessian(self._in_features, self._device), 0, self._groups)
+            group = _Group(Hessian(self._in_features, x.device), 0, self._groups)
             group.add_member(self)
         elif self._group.num_updates > self.num_updates:
             group = self._group.split([self])

@@ -141,7 +141,8 @@ class LinearPruner:
             RuntimeError: if the Hessian cannot be factorised; `name` is what messages call the linear.
             ValueError: if a weight does not fit the linear's dtype. The weight is as it was then.
         """
-        weight, hessian = get_weight(linear).detach(), statistics.hessian
+        hessian = statistics.hessian
+        weight = get_weight(linear).detach().to(hessian.matrix.device)
         with torch.autocast(weight.device.type, enabled=False):
             if hessian not in self._factors:
                 self._factors[hessian] = _factorize(name, hessian, self.damping, self.block_size)
