@@ -65,7 +65,7 @@ def prune_block_by_block(
     batches: list[Batch],
     targets: dict[str, nn.Module],
     new_statistics: Callable[[nn.Module], Any],
-    prune: Callable[[nn.Module, Any], None],
+    prune: Callable[[str, nn.Module, Any], None],
     progress: bool = True,
 ) -> None:
     """Gather statistics and prune, block after block.
@@ -75,7 +75,7 @@ def prune_block_by_block(
         batches: from [`check_batches`].
         targets: the linears to prune, inside the blocks, by full name.
         new_statistics: called with a linear; returns the empty [`Statistics`] to gather for it.
-        prune: called with a linear and its statistics; changes the linear's weight in place.
+        prune: called with a linear's name, the linear and its statistics; changes the linear's weight in place.
         progress: show a bar over the blocks.
 
     Raises:
@@ -90,7 +90,7 @@ def prune_block_by_block(
                 statistics = walk.gather(step, new_statistics)
                 for name, linear in step.linears.items():
                     originals[name] = get_weight(linear).detach().to("cpu", copy=True)
-                    prune(linear, statistics[name])
+                    prune(name, linear, statistics[name])
                 if walk.answers and step is not steps[-1]:
                     walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))], replaced)
         except BaseException:

@@ -73,7 +73,7 @@ def prune_wanda(
     sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
     targets = find_targets(model, pattern, exclude_modules=exclude_modules)
 
-    def prune(linear: nn.Module, statistics: ColumnNorms) -> None:
+    def prune(name: str, linear: nn.Module, statistics: ColumnNorms) -> None:
         scores = wanda_importance(get_weight(linear).detach(), statistics.norms)
         prune_by_scores(linear, scores, pattern, sparsity)
 
