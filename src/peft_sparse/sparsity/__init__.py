@@ -1,27 +1,41 @@
 """The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
+from peft_sparse.sparsity.budgets import (
+    LayerSize,
+    check_sparsity_mapping,
+    owl_sparsities,
+    sparsities_by_name,
+    uniform_sparsities,
+)
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import pack_mask, unpack_mask
 from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
+from peft_sparse.sparsity.sketch import OutputSketch
 from peft_sparse.sparsity.statistics import ColumnNorms
 
 __all__ = [
     "NM",
     "SCHEDULES",
     "ColumnNorms",
+    "LayerSize",
+    "OutputSketch",
     "Pattern",
     "Unstructured",
     "check_sparsity",
+    "check_sparsity_mapping",
     "find_pattern",
     "magnitude_importance",
+    "owl_sparsities",
     "pack_mask",
     "parse_pattern",
     "pst_importance",
     "round_keeping_support",
     "select_mask",
+    "sparsities_by_name",
     "sparsity_at",
+    "uniform_sparsities",
     "unpack_mask",
     "wanda_importance",
 ]
