@@ -5,11 +5,15 @@ It is the baseline that every other pruner has to beat, and what PST starts from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from peft_sparse.linears import get_weight
+from peft_sparse.pruning.budgets import resolve_sparsities
+from peft_sparse.pruning.metadata import describe, record
+from peft_sparse.pruning.offload import Weight
 from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
 from peft_sparse.sparsity import Pattern, magnitude_importance, parse_pattern
 
@@ -19,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def prune_magnitude(
     model: Model,
     pattern: str | Pattern = "unstructured",
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     *,
     target_modules: Names | None = None,
     exclude_modules: Names | None = None,
@@ -33,6 +37,8 @@ def prune_magnitude(
         model: any module; its dtype and device stay.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
         sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+            For layers with different ones a mapping from full names, ends of names or regexes, such as
+            [`owl_sparsity`] gives.
         target_modules: names of linears, or a regex for full names, as in PEFT. None: every linear inside the model's
             repeated transformer blocks, never embeddings, pooler or head.
         exclude_modules: linears to leave alone, given in the same way.
@@ -54,7 +60,12 @@ def prune_magnitude(
         tensor(0.5000)
     """
     pattern = parse_pattern(pattern)
-    sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
-    for linear in find_targets(model, pattern, target_modules, exclude_modules).values():
-        prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsity)
+    targets = find_targets(model, pattern, target_modules, exclude_modules)
+    sparsities = resolve_sparsities(targets, pattern, sparsity)
+    for name, linear in targets.items():
+        weight = Weight(model, name)
+        with weight.loaded():
+            prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
+            weight.keep()
+    record(model, describe("magnitude", pattern, sparsities))
     return model
