@@ -74,9 +74,9 @@ def test_mappings_that_are_refused(tiny_llama, pruner, mapping, message):
 
 def test_n_m_takes_no_mapping(tiny_llama):
     before = state_of(tiny_llama)
-    with pytest.raises(ValueError, match="2:4 fixes the sparsity of every linear at 0.5, got a mapping"):
+    with pytest.raises(ValueError, match=r"2:4 fixes the sparsity of every linear at 0.5, got a mapping"):
         prune_wanda(tiny_llama, batches(), "2:4", {".*": 0.5}, progress=False)
-    with pytest.raises(ValueError, match="2:4 fixes the sparsity of every linear at 0.5, got a mapping"):
+    with pytest.raises(ValueError, match=r"2:4 fixes the sparsity of every linear at 0.5, got a mapping"):
         prune_magnitude(tiny_llama, "2:4", {".*": 0.5})
     assert_same(tiny_llama, before)
 

@@ -7,7 +7,7 @@ from peft_sparse.sparsity import OutputSketch
 
 
 def exact(x, weight, pruned) -> float:
-    return float(((x @ (pruned - weight).T).norm() / (x @ weight.T).norm()))
+    return float((x @ (pruned - weight).T).norm() / (x @ weight.T).norm())
 
 
 def pruned_half(weight):

@@ -143,8 +143,7 @@ def _tell_what_stays_dense(model: nn.Module) -> None:
     warnings.warn(
         f"Only linears are pruned, so {len(fused)} parameters that hold the weights of several experts at once stay "
         f"dense, {share:.0%} of the model, such as `{name}` ({experts} x {rows} x {columns}); the linears around them "
-        "are pruned. Where a checkpoint has its experts as modules of their own, a model class that keeps them so has "
-        "them pruned too.",
+        "are pruned.",
         stacklevel=4,
     )
 
