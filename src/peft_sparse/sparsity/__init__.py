@@ -3,6 +3,7 @@
 from peft_sparse.sparsity.budgets import (
     LayerSize,
     check_sparsity_mapping,
+    matching_key,
     owl_sparsities,
     sparsities_by_name,
     uniform_sparsities,
@@ -27,6 +28,7 @@ __all__ = [
     "check_sparsity_mapping",
     "find_pattern",
     "magnitude_importance",
+    "matching_key",
     "owl_sparsities",
     "pack_mask",
     "parse_pattern",
