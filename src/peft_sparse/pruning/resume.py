@@ -70,13 +70,15 @@ class Checkpoint:
     def _manifest(self) -> Path:
         return self.folder / MANIFEST
 
-    def _check_same(self, found: dict[str, Any] | None) -> None:
-        if found is not None and not (found.get("format") == FORMAT and isinstance(found.get("run"), dict)):
+    def _check_same(self, found: Any) -> None:
+        if found is None:
+            return
+        if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("run"), dict):
             raise ValueError(
-                f"`checkpoint_dir` has a state of format {FORMAT}, got {found.get('format')!r} in "
+                f"`checkpoint_dir` has the state of a run in format {FORMAT}, got something else in "
                 f"{str(self._manifest)!r}; name another folder."
             )
-        if found is not None and found["run"] != self.fingerprint:
+        if found["run"] != self.fingerprint:
             raise ValueError(
                 f"`checkpoint_dir` continues the run that it was made by, got another one in {str(self.folder)!r}: "
                 f"{'; '.join(_differences(found['run'], self.fingerprint))}. Call with the same arguments and the "
