@@ -7,7 +7,15 @@ model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned mod
 from importlib.metadata import version
 
 from peft_sparse.evaluation import SparsityReport, perplexity, sparsity_report
-from peft_sparse.pruning import prune_magnitude, prune_ria, prune_sparsegpt, prune_wanda
+from peft_sparse.pruning import (
+    calibration_batches,
+    owl_sparsity,
+    prune_magnitude,
+    prune_ria,
+    prune_sparsegpt,
+    prune_wanda,
+    uniform_sparsity,
+)
 from peft_sparse.training import SparsityCallback, pst_param_groups
 from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
@@ -20,6 +28,8 @@ __all__ = [
     "SppConfig",
     "SppModel",
     "__version__",
+    "calibration_batches",
+    "owl_sparsity",
     "perplexity",
     "prune_magnitude",
     "prune_ria",
@@ -27,6 +37,7 @@ __all__ = [
     "prune_wanda",
     "pst_param_groups",
     "sparsity_report",
+    "uniform_sparsity",
 ]
 
 __version__ = version("peft-sparse")

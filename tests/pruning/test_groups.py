@@ -102,7 +102,7 @@ def test_a_share_for_each_layer(name: str, tiny_llama):
         assert (linear.weight == 0).sum() == int(budget[layer] * linear.weight.numel()), layer
     with pytest.raises(ValueError):
         PRUNERS[name](models.tiny_llama(), sparsity={"no.such.layer": 0.5})
-    with pytest.raises(ValueError, match=r"fixes the sparsity at 0\.5"):
+    with pytest.raises(ValueError, match=r"2:4 fixes the sparsity of every linear at 0\.5"):
         PRUNERS[name](models.tiny_llama(), "2:4", sparsity=dict.fromkeys(budget, 0.6))
 
 

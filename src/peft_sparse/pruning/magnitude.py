@@ -12,6 +12,8 @@ from torch import nn
 
 from peft_sparse.linears import get_weight
 from peft_sparse.pruning.budgets import resolve_sparsities
+from peft_sparse.pruning.metadata import describe, record
+from peft_sparse.pruning.offload import Weight
 from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
 from peft_sparse.sparsity import Pattern, magnitude_importance, pattern_with_group
 
@@ -35,8 +37,9 @@ def prune_magnitude(
     Args:
         model: any module; its dtype and device stay.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1), one for all or one for each linear by its full name; None: 0.5. An N:M
-            pattern fixes it at 1 - N/M; another value is an error.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+            For layers with different ones a mapping from full names, ends of names or regexes, such as
+            [`owl_sparsity`] gives.
         group: what competes: `"layer"`, all weights of a layer (None), or `"row"`, those of one output, each with
             `int(sparsity * in_features)` zeros. Not for N:M.
         target_modules: names of linears, or a regex for full names, as in PEFT. None: every linear inside the model's
@@ -61,7 +64,11 @@ def prune_magnitude(
     """
     pattern = pattern_with_group(pattern, group, default="layer")
     targets = find_targets(model, pattern, target_modules, exclude_modules)
-    sparsities = resolve_sparsities(targets, pattern, sparsity, default=0.5)
+    sparsities = resolve_sparsities(targets, pattern, sparsity)
     for name, linear in targets.items():
-        prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
+        weight = Weight(model, name)
+        with weight.loaded():
+            prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
+            weight.keep()
+    record(model, describe("magnitude", pattern, sparsities))
     return model

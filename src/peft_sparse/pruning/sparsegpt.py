@@ -10,6 +10,7 @@ sees the activations of the pruned blocks before it. The update itself is in spa
 from __future__ import annotations
 
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -19,10 +20,9 @@ import torch
 from torch import nn
 
 from peft_sparse.linears import get_weight, set_weight
-from peft_sparse.pruning.budgets import resolve_sparsities
-from peft_sparse.pruning.calibration import check_batches, prune_block_by_block
+from peft_sparse.pruning.run import plan_run
 from peft_sparse.pruning.sharing import HessianOfInputs, SharedHessians
-from peft_sparse.pruning.targets import Names, find_targets
+from peft_sparse.pruning.targets import Names
 from peft_sparse.sparsity import (
     Hessian,
     InputFactor,
@@ -53,7 +53,11 @@ def prune_sparsegpt(
     damping: float = 0.01,
     block_size: int = 128,
     match_authors: bool = False,
+    target_modules: Names | None = None,
     exclude_modules: Names | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    measure_error: bool = False,
     progress: bool = True,
 ) -> Model:
     """Zero weights by SparseGPT and move those that stay, in place.
@@ -62,13 +66,15 @@ def prune_sparsegpt(
     that is zero in every calibration token is dead: its weights go first, since they change nothing.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head.
+        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head. Its
+            weights may be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
-            ...): a list, a DataLoader, a generator. Tokens that `attention_mask` marks as padding do not count. The
-            authors take 128 sequences of 2048 tokens.
+            ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
+            Tokens that `attention_mask` marks as padding do not count. The authors take 128 sequences of 2048 tokens.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1), one for all or one for each linear by its full name; None: 0.5. An N:M
-            pattern fixes it at 1 - N/M; another value is an error.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+            For layers with different ones a mapping from full names, ends of names or regexes, such as
+            [`owl_sparsity`] gives.
         group: what competes within a block of columns: `"layer"`, all its weights (None, the paper's), or `"row"`,
             those of one output, each row with `int(sparsity * in_features)` zeros. Not for N:M.
         damping: added to the diagonal of the Hessian, relative to its mean. If a factorisation fails, it is tried
@@ -76,17 +82,20 @@ def prune_sparsegpt(
         block_size: columns whose masks are chosen together.
         match_authors: prune exactly what the authors' code does: in unstructured patterns one weight more in every
             block of columns, and all weights of dead inputs.
-        exclude_modules: linears to leave alone: names or their last parts, or one regex for full names, as in PEFT.
+        target_modules: linears to prune instead of all: names or their last parts, or one regex for full names, as in
+            PEFT; inside the blocks.
+        exclude_modules: linears to leave alone, given in the same way.
+        checkpoint_dir, device, measure_error: as in [`prune_wanda`].
         progress: show a bar over the blocks.
 
     Returns:
-        `model` itself, in the mode (training or evaluation) in which it came. Dtypes stay; statistics and updates are
-        computed in float32 and rounded once.
+        `model` itself, in the mode (training or evaluation) in which it came, with what was done in its config as
+        after [`prune_wanda`]. Dtypes stay; statistics and updates are computed in float32 and rounded once.
 
     Raises:
         ValueError: for a malformed pattern, sparsity, group, damping or block size; for an empty calibration set or
-            one whose activations hold NaN or infinity; if in_features of a target is not divisible by M; if a target
-            gets no input.
+            one whose activations hold NaN or infinity, or sequences longer than the model's context; if in_features of
+            a target is not divisible by M; if a target gets no input.
         RuntimeError: if a Hessian cannot be factorised with any damping. After any error, a keyboard interrupt
             included, the model is as it was.
 
@@ -107,15 +116,29 @@ def prune_sparsegpt(
     """
     pattern = pattern_with_group(pattern, group, default="layer")
     _check_options(pattern, damping, block_size, match_authors)
-    targets = find_targets(model, pattern, exclude_modules=exclude_modules)
-    sparsities = resolve_sparsities(targets, pattern, sparsity, default=0.5)
+    run = plan_run(
+        model,
+        batches,
+        "sparsegpt",
+        pattern,
+        sparsity,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        settings={"damping": damping, "block_size": block_size, "match_authors": match_authors},
+    )
     prune_linear = LinearPruner(pattern, damping, block_size, match_authors)
 
     def prune(name: str, linear: nn.Module, statistics: HessianOfInputs) -> None:
-        prune_linear(name, linear, statistics, sparsities[name])
+        prune_linear(name, linear, statistics, run.sparsities[name])
 
-    statistics = SharedHessians()
-    prune_block_by_block(model, check_batches(batches), targets, statistics.new_statistics, prune, progress)
+    run.execute(
+        SharedHessians().new_statistics,
+        prune,
+        checkpoint_dir=checkpoint_dir,
+        device=device,
+        measure_error=measure_error,
+        progress=progress,
+    )
     return model
 
 

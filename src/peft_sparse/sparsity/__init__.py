@@ -1,5 +1,13 @@
 """The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
+from peft_sparse.sparsity.budgets import (
+    LayerSize,
+    check_sparsity_mapping,
+    matching_key,
+    owl_sparsities,
+    sparsities_by_name,
+    uniform_sparsities,
+)
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import pack_mask, unpack_mask
@@ -14,6 +22,7 @@ from peft_sparse.sparsity.patterns import (
 )
 from peft_sparse.sparsity.reconstruction import InputFactor, factorize_, fit_block_size, prune_and_reconstruct
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
+from peft_sparse.sparsity.sketch import OutputSketch
 from peft_sparse.sparsity.statistics import ColumnNorms, Hessian
 
 __all__ = [
@@ -22,13 +31,18 @@ __all__ = [
     "ColumnNorms",
     "Hessian",
     "InputFactor",
+    "LayerSize",
+    "OutputSketch",
     "Pattern",
     "Unstructured",
     "check_sparsity",
+    "check_sparsity_mapping",
     "factorize_",
     "find_pattern",
     "fit_block_size",
     "magnitude_importance",
+    "matching_key",
+    "owl_sparsities",
     "pack_mask",
     "parse_pattern",
     "pattern_with_group",
@@ -37,7 +51,9 @@ __all__ = [
     "ria_importance",
     "round_keeping_support",
     "select_mask",
+    "sparsities_by_name",
     "sparsity_at",
+    "uniform_sparsities",
     "unpack_mask",
     "wanda_importance",
 ]
