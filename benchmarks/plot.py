@@ -3,7 +3,8 @@
     python -m benchmarks.plot                 # all of benchmarks/results
     python -m benchmarks.plot some/file.csv
 
-One chart for each ratio and case (lines: for each size), of its latest run if `--append` wrote several.
+One chart for each ratio and case (lines: for each size), of its latest run if `--append` wrote several; of
+perplexities, one for each setting.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME_COLUMNS = ("peer", "variant")
-CASE_COLUMNS = ("model", "out", "in", "tokens", "sparsity")
+CASE_COLUMNS = ("case", "model", "out", "in", "tokens", "method", "pattern", "sparsity")
 MOST_BAR_CHARTS = 4  # sparsities
 MOST_SHOWN = 2.0  # ratio in a chart of lines; what is above does not matter
 BAR_HEIGHT, CHART_WIDTH = 0.28, 5.0  # inches
@@ -40,12 +41,27 @@ def _case(row: dict[str, str]) -> str:
 
 def charts(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, dict[str, float]]]:
     """case -> ratio column -> variant -> ratio; a ratio that a variant has not is left out."""
+    if "perplexity" in rows[0]:
+        return _perplexities(rows)
     name_column = next(name for name in NAME_COLUMNS if name in rows[0])
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         for column, value in row.items():
             if "ratio_" in column and value:
                 found.setdefault(_case(row), {}).setdefault(column, {})[row[name_column]] = float(value)
+    return found
+
+
+def _perplexities(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The same for perplexities: model -> setting -> method -> perplexity, the dense model's beside each."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    dense = {row["model"]: float(row["perplexity"]) for row in rows if row["method"] == "dense"}
+    for row in rows:
+        if row["method"] == "dense":
+            continue
+        start = {"dense": dense[row["model"]]} if row["model"] in dense else {}
+        bars = found.setdefault(row["model"], {}).setdefault(f"perplexity at {row['setting']}", start)
+        bars[row["method"]] = float(row["perplexity"])
     return found
 
 
@@ -90,8 +106,11 @@ def _draw_bars(figure: Figure, rows: Sequence[dict[str, str]]) -> None:
                 axis.set_axis_off()
                 continue
             drawn = axis.barh(list(bars), list(bars.values()), color="#4c72b0")
-            axis.bar_label(drawn, fmt="%.2f", padding=3)
-            axis.axvline(1.0, color="black", linewidth=0.8)
+            axis.bar_label(drawn, fmt="%.2f" if "ratio_" in column else "%.4g", padding=3)
+            if "ratio_" in column:
+                axis.axvline(1.0, color="black", linewidth=0.8)
+            else:
+                axis.set_xscale("log")
             axis.margins(x=0.15)
             axis.invert_yaxis()  # the first row of the CSV on top
             axis.set_title(f"{column.replace('_', ' ')}\n{case}", fontsize=9)

@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     authors,
     check,
+    check_pruning,
     compile_step,
     layer_step,
     memory,
@@ -21,6 +22,9 @@ from benchmarks import (
     models,
     peers,
     plot,
+    pruning_layers,
+    pruning_quality,
+    pruning_step,
     report,
     runner,
     selection,
@@ -49,6 +53,10 @@ COLUMNS = {
     ],
     compile_step: [
         "model", "tokens", "backend", "variant", *TIME, "ratio_eager", "first_step_s", "loss_after_first_step",
+    ],
+    pruning_step: [
+        "case", "sequences", "tokens", "method", "pattern", "sparsity", "peer", *TIME, "ratio_authors",
+        "peak_tensors_mb", "peak_step_mb",
     ],
 }  # fmt: skip
 CPU = torch.device("cpu")
@@ -146,6 +154,123 @@ def test_peak_memory_in_a_child_process():
     assert full.built == pytest.approx(weight_mb, rel=0.3)
     assert 2.9 * weight_mb < full.step < 7 * weight_mb  # gradient, two moments, temporaries of AdamW
     assert spp.step < authors_spp.step
+
+
+def test_pruning_step(tmp_path):
+    rows = measure(pruning_step, tmp_path / "a.csv", "--no-memory")
+    assert list(rows[0]) == [*COLUMNS[pruning_step], *report.METADATA]
+    assert {(row["method"], row["pattern"], row["peer"]) for row in rows} == {
+        (method, pattern, peer)
+        for method in pruning_layers.METHODS
+        for pattern, _ in pruning_step.SETTINGS
+        for peer in pruning_layers.PEERS
+    }
+    assert all(row["ratio_authors"] == "1" for row in rows if row["peer"] == "authors")
+
+
+def test_linears_of_a_block_that_share_an_input():
+    shapes = pruning_step.block_shapes(models.TINY)
+    layers = pruning_step.make_layers(shapes, 2, 5, torch.float32, CPU)
+    assert layers["q"][1] is layers["v"][1] is not layers["o"][1] and layers["gate"][1] is layers["up"][1]
+    expected = {name: tuple(linear.weight.shape) for name, linear in models.block_linears(llama_block()).items()}
+    assert {f"{name}_proj" for name in shapes} == {name.rsplit(".", 1)[-1] for name in expected}
+    for name, shape in expected.items():
+        assert shape == shapes[name.rsplit(".", 1)[-1].removesuffix("_proj")][:2]
+
+
+def llama_block() -> torch.nn.Module:
+    return models.LlamaForCausalLM(models.LlamaConfig(**models.TINY | {"num_hidden_layers": 1}))
+
+
+@pytest.mark.parametrize("method", pruning_layers.METHODS)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_pruning_step_prunes_the_dense_weights_each_time(method, pattern):
+    shapes = {"a": (24, 32, "x"), "b": (16, 32, "x"), "c": (16, 24, "y")}
+    results = []
+    for peer in (*pruning_layers.PEERS, "ours"):
+        layers = pruning_step.make_layers(shapes, 2, 60, torch.float32, CPU)
+        step = pruning_layers.PruningStep(peer, method, pattern, 0.5, layers)
+        step()
+        once = {name: linear.weight.detach().clone() for name, (linear, _) in layers.items()}
+        step()
+        assert all(torch.equal(linear.weight, once[name]) for name, (linear, _) in layers.items())
+        results.append(once)
+    for name in shapes:
+        zeros = [result[name] == 0 for result in results]
+        assert zeros[0].sum() == zeros[0].numel() // 2 and torch.equal(zeros[0], zeros[2])
+        extra = int((zeros[1] & ~zeros[0]).sum())  # the authors' SparseGPT takes one more
+        assert extra <= (pattern == "unstructured") * (method == "sparsegpt")
+
+
+def test_pruners_that_differ_are_not_timed(monkeypatch):
+    monkeypatch.setattr(check_pruning.layers, "wanda_importance", lambda weight, norms: weight.abs())
+    with pytest.raises(SystemExit, match=r"prune differently.\n.*: wanda unstructured 0.5, ours: other zeros"):
+        pruning_step.measure(runner.prepare(pruning_step.options().parse_args(["--quick"])))
+
+
+def test_recorded_results_are_among_what_is_checked(oracles):
+    assert check_pruning.check() == sum(".wanda." in key or ".sparsegpt." in key for key in oracles.tensors) - len(
+        [key for key in oracles.tensors if key.endswith("wanda.score")]
+    )
+
+
+QUALITY = ["--quick", "--threads", "1", "--methods", "magnitude", "sparsegpt", "--settings", "50", "2:4"]
+
+
+def test_pruning_quality_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    argv = [*QUALITY, "--out", str(path)]
+    real, calls = pruning_quality.prune_magnitude, []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setitem(pruning_quality.METHODS, "magnitude", pruning_quality.Method(stops, False, "layer"))
+    with pytest.raises(KeyboardInterrupt):
+        pruning_quality.main(argv)
+    before = path.read_text()
+    assert [row["method"] for row in csv.DictReader(before.splitlines())] == ["dense", "magnitude", "sparsegpt"]
+    monkeypatch.setitem(pruning_quality.METHODS, "magnitude", pruning_quality.Method(real, False, "layer"))
+    assert pruning_quality.main(argv) == 0
+    assert path.read_text().startswith(before)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["setting"]) for row in rows] == [
+        ("dense", ""), ("magnitude", "50"), ("sparsegpt", "50"), ("magnitude", "2:4"), ("sparsegpt", "2:4"),
+    ]  # fmt: skip
+    assert [float(row["achieved_sparsity"]) for row in rows] == [0, 0.5, 0.5, 0.5, 0.5]
+    assert all(float(row["perplexity"]) > 1 for row in rows) and set(report.METADATA) < set(rows[0])
+    assert rows[0]["prune_seconds"] == "" and float(rows[2]["prune_seconds"]) > 0
+    assert pruning_quality.main(argv) == 0 and len(path.read_text().splitlines()) == 6
+    assert set(plot.charts(plot.read(path))["random Llama 32x2"]) == {"perplexity at 50", "perplexity at 2:4"}
+
+
+def test_pruning_quality_starts_each_row_from_the_dense_model(tmp_path):
+    """A row is the same whatever was measured before it."""
+    values = []
+    for methods in (["wanda", "ria"], ["ria"]):
+        path = tmp_path / f"{len(methods)}.csv"
+        argv = ["--quick", "--threads", "1", "--settings", "75", "--methods", *methods, "--out", str(path)]
+        assert pruning_quality.main(argv) == 0
+        with path.open(newline="") as file:
+            values.append({row["method"]: row["perplexity"] for row in csv.DictReader(file)})
+    assert values[0]["ria"] == values[1]["ria"] != values[0]["wanda"] and values[0]["dense"] == values[1]["dense"]
+
+
+def test_pruning_quality_needs_a_model():
+    with pytest.raises(SystemExit, match="got no-such-folder, which is none"):
+        pruning_quality.main(["--model", "no-such-folder"])
+
+
+def test_calibration_windows_do_not_overlap():
+    drawn = pruning_quality.windows(torch.arange(103), 10, 10)
+    assert sorted(int(batch["input_ids"][0, 0]) for batch in drawn) == list(range(0, 100, 10))
+    assert all(batch["input_ids"].shape == (1, 10) for batch in drawn)
+    with pytest.raises(SystemExit, match="takes 11 windows of 10 tokens, the text has 10"):
+        pruning_quality.windows(torch.arange(103), 11, 10)
 
 
 def test_a_ratio_is_the_median_of_paired_ratios():

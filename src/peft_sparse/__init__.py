@@ -8,7 +8,15 @@ from importlib.metadata import version
 
 from peft_sparse.evaluation import SparsityReport, perplexity, sparsity_report
 from peft_sparse.linears import pack_model, unpack_model
-from peft_sparse.pruning import prune_magnitude, prune_wanda
+from peft_sparse.pruning import (
+    calibration_batches,
+    owl_sparsity,
+    prune_magnitude,
+    prune_ria,
+    prune_sparsegpt,
+    prune_wanda,
+    uniform_sparsity,
+)
 from peft_sparse.training import SparsityCallback, pst_param_groups
 from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
@@ -21,12 +29,17 @@ __all__ = [
     "SppConfig",
     "SppModel",
     "__version__",
+    "calibration_batches",
+    "owl_sparsity",
     "pack_model",
     "perplexity",
     "prune_magnitude",
+    "prune_ria",
+    "prune_sparsegpt",
     "prune_wanda",
     "pst_param_groups",
     "sparsity_report",
+    "uniform_sparsity",
     "unpack_model",
 ]
 

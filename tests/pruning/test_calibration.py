@@ -29,15 +29,25 @@ from transformers import (
     GPTNeoXForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import pruning
-from peft_sparse.linears import block_linears
+from peft_sparse.linears import block_linears, find_block_lists
 from peft_sparse.pruning.calibration import check_batches, evaluation_mode
 from peft_sparse.pruning.targets import prune_by_scores
 from peft_sparse.pruning.walk import Walk
@@ -96,6 +106,31 @@ def qwen2():
     return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
 
 
+def qwen3():
+    """Grouped queries whose heads are normalised; q_proj is wider than the model."""
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+
+
+def phi3():
+    """One linear for queries, keys and values of different sizes, one for gate and up."""
+    return Phi3ForCausalLM(
+        Phi3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=2)
+    )
+
+
+def vit():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4))
+
+
+def whisper():
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32, "num_mel_bins": 8}
+    special = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    limits = {"max_source_positions": 20, "max_target_positions": 16}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=96, **sizes, **heads, **special, **limits))
+
+
 def albert():
     return AlbertModel(AlbertConfig(**SIZES, num_attention_heads=4, embedding_size=16))
 
@@ -109,6 +144,9 @@ ARCHITECTURES = {
     "bart": bart,
     "opt": opt,
     "qwen2": qwen2,
+    "qwen3": qwen3,
+    "phi3_fused_qkv": phi3,
+    "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, num_attention_heads=4, pad_token_id=1)),
     "gemma3_sliding_and_full": gemma3,
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, num_attention_heads=4)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
@@ -139,8 +177,9 @@ def naive_wanda(model: nn.Module, batches: list[dict[str, torch.Tensor]], sparsi
         linears = [m for m in model.get_submodule(block).modules() if isinstance(m, (nn.Linear, Conv1D))]
         sums = dict.fromkeys(linears, 0.0)
         for batch in batches:
+            mask = batch.get("attention_mask", torch.ones(0, 0))
 
-            def add(linear, args, output, mask=batch["attention_mask"], sums=sums):
+            def add(linear, args, output, mask=mask, sums=sums):
                 x = args[0]
                 if x.dim() == 2 and len(x) == mask.numel():  # OPT flattens
                     x = x.reshape(*mask.shape, -1)
@@ -187,6 +226,40 @@ def test_same_masks_as_a_naive_walk(architecture: str):
         assert torch.equal(parameter, other), name
         changed += int((parameter == 0).sum())
     assert changed > 1000
+
+
+@pytest.mark.parametrize("architecture", [vit, whisper])
+def test_images_and_sounds(architecture):
+    model = architecture().eval()
+    if architecture is vit:
+        batches = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(3)]
+    else:
+        ids = torch.randint(3, 96, (2, 7))
+        batches = [{"input_features": torch.randn(2, 8, 40), "decoder_input_ids": ids} for _ in range(3)]
+    expected = copy.deepcopy(model)
+    names = [f"{block_list.name}.{i}" for block_list in find_block_lists(model) for i in range(2)]
+    naive_wanda(expected, batches, 0.5, names)
+    pruning.prune_wanda(model, batches, sparsity=0.5, progress=False)
+    assert_untouched(model, state_of(expected))
+    assert sum(int((parameter == 0).sum()) for parameter in model.parameters()) > 1000
+
+
+def test_a_module_tree_that_is_no_transformers_model():
+    """torch's own encoder, whose fast path calls no linear at all; its attention keeps weights that are no linears."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2).eval()
+    dense = state_of(model)
+    pruning.prune_wanda(model, [{"src": torch.randn(2, 7, 32)} for _ in range(3)], sparsity=0.5, progress=False)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("linear1.weight", "linear2.weight")):
+            assert ((tensor == 0).sum(1) == tensor.shape[1] // 2).all()
+        else:
+            assert torch.equal(tensor, dense[name]), name
+    with pytest.raises(ValueError, match="Sequential has no list of such blocks"):
+        pruning.prune_wanda(nn.Sequential(nn.Linear(4, 4)), [{"input": torch.ones(1, 4)}], progress=False)
+    with pytest.raises(ValueError, match="got `0`, and Sequential has no list of such blocks; take it out"):
+        pruning.prune_wanda(
+            nn.Sequential(nn.Linear(4, 4)), [{"input": torch.ones(1, 4)}], target_modules=["0"], progress=False
+        )
 
 
 def test_blocks_that_share_keys_and_values():

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from peft_sparse.sparsity import ColumnNorms, magnitude_importance, pst_importance, select_mask, wanda_importance
+from peft_sparse.sparsity import (
+    ColumnNorms,
+    magnitude_importance,
+    pst_importance,
+    ria_importance,
+    select_mask,
+    wanda_importance,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +72,29 @@ def test_pst_is_differentiable_in_the_weight_too():
         weight, torch.ones(3, 1), torch.zeros(1, 4), torch.zeros(3), torch.zeros(4), 1.0, 1.0
     ).sum().backward()
     assert torch.equal(weight.grad, weight.detach().sign())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_ria_is_its_formula(dtype):
+    weight, norms = torch.randn(5, 7).to(dtype), torch.rand(7)
+    size = weight.double().abs()
+    expected = torch.stack(
+        [
+            torch.stack(
+                [(size[i, j] / size[:, j].sum() + size[i, j] / size[i].sum()) * norms[j] ** 0.5 for j in range(7)]
+            )
+            for i in range(5)
+        ]
+    )
+    found = ria_importance(weight, norms)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ria_importance(weight, norms, 0.0), ria_importance(weight, torch.ones(7)))
+
+
+def test_ria_of_zero_rows_and_columns_is_zero():
+    weight = torch.randn(4, 6)
+    weight[1], weight[:, 2] = 0, 0
+    scores = ria_importance(weight, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]))
+    assert scores.isfinite().all()
+    assert torch.equal(scores == 0, (weight == 0) | (torch.arange(6) == 3))

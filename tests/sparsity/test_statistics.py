@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_sparse.sparsity import ColumnNorms
+from peft_sparse.sparsity import ColumnNorms, Hessian
 
 
 def norms_of(*batches: torch.Tensor, mask: torch.Tensor | None = None) -> ColumnNorms:
@@ -75,3 +75,43 @@ def test_broken_inputs_add_nothing(bad: float):
 
 def test_nothing_seen():
     assert ColumnNorms(3).norms.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("width", [1, 5, 130, 700])
+def test_hessian_is_the_mean_over_sequences(width: int):
+    batches = [torch.randn(2, 9, width), torch.randn(3, 4, width), torch.randn(7, width)]  # 2, 3 and 1 sequences
+    hessian = Hessian(width)
+    for batch in batches:
+        hessian.update(batch)
+    x = torch.cat([batch.flatten(0, -2) for batch in batches]).double()
+    torch.testing.assert_close(hessian.matrix.tril().double(), (2 / 6 * x.T @ x).tril(), rtol=1e-5, atol=1e-4)
+    assert (hessian.num_sequences, hessian.num_tokens) == (6, 37)
+
+
+def test_hessian_counts_what_the_mask_says_in_float32():
+    x, mask = torch.randn(2, 3, 6, dtype=torch.bfloat16), torch.tensor([[True, True, False], [True, False, False]])
+    hessian, expected = Hessian(6), Hessian(6)
+    hessian.update(x, mask)
+    expected.update(x[mask].float().reshape(1, 3, 6).expand(2, 3, 6) / 2**0.5)
+    torch.testing.assert_close(hessian.matrix.tril(), expected.matrix.tril())
+    assert hessian.matrix.dtype == torch.float32 and hessian.num_tokens == 3
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_hessian_refuses_what_is_not_finite(bad: float):
+    hessian = Hessian(4)
+    x = torch.ones(1, 2, 4)
+    x[0, 1, 2] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        hessian.update(x)
+    hessian.update(x, torch.tensor([[True, False]]))
+    assert hessian.num_tokens == 1 and hessian.matrix.isfinite().all()
+
+
+def test_a_copy_of_a_hessian_lives_on_its_own():
+    hessian = Hessian(4)
+    hessian.update(torch.ones(1, 2, 4))
+    copied = hessian.copy()
+    copied.update(torch.ones(1, 2, 4))
+    assert (hessian.num_tokens, copied.num_tokens) == (2, 4)
+    assert torch.equal(hessian.matrix.tril(), torch.full((4, 4), 4.0).tril())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from peft_sparse.evaluation.errors import pruning_errors
 from peft_sparse.evaluation.stored import stored_weights
 from peft_sparse.linears import as_stored, block_linears, linears_inside, stored_weight, unwrap, weight_parameter
 from peft_sparse.sparsity import dense_weight, find_pattern
@@ -28,12 +29,17 @@ MAX_ROWS = 40
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One linear: its full name, (out, in), the zeros of its weight, and [`find_pattern`]'s word for them."""
+    """One linear: its full name, (out, in), the zeros of its weight, and [`find_pattern`]'s word for them.
+
+    `error` is how far its output moved when it was pruned, relative to its size, on the calibration data; None unless
+    the pruner measured it.
+    """
 
     name: str
     shape: tuple[int, int]
     zeros: int
     pattern: str
+    error: float | None = None
 
     @property
     def numel(self) -> int:
@@ -94,8 +100,8 @@ class SparsityReport:
         rows = [_row(layer.name, [layer]) for layer in self.layers]
         if len(rows) > MAX_ROWS:
             rows = [_row(name, layers) for name, layers in _same_place(self.layers).items()]
-        total = ("total", "", f"{self.total_zeros:,}", f"{self.total_sparsity:.2%}", self.pattern)
-        lines = _table([("layer", "shape", "zeros", "sparsity", "pattern"), *rows, total])
+        total = ("total", "", f"{self.total_zeros:,}", f"{self.total_sparsity:.2%}", self.pattern, "")
+        lines = _table([("layer", "shape", "zeros", "sparsity", "pattern", "error"), *rows, total])
         share = self.outside_zeros / max(self.outside, 1)
         lines.append(f"not counted: {self.outside:,} parameters outside of these weights, {share:.2%} of them zero")
         return "\n".join([*lines, *self.notes])
@@ -141,6 +147,13 @@ def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
         if id(parameter) not in counted:
             report.outside += parameter.numel()
             report.outside_zeros += int((parameter == 0).sum())
+    return with_errors(report, model)
+
+
+def with_errors(report: SparsityReport, model_or_path: nn.Module | Path) -> SparsityReport:
+    """The report with the errors that pruning left, where the config of the model tells them."""
+    errors = pruning_errors(model_or_path)
+    report.layers = [replace(layer, error=errors.get(layer.name)) for layer in report.layers]
     return report
 
 
@@ -176,7 +189,7 @@ def _report_stored(path: Path) -> SparsityReport:
         else:
             report.outside += weight.numel()
             report.outside_zeros += int((weight == 0).sum())
-    return report
+    return with_errors(report, path)
 
 
 def _layer(name: str, weight: torch.Tensor) -> LayerSparsity:
@@ -200,13 +213,19 @@ def _row(name: str, layers: list[LayerSparsity]) -> tuple[str, ...]:
     lowest, highest = min(layer.sparsity for layer in layers), max(layer.sparsity for layer in layers)
     sparsity = f"{lowest:.2%}" if f"{lowest:.2%}" == f"{highest:.2%}" else f"{lowest:.2%} to {highest:.2%}"
     patterns = ", ".join(sorted({layer.pattern for layer in layers}))
-    return (name, f"{len(layers)} of {shape}" if len(layers) > 1 else shape, f"{zeros:,}", sparsity, patterns)
+    errors = sorted(layer.error for layer in layers if layer.error is not None)
+    error = f"{errors[0]:.3f}" if errors else ""
+    if errors and f"{errors[-1]:.3f}" != error:
+        error += f" to {errors[-1]:.3f}"
+    return (name, f"{len(layers)} of {shape}" if len(layers) > 1 else shape, f"{zeros:,}", sparsity, patterns, error)
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    if not any(row[-1] for row in rows[1:]):  # no error was measured
+        rows = [row[:-1] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    align = ("<", ">", ">", ">", "<")
+    align = "<>>><<"
     return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=False)).rstrip()
         for row in rows
     ]

@@ -1,6 +1,19 @@
 """From dense to sparse: pruners, which change a model in place and hand it back."""
 
+from peft_sparse.pruning.budgets import owl_sparsity, resolve_sparsities, uniform_sparsity
+from peft_sparse.pruning.data import calibration_batches
 from peft_sparse.pruning.magnitude import prune_magnitude
+from peft_sparse.pruning.ria import prune_ria
+from peft_sparse.pruning.sparsegpt import prune_sparsegpt
 from peft_sparse.pruning.wanda import prune_wanda
 
-__all__ = ["prune_magnitude", "prune_wanda"]
+__all__ = [
+    "calibration_batches",
+    "owl_sparsity",
+    "prune_magnitude",
+    "prune_ria",
+    "prune_sparsegpt",
+    "prune_wanda",
+    "resolve_sparsities",
+    "uniform_sparsity",
+]

@@ -11,52 +11,22 @@ So each block computes twice per batch, and a run costs little more than its one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_sparse.linears import get_weight, set_weight
-from peft_sparse.pruning.walk import Batch, Walk
+from peft_sparse.linears import get_weight, in_out_features, set_weight
+from peft_sparse.pruning.data import check_batches
+from peft_sparse.pruning.offload import Weight
+from peft_sparse.pruning.resume import Checkpoint, SavedBlock
+from peft_sparse.pruning.walk import Batch, Step, Walk
+from peft_sparse.sparsity import OutputSketch
 
-
-def check_batches(batches: Iterable[Mapping[str, torch.Tensor]]) -> list[Batch]:
-    """Read the whole calibration set, which may be a generator.
-
-    Returns:
-        The batches as plain dicts.
-
-    Raises:
-        ValueError: if there are none, if one is not a dict of tensors, or if one holds NaN or infinity. In an additive
-            attention mask infinity is meant, so tensors whose name ends in "mask" may hold it.
-    """
-    way_out = "pass an iterable of dicts as the model's forward takes them, such as [{'input_ids': ...}]"
-    if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
-        raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {way_out}.")
-    checked = []
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping) or not batch:
-            raise ValueError(f"A calibration batch is a dict of tensors, got {type(batch).__name__}; {way_out}.")
-        for key, value in batch.items():
-            if not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    f"A calibration batch is a dict of tensors, got {type(value).__name__} for `{key}` in batch "
-                    f"{index}; {way_out}."
-                )
-            if value.is_floating_point() and not key.endswith("mask") and not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"Calibration needs finite inputs, got NaN or infinity in `{key}` of batch {index}; leave that "
-                    "batch out."
-                )
-        checked.append(dict(batch))
-    if not checked:
-        raise ValueError(
-            f"Calibration needs at least one batch, got none (a generator is used up by one loop); {way_out}."
-        )
-    return checked
+__all__ = ["check_batches", "evaluation_mode", "prune_block_by_block", "without_cache"]
 
 
 @torch.no_grad()
@@ -65,9 +35,13 @@ def prune_block_by_block(
     batches: list[Batch],
     targets: dict[str, nn.Module],
     new_statistics: Callable[[nn.Module], Any],
-    prune: Callable[[nn.Module, Any], None],
+    prune: Callable[[str, nn.Module, Any], None],
     progress: bool = True,
-) -> None:
+    *,
+    device: torch.device | str | None = None,
+    checkpoint: Checkpoint | None = None,
+    measure_error: bool = False,
+) -> dict[str, float]:
     """Gather statistics and prune, block after block.
 
     Args:
@@ -75,28 +49,121 @@ def prune_block_by_block(
         batches: from [`check_batches`].
         targets: the linears to prune, inside the blocks, by full name.
         new_statistics: called with a linear; returns the empty [`Statistics`] to gather for it.
-        prune: called with a linear and its statistics; changes the linear's weight in place.
+        prune: called with a linear's name, the linear and its statistics; changes the linear's weight in place.
         progress: show a bar over the blocks.
+        device: where blocks run, moved there one at a time; None: where they are.
+        checkpoint: where the blocks that are done are written, and read if they were done before.
+        measure_error: gather an [`OutputSketch`] of every linear's inputs.
+
+    Returns:
+        With `measure_error`, the relative error of every target's output, by name; otherwise nothing.
 
     Raises:
         ValueError: if a target gets no input, or NaN or infinity. After any error all weights are as they were.
     """
-    originals: dict[str, torch.Tensor] = {}
-    with evaluation_mode(model), _without_cache(model), ExitStack() as replaced:
-        walk = Walk(model, batches)
-        steps = walk.find_steps(targets)
-        try:
+    changes = _Changes(model, targets, prune)
+    try:
+        if checkpoint is not None and checkpoint.is_finished():
+            for name in checkpoint.blocks:
+                changes.load(checkpoint.load(name))
+            changes.settle()
+            return changes.errors
+        with evaluation_mode(model), without_cache(model), Walk(model, batches, device) as walk:
+            steps = walk.find_steps(targets)
+            if checkpoint is not None:
+                checkpoint.set_blocks(step.name for step in steps if step.linears)
             for step in tqdm(steps, desc="Pruning", unit="block", disable=not progress):
-                statistics = walk.gather(step, new_statistics)
-                for name, linear in step.linears.items():
-                    originals[name] = get_weight(linear).detach().to("cpu", copy=True)
-                    prune(linear, statistics[name])
-                if walk.answers and step is not steps[-1]:
-                    walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))], replaced)
-        except BaseException:
-            for name, weight in reversed(originals.items()):  # of two copies of a shared weight the first one is right
-                set_weight(targets[name], weight)
-            raise
+                with walk.mover.moved(step.block):
+                    saved = checkpoint.load(step.name) if checkpoint is not None and step.linears else None
+                    if saved is not None:
+                        changes.load(saved)
+                    else:
+                        changes.make(
+                            step, walk.gather(step, lambda linear: _Gathered(linear, new_statistics, measure_error))
+                        )
+                        if checkpoint is not None and step.linears:
+                            checkpoint.save(step.name, *changes.of(step))
+                    if walk.answers and step is not steps[-1]:
+                        walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))])
+    except BaseException:
+        changes.restore()
+        raise
+    changes.settle()
+    return changes.errors
+
+
+class _Changes:
+    """The weights that were changed so far, each remembered as it was."""
+
+    def __init__(
+        self, model: nn.Module, targets: dict[str, nn.Module], prune: Callable[[str, nn.Module, Any], None]
+    ) -> None:
+        self.weights = {name: Weight(model, name) for name in targets}
+        self.prune = prune
+        self.changed: list[Weight] = []
+        self.errors: dict[str, float] = {}
+
+    def _change(self, name: str) -> Weight:
+        self.weights[name].remember()
+        self.changed.append(self.weights[name])
+        return self.weights[name]
+
+    def make(self, step: Step, gathered: dict[str, _Gathered]) -> None:
+        """Prune the linears of a block."""
+        for name, linear in step.linears.items():
+            weight, sketch = self._change(name), gathered[name].sketch
+            with weight.loaded() as values:
+                dense = values if sketch is None else values.detach().clone()
+                self.prune(name, linear, gathered[name].statistics)
+                weight.keep()
+                if sketch is not None:
+                    self.errors[name] = sketch.relative_error(dense, get_weight(linear).detach())
+
+    def load(self, saved: SavedBlock | None) -> None:
+        """Take the pruned weights of a block from an earlier run."""
+        assert saved is not None  # checked by `is_finished`
+        for name, tensor in saved.tensors.items():
+            weight = self._change(name)
+            with weight.loaded():
+                set_weight(weight.linear, tensor)
+                weight.keep()
+        self.errors |= saved.errors
+
+    def of(self, step: Step) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The weights and errors of a block that is done."""
+        tensors = {}
+        for name in step.linears:
+            with self.weights[name].loaded() as weight:
+                tensors[name] = weight.detach().to("cpu", copy=True)
+        return tensors, {name: error for name, error in self.errors.items() if name in step.linears}
+
+    def restore(self) -> None:
+        """Put all weights back; of two copies of a shared weight the first one is right."""
+        for weight in reversed(self.changed):
+            weight.restore()
+
+    def settle(self) -> None:
+        """Let go of what is remembered."""
+        for weight in self.changed:
+            weight.forget()
+
+
+class _Gathered:
+    """A pruner's statistics of one linear's inputs, and the sketch that tells its error if that is wanted."""
+
+    def __init__(self, linear: nn.Module, new_statistics: Callable[[nn.Module], Any], measure_error: bool) -> None:
+        self.statistics = new_statistics(linear)
+        in_features = in_out_features(linear)[0]
+        self.sketch = OutputSketch(in_features, get_weight(linear).device) if measure_error else None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.statistics.num_tokens
+
+    def update(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
+        self.statistics.update(x, token_mask)
+        if self.sketch is not None:
+            self.sketch.update(x, token_mask)
 
 
 @contextmanager
@@ -112,7 +179,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     for config in cached:

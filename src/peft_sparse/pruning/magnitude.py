@@ -5,13 +5,17 @@ It is the baseline that every other pruner has to beat, and what PST starts from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from peft_sparse.linears import get_weight
+from peft_sparse.pruning.budgets import resolve_sparsities
+from peft_sparse.pruning.metadata import describe, record
+from peft_sparse.pruning.offload import Weight
 from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
-from peft_sparse.sparsity import Pattern, magnitude_importance, parse_pattern
+from peft_sparse.sparsity import Pattern, magnitude_importance, pattern_with_group
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,8 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def prune_magnitude(
     model: Model,
     pattern: str | Pattern = "unstructured",
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     *,
+    group: str | None = None,
     target_modules: Names | None = None,
     exclude_modules: Names | None = None,
 ) -> Model:
@@ -33,6 +38,10 @@ def prune_magnitude(
         model: any module; its dtype and device stay.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
         sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
+            For layers with different ones a mapping from full names, ends of names or regexes, such as
+            [`owl_sparsity`] gives.
+        group: what competes: `"layer"`, all weights of a layer (None), or `"row"`, those of one output, each with
+            `int(sparsity * in_features)` zeros. Not for N:M.
         target_modules: names of linears, or a regex for full names, as in PEFT. None: every linear inside the model's
             repeated transformer blocks, never embeddings, pooler or head.
         exclude_modules: linears to leave alone, given in the same way.
@@ -41,8 +50,8 @@ def prune_magnitude(
         `model` itself. A linear whose weight is shared with a module that is no target is left as it was.
 
     Raises:
-        ValueError: for a malformed pattern or sparsity; if in_features of a target is not divisible by M, or its
-            weight holds NaN; if there is nothing to prune. The model is untouched then.
+        ValueError: for a malformed pattern, sparsity or group; if in_features of a target is not divisible by M, or
+            its weight holds NaN; if there is nothing to prune. The model is untouched then.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,8 +62,13 @@ def prune_magnitude(
         >>> (model.model.layers[0].mlp.up_proj.weight == 0).float().mean()
         tensor(0.5000)
     """
-    pattern = parse_pattern(pattern)
-    sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
-    for linear in find_targets(model, pattern, target_modules, exclude_modules).values():
-        prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsity)
+    pattern = pattern_with_group(pattern, group, default="layer")
+    targets = find_targets(model, pattern, target_modules, exclude_modules)
+    sparsities = resolve_sparsities(targets, pattern, sparsity)
+    for name, linear in targets.items():
+        weight = Weight(model, name)
+        with weight.loaded():
+            prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
+            weight.keep()
+    record(model, describe("magnitude", pattern, sparsities))
     return model

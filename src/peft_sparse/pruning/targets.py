@@ -16,11 +16,13 @@ from peft_sparse.linears import (
     Names,
     PackedLinear,
     block_linears,
+    find_block_lists,
     get_weight,
     in_out_features,
     linears_inside,
     matches,
 )
+from peft_sparse.pruning.offload import Weight, storage_key
 from peft_sparse.sparsity import Pattern, select_mask
 
 
@@ -48,7 +50,7 @@ def find_targets(
         raise ValueError(
             f"The default targets are the linears inside a model's repeated transformer blocks, but "
             f"{type(model).__name__} has no list of such blocks; name the linears to prune in `target_modules` of "
-            "`prune_magnitude`."
+            f"`prune_magnitude`."
         )
     names = [name for name in candidates if target_modules is None or matches(target_modules, name)]
     excluded = [name for name in names if exclude_modules is not None and matches(exclude_modules, name)]
@@ -67,20 +69,80 @@ def find_targets(
             f"module are left alone); its linears have names such as {list(linears_inside(model))[:3]}."
         )
     for name, linear in targets.items():
-        _check_weight(name, get_weight(linear))
         pattern.check_width(in_out_features(linear)[0], name)
+    for name in targets:
+        weight = Weight(model, name)
+        if not weight.in_memory:
+            raise ValueError(
+                f"A pruner changes weights in memory, got `{name}`, which is on the meta device (never loaded); load "
+                "the model with its weights. What accelerate's hooks keep in CPU memory or on disk is fine."
+            )
+        with weight.loaded() as values:
+            _check_finite(name, values)
+    if target_modules is None:
+        _tell_what_stays_dense(model)
+    return targets
+
+
+def calibrated_targets(
+    model: nn.Module, pattern: Pattern, target_modules: Names | None, exclude_modules: Names | None
+) -> dict[str, nn.Module]:
+    """[`find_targets`], all of them inside the blocks.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    targets = find_targets(model, pattern, target_modules, exclude_modules)
+    inside = block_linears(model)
+    outside = [name for name in targets if name not in inside]
+    if outside:
+        blocks = "outside of them" if inside else f"and {type(model).__name__} has no list of such blocks"
+        raise ValueError(
+            "Calibration goes from one of a model's repeated blocks to the next and prunes the linears inside them, "
+            f"got `{outside[0]}`, {blocks}; take it out of `target_modules`, or prune it with `prune_magnitude`."
+        )
     return targets
 
 
 def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     target_ids = {id(linear) for linear in targets.values()}
     elsewhere = {
-        id(parameter)
-        for module in model.modules()
+        storage_key(model, f"{name}.{last}".lstrip("."), parameter)
+        for name, module in model.named_modules()
         if id(module) not in target_ids
-        for parameter in module.parameters(recurse=False)
+        for last, parameter in module.named_parameters(recurse=False)
     }
-    return {name: linear for name, linear in targets.items() if id(linear.weight) not in elsewhere}
+    return {
+        name: linear
+        for name, linear in targets.items()
+        if storage_key(model, f"{name}.weight", linear.get_parameter("weight")) not in elsewhere
+    }
+
+
+def _tell_what_stays_dense(model: nn.Module) -> None:
+    """Experts whose weights are one parameter for all of them are no linears, and most of the model they are in."""
+    fused = {
+        f"{block_list.name}.{index}.{name}": parameter
+        for block_list in find_block_lists(model)
+        for index, block in enumerate(block_list.blocks)
+        for name, parameter in block.named_parameters()
+        if parameter.dim() == 3 and parameter.is_floating_point() and not _is_convolution(block, name)
+    }
+    if not fused:
+        return
+    (name, first), numel = next(iter(fused.items())), sum(parameter.numel() for parameter in fused.values())
+    experts, rows, columns = first.shape
+    share = numel / max(sum(parameter.numel() for parameter in model.parameters()), 1)
+    warnings.warn(
+        f"Only linears are pruned, so {len(fused)} parameters that hold the weights of several experts at once stay "
+        f"dense, {share:.0%} of the model, such as `{name}` ({experts} x {rows} x {columns}); the linears around them "
+        "are pruned.",
+        stacklevel=4,
+    )
+
+
+def _is_convolution(block: nn.Module, name: str) -> bool:
+    return isinstance(block.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
 
 
 def _check_plain(name: str, linear: nn.Module) -> None:
@@ -96,12 +158,7 @@ def _check_plain(name: str, linear: nn.Module) -> None:
         )
 
 
-def _check_weight(name: str, weight: torch.Tensor) -> None:
-    if weight.is_meta:
-        raise ValueError(
-            f"A pruner changes weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
-            "loaded); load the model without offloading."
-        )
+def _check_finite(name: str, weight: torch.Tensor) -> None:
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise ValueError(

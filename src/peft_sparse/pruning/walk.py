@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ import torch
 from torch import nn
 
 from peft_sparse.linears import find_block_lists, linears_inside
+from peft_sparse.pruning.offload import BlockMover, Weight, execution_device
+from peft_sparse.pruning.padding import TokenMasks, update_hook
 
 Batch = dict[str, torch.Tensor]
 
@@ -64,7 +67,12 @@ class Step:
 
 
 class Walk:
-    """Runs batches up to a block.
+    """Runs batches up to a block. A context: leaving it gives all blocks their own forward back.
+
+    Args:
+        model: with repeated blocks.
+        batches: dicts of tensors.
+        device: where blocks run, moved there one at a time; None: where they are.
 
     Attributes:
         outputs: by name of a list of blocks, what its last finished block returned for each batch.
@@ -72,16 +80,24 @@ class Walk:
         answers: whether blocks that are done may answer with their outputs; otherwise they have to run.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: list[Batch], device: torch.device | str | None = None) -> None:
         self.model = model
         self.batches = batches
-        self.device = next(model.parameters()).device
+        self.device = execution_device(model)  # of the inputs
+        self.mover = BlockMover(model, device)
+        self.replaced = ExitStack()
         self.outputs: dict[str, list[Any]] = {}
         self.index = 0  # of the batch that is running
         self.output: Any = None
         self.first_list = ""
         self.answers = True
-        self.encoder_states: list[torch.Tensor] = []
+        self.masks = TokenMasks()
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.replaced.close()
 
     def find_steps(self, targets: dict[str, nn.Module]) -> list[Step]:
         """The blocks in the order in which the first batch runs them, up to the last one that has targets."""
@@ -92,6 +108,9 @@ class Walk:
                 linears = {f"{name}.{path}": linear for path, linear in linears_inside(block).items()}
                 linears = {path: linear for path, linear in linears.items() if path in targets}
                 steps.append(Step(block_list.name, name, block, linears))
+        self.mover.check_blocks(self.model, [step.block for step in steps])
+        for block in dict.fromkeys(step.block for step in steps if self.mover.device is not None):
+            self.replaced.enter_context(forward_replaced(block, self.mover.forward_of(block)))
         order: list[Step] = []
         dense: dict[str, Any] = {}
 
@@ -141,41 +160,66 @@ class Walk:
         self.outputs.clear()
         return True
 
-    def finish(self, step: Step, outputs: list[Any], replaced: ExitStack) -> None:
-        """From now on, until `replaced` is closed, a block answers with these outputs of its, one for each batch."""
+    def finish(self, step: Step, outputs: list[Any], replaced: ExitStack | None = None) -> None:
+        """From now on, until `replaced` (None: the walk) is closed, a block answers with these outputs of its, one for
+        each batch."""
         list_name = step.list_name
         self.outputs[list_name] = outputs
         # A copy, since the model may go on to change it in place.
-        replaced.enter_context(
+        (self.replaced if replaced is None else replaced).enter_context(
             forward_replaced(step.block, lambda *_, **__: copy.deepcopy(self.outputs[list_name][self.index]))
         )
 
     def gather(self, step: Step, new_statistics: Callable[[nn.Module], Any]) -> dict[str, Any]:
         """The statistics of a block's targets over all batches, by full name."""
-        statistics = {name: new_statistics(linear) for name, linear in step.linears.items()}
-        hooks = [
-            linear.register_forward_pre_hook(self._update_hook(name, statistics[name]), with_kwargs=True)
-            for name, linear in step.linears.items()
-        ]
-        try:
-            for index in range(len(self.batches) if hooks else 0):
+        with self._gathering([step], new_statistics) as statistics:
+            for index in range(len(self.batches) if step.linears else 0):
                 self.output_of(step, index)
+        return statistics
+
+    def gather_dense(self, steps: list[Step], new_statistics: Callable[[nn.Module], Any]) -> dict[str, Any]:
+        """The statistics of the targets of all blocks, in one forward per batch of the model as it is."""
+        with self._gathering(steps, new_statistics) as statistics, ExitStack() as seen:
+            for step in steps[:-1]:
+                seen.enter_context(forward_replaced(step.block, self._seen(step, step.block.forward)))
+            for index in range(len(self.batches)):
+                self.output_of(steps[-1], index)
+        return statistics
+
+    @contextmanager
+    def _gathering(self, steps: list[Step], new_statistics: Callable[[nn.Module], Any]) -> Iterator[dict[str, Any]]:
+        """Everything that the targets of some blocks get as inputs within the context goes into their statistics."""
+        statistics, hooks = {}, []
+        for step in steps:
+            hooks += self.masks.hooks_for(step.block, list(step.linears.values()))
+            for name, linear in step.linears.items():
+                with Weight(self.model, name).loaded():  # for its device
+                    statistics[name] = new_statistics(linear)
+                hook = update_hook(self.masks, partial(self._update, name, statistics[name]))
+                hooks.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield statistics
         finally:
             for hook in hooks:
                 hook.remove()
         for name, gathered in statistics.items():
             if not gathered.num_tokens:
                 raise_no_input(name, len(self.batches))
-        return statistics
+
+    def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
+        def see(*args: Any, **kwargs: Any) -> Any:
+            self.masks.enter_block(step.list_name == self.first_list, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return see
 
     def output_of(self, step: Step, index: int) -> Any:
         """What a block returns for a batch, in the last call of it; nothing after it is run."""
-        calls, forward, self.output = 0, step.block.forward, None
+        calls, forward, self.output = 0, self._seen(step, step.block.forward), None
 
         def stop_after(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            self._see_encoder_states(step, args, kwargs)
             self.output = forward(*args, **kwargs)
             if calls == step.calls:
                 raise _Reached
@@ -194,17 +238,10 @@ class Walk:
     @torch.no_grad()
     def _forward(self, index: int) -> None:
         self.index = index
+        self.masks.start(self.batches[index])
         self.model(**{key: tensor.to(self.device) for key, tensor in self.batches[index].items()})
 
-    # Padding
-
-    def _update_hook(self, name: str, statistics: Statistics) -> Callable:
-        return lambda _, args, kwargs: self._update(name, statistics, (*args, *kwargs.values())[0])
-
-    def _update(self, name: str, statistics: Statistics, x: torch.Tensor) -> None:
-        token_mask = self._token_mask(x)
-        if token_mask is not None and x.dim() == 2 and x.shape[0] == token_mask.numel():
-            x = x.reshape(*token_mask.shape, -1)  # a block that flattens sequences and tokens
+    def _update(self, name: str, statistics: Statistics, x: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         try:
             statistics.update(x, token_mask)
         except ValueError as error:
@@ -212,23 +249,6 @@ class Walk:
                 f"Calibration needs finite activations, got NaN or infinity in the input of `{name}` for batch "
                 f"{self.index}; leave that batch out, or load the model in float32 or bfloat16. Nothing was pruned."
             ) from error
-
-    def _token_mask(self, x: torch.Tensor) -> torch.Tensor | None:
-        """bool (sequences, tokens), True for tokens of `x` that count; None: all do, or there is no telling."""
-        batch = self.batches[self.index]
-        mask = batch.get("attention_mask")
-        if self.encoder_states and not any(x is states for states in self.encoder_states):
-            mask = batch.get("decoder_attention_mask")
-            if mask is None and "labels" in batch:
-                mask = batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
-        return mask.to(x.device).bool() if mask is not None and mask.dim() == 2 else None
-
-    def _see_encoder_states(self, step: Step, args: tuple, kwargs: dict[str, Any]) -> None:
-        """In a decoder, keys and values are computed from the encoder's tokens, the rest from its own."""
-        self.encoder_states = []
-        if step.list_name != self.first_list:
-            others = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
-            self.encoder_states = [value for value in others if isinstance(value, torch.Tensor) and value.dim() == 3]
 
 
 def _close(output: Any, expected: Any) -> bool:

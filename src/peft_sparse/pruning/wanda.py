@@ -8,6 +8,7 @@ of the pruned blocks before it. No weight that stays is changed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from peft_sparse.linears import get_weight, in_out_features
-from peft_sparse.pruning.calibration import check_batches, prune_block_by_block
-from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
-from peft_sparse.sparsity import ColumnNorms, Pattern, parse_pattern, wanda_importance
+from peft_sparse.pruning.run import plan_run
+from peft_sparse.pruning.targets import Names, prune_by_scores
+from peft_sparse.sparsity import ColumnNorms, Pattern, pattern_with_group, wanda_importance
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,9 +27,14 @@ def prune_wanda(
     model: Model,
     batches: Iterable[Mapping[str, torch.Tensor]],
     pattern: str | Pattern = "unstructured",
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     *,
+    group: str | None = None,
+    target_modules: Names | None = None,
     exclude_modules: Names | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    measure_error: bool = False,
     progress: bool = True,
 ) -> Model:
     """Zero the weights of smallest |W_ij| * ||X_j||_2, in place.
@@ -37,27 +43,45 @@ def prune_wanda(
     has exactly `int(sparsity * in_features)` zeros afterwards; of equal scores those with the lower index go first.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head.
+        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head. Its
+            weights may be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
-            ...): a list, a DataLoader, a generator. Tokens that `attention_mask` marks as padding do not count. The
-            authors take 128 sequences of the model's full length.
+            ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
+            Tokens that `attention_mask` marks as padding do not count. The authors take 128 sequences of the model's
+            full length.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
         sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
-        exclude_modules: linears to leave alone: names or their last parts, or one regex for full names, as in PEFT.
+            For layers with different ones a mapping from full names, ends of names or regexes, such as
+            [`owl_sparsity`] gives.
+        group: what competes: `"row"`, the weights of one output (None, the paper's), or `"layer"`, all of a layer,
+            which then has `int(sparsity * numel)` zeros. Not for N:M.
+        target_modules: linears to prune instead of all: names or their last parts, or one regex for full names, as in
+            PEFT; inside the blocks.
+        exclude_modules: linears to leave alone, given in the same way.
+        checkpoint_dir: a folder to write each block to when it is done. A later run with the same arguments goes on
+            from there and gives the same model; another run is refused.
+        device: where to run the blocks of a model that does not fit there: they are moved one at a time, and nothing
+            else is on it but one batch's activations. None: where they are.
+        measure_error: also estimate how much the output of every linear changes on the calibration data,
+            ||X W_new^T - X W^T|| / ||X W^T||, see [`OutputSketch`]. It is written into the config and shown by
+            [`sparsity_report`].
         progress: show a bar over the blocks.
 
     Returns:
-        `model` itself, in the mode (training or evaluation) in which it came.
+        `model` itself, in the mode (training or evaluation) in which it came. Its config, if it has one, says in
+        `peft_sparse["pruning"]` how it was pruned and on which data, and takes that along when it is saved.
 
     Raises:
-        ValueError: for a malformed pattern or sparsity; for an empty calibration set or one whose activations hold NaN
-            or infinity; if in_features of a target is not divisible by M; if a target gets no input. After any error,
-            a keyboard interrupt included, the model is as it was.
+        ValueError: for a malformed pattern, sparsity or group; for an empty calibration set or one whose activations
+            hold NaN or infinity, or sequences longer than the model's context; if in_features of a target is not
+            divisible by M; if a target gets no input. After any error, a keyboard interrupt included, the model is as
+            it was.
 
     Memory:
-        Besides the model, a copy of the weights that are pruned (in CPU memory, for the promise above) and what one
-        block returns for every batch (on the block's device): sequences * tokens * hidden_size numbers; at the
-        start, what every block returns for the first batch.
+        Besides the model, a copy of the weights that are pruned (in CPU memory, for the promise above; not of those
+        that accelerate keeps on disk) and what one block returns for every batch (where the model's inputs are):
+        sequences * tokens * hidden_size numbers; at the start, what every block returns for the first batch. With
+        `device`, or with offloaded weights, an accelerator holds at its peak one block and one batch's activations.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,16 +93,30 @@ def prune_wanda(
         >>> (model.model.layers[0].mlp.up_proj.weight == 0).sum(dim=1).unique()
         tensor([6])
     """
-    pattern = parse_pattern(pattern, group="row")
-    sparsity = pattern.resolve_sparsity(sparsity, default=0.5)
-    targets = find_targets(model, pattern, exclude_modules=exclude_modules)
+    pattern = pattern_with_group(pattern, group, default="row")
+    run = plan_run(
+        model,
+        batches,
+        "wanda",
+        pattern,
+        sparsity,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+    )
 
-    def prune(linear: nn.Module, statistics: ColumnNorms) -> None:
+    def prune(name: str, linear: nn.Module, statistics: ColumnNorms) -> None:
         scores = wanda_importance(get_weight(linear).detach(), statistics.norms)
-        prune_by_scores(linear, scores, pattern, sparsity)
+        prune_by_scores(linear, scores, pattern, run.sparsities[name])
 
     def new_statistics(linear: nn.Module) -> ColumnNorms:
         return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)
 
-    prune_block_by_block(model, check_batches(batches), targets, new_statistics, prune, progress)
+    run.execute(
+        new_statistics,
+        prune,
+        checkpoint_dir=checkpoint_dir,
+        device=device,
+        measure_error=measure_error,
+        progress=progress,
+    )
     return model

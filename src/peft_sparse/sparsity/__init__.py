@@ -1,7 +1,15 @@
 """The maths: tensors and numbers in, tensors and numbers out. Nothing here knows a module, PEFT or a file."""
 
+from peft_sparse.sparsity.budgets import (
+    LayerSize,
+    check_sparsity_mapping,
+    matching_key,
+    owl_sparsities,
+    sparsities_by_name,
+    uniform_sparsities,
+)
 from peft_sparse.sparsity.csr import CsrMatrix, to_csr
-from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, wanda_importance
+from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import (
     PackedWeight,
@@ -16,32 +24,56 @@ from peft_sparse.sparsity.packing import (
     with_entries,
     write_rows,
 )
-from peft_sparse.sparsity.patterns import NM, Pattern, Unstructured, check_sparsity, find_pattern, parse_pattern
+from peft_sparse.sparsity.patterns import (
+    NM,
+    Pattern,
+    Unstructured,
+    check_sparsity,
+    find_pattern,
+    parse_pattern,
+    pattern_with_group,
+)
+from peft_sparse.sparsity.reconstruction import InputFactor, factorize_, fit_block_size, prune_and_reconstruct
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
-from peft_sparse.sparsity.statistics import ColumnNorms
+from peft_sparse.sparsity.sketch import OutputSketch
+from peft_sparse.sparsity.statistics import ColumnNorms, Hessian
 
 __all__ = [
     "NM",
     "SCHEDULES",
     "ColumnNorms",
     "CsrMatrix",
+    "Hessian",
+    "InputFactor",
+    "LayerSize",
+    "OutputSketch",
     "PackedWeight",
     "Pattern",
     "Unstructured",
     "Weight",
     "check_sparsity",
+    "check_sparsity_mapping",
     "dense_weight",
+    "factorize_",
     "find_pattern",
+    "fit_block_size",
     "magnitude_importance",
+    "matching_key",
+    "owl_sparsities",
     "pack_mask",
     "pack_values",
     "parse_pattern",
+    "pattern_with_group",
+    "prune_and_reconstruct",
     "pst_importance",
+    "ria_importance",
     "round_keeping_support",
     "row_starts",
     "select_mask",
+    "sparsities_by_name",
     "sparsity_at",
     "to_csr",
+    "uniform_sparsities",
     "unpack_mask",
     "unpack_values",
     "wanda_importance",

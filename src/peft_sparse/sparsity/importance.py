@@ -30,6 +30,24 @@ def wanda_importance(weight: torch.Tensor, column_norms: torch.Tensor) -> torch.
     return magnitude * column_norms.to(device=magnitude.device, dtype=magnitude.dtype)
 
 
+def ria_importance(weight: torch.Tensor, column_norms: torch.Tensor, exponent: float = 0.5) -> torch.Tensor:
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a, the relative importance and activations of RIA.
+
+    A weight counts by its share of its input's column and of its output's row, so that no row or column loses all of
+    its weights for being small. In a column or row of zeros the share is 0.
+
+    Args:
+        weight: (out, in).
+        column_norms: (in,) norms of the input columns, see [`ColumnNorms`].
+        exponent: a, at least 0; with 0 the activations do not count.
+    """
+    magnitude = magnitude_importance(weight)
+    columns, rows = magnitude.sum(0), magnitude.sum(1)
+    shares = columns.masked_fill(columns == 0, 1).reciprocal() + rows.masked_fill(rows == 0, 1).reciprocal()[:, None]
+    norms = column_norms.to(device=magnitude.device, dtype=magnitude.dtype)
+    return shares.mul_(magnitude).mul_(norms**exponent)
+
+
 def pst_importance(
     updated_weight: torch.Tensor,
     A: torch.Tensor,

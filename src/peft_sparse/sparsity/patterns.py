@@ -19,6 +19,9 @@ import torch
 # the literature. Tightest first: a 2:4 weight satisfies 4:8 as well.
 KNOWN_NM = ((1, 4), (2, 8), (2, 4), (4, 8))
 
+# What an unstructured pattern may compare.
+GROUPS = ("layer", "row")
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -27,9 +30,19 @@ class Unstructured:
     Args:
         group: `"layer"` (all weights of a layer compete, PST and magnitude) or `"row"` (those of one output do,
             Wanda).
+
+    Raises:
+        ValueError: for another group.
     """
 
     group: str = "layer"
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise ValueError(
+                f"`group` says which weights compete: 'layer' (all of them) or 'row' (those of one output), got "
+                f"{self.group!r}."
+            )
 
     def __str__(self) -> str:
         return "unstructured"
@@ -132,6 +145,36 @@ def parse_pattern(pattern: str | Pattern, group: str = "layer") -> Pattern:
             f"A pattern is 'unstructured' or 'N:M' (N weights kept of every M, for example '2:4'), got {pattern!r}."
         )
     return NM(int(match[1]), int(match[2]))
+
+
+def pattern_with_group(pattern: str | Pattern, group: str | None, default: str) -> Pattern:
+    """Read a pattern and what it compares from the arguments of a pruner.
+
+    Args:
+        pattern: as for [`parse_pattern`].
+        group: `"layer"` or `"row"`; None: `default` for `"unstructured"`, and what a pattern object says.
+        default: of the method, by its paper.
+
+    Raises:
+        ValueError: for a group that is none, or that contradicts the pattern: in an N:M pattern each M weights
+            compete, whatever the method.
+
+    Example:
+        >>> pattern_with_group("unstructured", None, default="row")
+        Unstructured(group='row')
+    """
+    found = parse_pattern(pattern, default if group is None else group)
+    if group is None:
+        return found
+    Unstructured(group)  # complains of what is no group
+    if isinstance(found, NM):
+        raise ValueError(
+            f"In an N:M pattern each M weights compete with each other, got {found} with group={group!r}; leave "
+            "`group` out, or take pattern='unstructured'."
+        )
+    if found.group != group:
+        raise ValueError(f"The pattern {found!r} says what is compared, got group={group!r} beside it; leave one out.")
+    return found
 
 
 def check_sparsity(name: str, sparsity: float) -> None:

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 
 from peft import PeftType
 
-from peft_sparse.sparsity import SCHEDULES, check_sparsity, parse_pattern
+from peft_sparse.sparsity import (
+    NM,
+    SCHEDULES,
+    check_sparsity,
+    check_sparsity_mapping,
+    matching_key,
+    parse_pattern,
+)
 from peft_sparse.tuners.sparse_config import SparseConfig, check_choice, check_positive_int
 
 DEFAULT_SPARSITY = 0.9
@@ -30,7 +37,11 @@ class PstConfig(SparseConfig):
         beta: scale of U V. alpha1: scale of A B. alpha2: scale of R and C.
         sparsity: share of zeros at the end, in [0, 1). None: 0.9 for unstructured; an N:M pattern fixes it at 1 - N/M,
             and another value is an error.
-        initial_sparsity: share of zeros at the start of the schedule.
+        sparsity_pattern: shares of zeros at the end for some layers, others get `sparsity`. Keys are full names, ends
+            of names or regexes for them, as in LoraConfig's `rank_pattern`; what `owl_sparsity(..., group="layer")`
+            returns fits. Each layer's schedule ends at its own share. Not for N:M, and a key that names none of the
+            adapted layers is an error when the adapter is added.
+        initial_sparsity: share of zeros at the start of the schedule, of all layers.
         pattern: "unstructured" (the weights of a layer compete), or "N:M" (N kept of every M consecutive weights along
             in_features).
         importance: "pst"; "magnitude" (S = |W'|, data-free); "movement" (S is a trained matrix `pst_S`, arXiv
@@ -58,6 +69,13 @@ class PstConfig(SparseConfig):
     alpha2: float = field(default=1.0, metadata={"help": "Scale of the row and column scores R + C."})
     sparsity: float | None = field(
         default=None, metadata={"help": "Final share of zeros. None: 0.9 for unstructured, 1 - N/M for N:M."}
+    )
+    sparsity_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Final share of zeros for layers that differ from `sparsity`: full names, ends of names or "
+            "regexes to shares, such as {'mlp.*': 0.95, 'q_proj': 0.8}. Not for N:M."
+        },
     )
     initial_sparsity: float = field(default=0.0, metadata={"help": "Share of zeros at the start of the schedule."})
     pattern: str = field(default="unstructured", metadata={"help": "'unstructured', or 'N:M' such as '2:4'."})
@@ -93,9 +111,37 @@ class PstConfig(SparseConfig):
                 f"A schedule raises the sparsity, got initial_sparsity={self.initial_sparsity} above "
                 f"sparsity={self.sparsity}."
             )
+        self._check_sparsity_pattern()
         self._check_warmups()
         if self.total_steps is not None:
             check_positive_int("total_steps", self.total_steps)
+
+    def _check_sparsity_pattern(self) -> None:
+        if self.sparsity_pattern is None:
+            self.sparsity_pattern = {}
+        if not isinstance(self.sparsity_pattern, dict):
+            raise ValueError(
+                "`sparsity_pattern` is a dict from names or regexes to shares of zeros, got "
+                f"{self.sparsity_pattern!r}; one share for all layers is `sparsity`."
+            )
+        if self.sparsity_pattern and isinstance(parse_pattern(self.pattern), NM):
+            raise ValueError(
+                f"The pattern {self.pattern} fixes the sparsity of every layer at {self.sparsity:g}, got a "
+                f"`sparsity_pattern` of {len(self.sparsity_pattern)} keys; leave it out, or take "
+                "pattern='unstructured'."
+            )
+        check_sparsity_mapping("sparsity_pattern", self.sparsity_pattern)
+        for key, sparsity in self.sparsity_pattern.items():
+            if self.initial_sparsity > sparsity:
+                raise ValueError(
+                    f"A schedule raises the sparsity, got initial_sparsity={self.initial_sparsity} above "
+                    f"sparsity_pattern[{key!r}]={sparsity}."
+                )
+
+    def sparsity_of(self, name: str) -> float:
+        """The final share of zeros of the layer with this full name."""
+        key = matching_key(self.sparsity_pattern, name)
+        return self.sparsity if key is None else self.sparsity_pattern[key]  # type: ignore[return-value] # set above
 
     def _check_warmups(self) -> None:
         for name in ("initial_warmup", "final_warmup"):

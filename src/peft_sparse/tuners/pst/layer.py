@@ -19,7 +19,7 @@ from torch import nn
 
 from peft_sparse import ops
 from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
-from peft_sparse.tuners.pst.config import DEFAULT_SPARSITY, PstConfig
+from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 FACTORS = ops.PstFactors._fields
@@ -67,12 +67,12 @@ class PstLinear(SparseLayer):
         for attribute, start in zip(self.adapter_layer_names, self._initial_factors(config), strict=True):
             if start is not None:
                 getattr(self, attribute)[adapter_name] = nn.Parameter(start)
-        pattern = parse_pattern(config.pattern)
+        pattern, sparsity = parse_pattern(config.pattern), config.sparsity_of(self._module_name)
         schedule = partial(
             _sparsity_of_step,
             schedule=config.schedule,
             initial_sparsity=config.initial_sparsity,
-            final_sparsity=config.sparsity,
+            final_sparsity=sparsity,
             initial_warmup=config.initial_warmup,
             final_warmup=config.final_warmup,
         )
@@ -80,7 +80,7 @@ class PstLinear(SparseLayer):
             pattern=pattern,
             group_size=pattern.group_size((self.out_features, self.in_features)),
             schedule=schedule,
-            sparsity=pattern.resolve_sparsity(config.sparsity, DEFAULT_SPARSITY),
+            sparsity=sparsity,
             total_steps=config.total_steps,
             scales=ops.PstScales(config.beta, config.alpha1, config.alpha2),
         )

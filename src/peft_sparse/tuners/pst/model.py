@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_sparse.linears import PackedLinear, in_out_features, unwrap
-from peft_sparse.sparsity import parse_pattern
+from peft_sparse.sparsity import parse_pattern, sparsities_by_name
 from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.pst.layer import PstLinear
 from peft_sparse.tuners.sparse_model import SparseTuner
@@ -124,6 +124,8 @@ class PstModel(SparseTuner):
                     "has no place to come back to; use `SppConfig`, or call `unpack_model(model)` first."
                 )
             pattern.check_width(in_out_features(unwrap(module))[0], name)
+        if peft_config.sparsity_pattern:
+            sparsities_by_name("sparsity_pattern", peft_config.sparsity_pattern, list(targets), peft_config.sparsity)
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
         super()._check_all_merges(adapter_names)

@@ -1,0 +1,290 @@
+"""Calibration data: what pruners take, checked before anything is run, and a way to make it from text or a dataset.
+
+A batch is a dict of tensors as the model's forward takes them. [`calibration_batches`] makes such batches from a
+tokenizer and text, from rows of a dataset, or hands on what are batches already.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+Batch = dict[str, torch.Tensor]
+
+# What tokenizers and collators put beside a model's inputs.
+NOT_INPUTS = {"special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "word_ids", "idx", "id"}
+WAY_OUT = "pass an iterable of dicts as the model's forward takes them, such as [{'input_ids': ...}]"
+
+
+def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Module | None = None) -> list[Batch]:
+    """Read the whole calibration set, which may be a generator or a tokenized `datasets` dataset.
+
+    Args:
+        batches: dicts of tensors; of a dataset every row is a batch of one sequence.
+        model: whose inputs the columns of a dataset are; others are left out, as by transformers' Trainer.
+
+    Returns:
+        The batches as plain dicts.
+
+    Raises:
+        ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, or if its
+            sequences are longer than the model takes. In an additive attention mask infinity is meant, so tensors
+            whose name ends in "mask" may hold it.
+    """
+    if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
+        raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {WAY_OUT}.")
+    if _is_dataset(batches):
+        batches = _of_dataset(batches, model)
+    checked = []
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or not batch:
+            raise ValueError(f"A calibration batch is a dict of tensors, got {type(batch).__name__}; {WAY_OUT}.")
+        for key, value in batch.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"A calibration batch is a dict of tensors, got {type(value).__name__} for `{key}` in batch "
+                    f"{index}; {WAY_OUT}, or make them with `calibration_batches`."
+                )
+            if value.is_floating_point() and not key.endswith("mask") and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"Calibration needs finite inputs, got NaN or infinity in `{key}` of batch {index}; leave that "
+                    "batch out."
+                )
+        checked.append(dict(batch))
+    if not checked:
+        raise ValueError(
+            f"Calibration needs at least one batch, got none (a generator is used up by one loop); {WAY_OUT}."
+        )
+    if model is not None:
+        _check_lengths(model, checked)
+    return checked
+
+
+def _is_dataset(source: Any) -> bool:
+    """A `datasets.Dataset` or `IterableDataset`, without importing that package."""
+    return hasattr(source, "column_names") and hasattr(source, "features")
+
+
+def _of_dataset(dataset: Any, model: nn.Module | None) -> Iterable[Batch]:
+    taken = None if model is None else set(inspect.signature(model.forward).parameters)
+    rows = ({key: value for key, value in row.items() if taken is None or key in taken} for row in dataset)
+    first = next(rows, None)
+    if first is None:
+        return []
+    if not _sequences(first):
+        raise ValueError(
+            f"A dataset for calibration has columns of numbers that the model's forward takes, such as `input_ids`, "
+            f"got {list(dataset.column_names or first)}; tokenize it, or pass "
+            "`calibration_batches(dataset, tokenizer)`."
+        )
+    return (_collate([_sequences(row)], 0) for row in chain([first], rows))
+
+
+# The model's context
+
+
+def _check_lengths(model: nn.Module, batches: list[Batch]) -> None:
+    limit = context_length(model)
+    if limit is None:
+        return
+    for index, batch in enumerate(batches):
+        for key, value in batch.items():
+            if key.endswith(("input_ids", "inputs_embeds")) and value.dim() > 1 and value.shape[1] > limit:
+                raise ValueError(
+                    f"Calibration sequences fit into the model's context of {limit} tokens, got {value.shape[1]} in "
+                    f"`{key}` of batch {index}; cut them, for example with `calibration_batches(..., length={limit})`."
+                )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence that a model takes, by its config; None: it has no limit, or does not say."""
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    text_config = config if get_text_config is None else get_text_config()
+    names = ("max_position_embeddings", "max_target_positions")
+    found = [getattr(one, name, None) for one in (text_config, config) for name in names]
+    limits = [int(limit) for limit in found if isinstance(limit, int) and limit > 0]
+    if not limits:
+        return None
+    # RoBERTa and its kin count positions from behind the index of the padding token.
+    learned = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min([limits[0], *learned])
+
+
+# Making batches
+
+
+def calibration_batches(
+    source: Any,
+    tokenizer: Any = None,
+    num_sequences: int | None = 128,
+    length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    text_column: str = "text",
+) -> list[Batch]:
+    """Calibration data for the pruners, from text, a dataset, or batches.
+
+    * Text (a string, strings, or rows with `text_column` and no `input_ids`): documents are tokenized, joined with the
+      tokenizer's end-of-sequence token between them, and cut into windows of `length` tokens, so nothing is padded.
+    * Rows, dicts of one sequence each (a tokenized `datasets` dataset, or any iterable): cut to `length` and padded on
+      the right to the longest of their batch, with an `attention_mask` that says so. Columns that are no sequences of
+      numbers (strings, labels of whole sequences) are left out.
+    * Batches, dicts of tensors with two dimensions or more: the first `num_sequences` sequences, otherwise unchanged.
+
+    What has a length is drawn from at random; a stream (a generator, an `IterableDataset`) is read from its start, no
+    further than needed.
+
+    Args:
+        source: see above.
+        tokenizer: of transformers; needed for text.
+        num_sequences: how many there are to be at most; None: all.
+        length: tokens per sequence. Needed for text; None leaves rows as long as they are.
+        batch_size: sequences per batch, of text and of rows.
+        seed: of the draw.
+        text_column: the column of a dataset that has the text.
+
+    Returns:
+        A list of dicts of tensors (sequences, tokens), on the CPU.
+
+    Raises:
+        ValueError: if the source is none of these, has nothing in it, or needs what was not given.
+
+    Example:
+        >>> rows = [{"input_ids": [1, 2, 3], "text": "a b c"}, {"input_ids": [4, 5], "text": "d e"}]
+        >>> batch = calibration_batches(iter(rows), batch_size=2)[0]
+        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        ([[1, 2, 3], [4, 5, 0]], [[1, 1, 1], [1, 1, 0]])
+    """
+    for name, value in (("num_sequences", num_sequences), ("length", length), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` is a positive integer, got {value!r}.")
+    if isinstance(source, (Mapping, torch.Tensor)) or not isinstance(source, Iterable):
+        raise ValueError(f"A source of calibration data is text, rows or batches, got one {type(source).__name__}.")
+    generator = torch.Generator().manual_seed(seed)
+    items = _in_random_order([source] if isinstance(source, str) else source, generator)
+    first = next(items, None)
+    items = chain([] if first is None else [first], items)
+    if first is None:
+        raise ValueError("A source of calibration data has at least one text, row or batch, got an empty one.")
+    if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first and text_column in first):
+        documents = (item if isinstance(item, str) else item[text_column] for item in items)
+        rows = _windows(documents, tokenizer, num_sequences, length)
+        if isinstance(source, str):  # windows from all over it
+            rows = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
+        rows = rows[:num_sequences]
+    elif not isinstance(first, Mapping):
+        raise ValueError(f"A source of calibration data has strings or dicts in it, got {type(first).__name__}.")
+    elif any(
+        isinstance(value, torch.Tensor) and value.dim() >= _batch_dims(key, value) for key, value in first.items()
+    ):
+        return _first_sequences(items, num_sequences)
+    else:
+        rows = [_sequences(row, length) for row in islice(items, num_sequences)]
+        if not all(rows):
+            raise ValueError(
+                f"A row of calibration data has a sequence of numbers such as `input_ids`, got {list(first)}; "
+                "tokenize it, or name the column of text in `text_column` and pass a tokenizer."
+            )
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    return [_collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+
+
+def _in_random_order(source: Any, generator: torch.Generator) -> Iterator[Any]:
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        return iter(source)
+    return (source[index] for index in torch.randperm(len(source), generator=generator).tolist())
+
+
+def _windows(
+    documents: Iterator[str], tokenizer: Any, number: int | None, length: int | None
+) -> list[dict[str, torch.Tensor]]:
+    if tokenizer is None or length is None:
+        missing = "tokenizer" if tokenizer is None else "length"
+        raise ValueError(
+            f"Calibration data from text takes a tokenizer and a length, got none for `{missing}`; pass "
+            "`calibration_batches(text, tokenizer, length=512)`."
+        )
+    ids: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in documents:
+        ids += (end if ids else []) + tokenizer(document, add_special_tokens=False)["input_ids"]
+        if number is not None and len(ids) >= number * length:
+            break
+    windows = torch.tensor(ids, dtype=torch.int64)[: len(ids) // length * length].view(-1, length)
+    if not len(windows):
+        raise ValueError(
+            f"Calibration text has at least one window of length={length} tokens, got {len(ids)} tokens; give more "
+            "text, or a smaller `length`."
+        )
+    return [{"input_ids": window} for window in windows]
+
+
+def _batch_dims(key: str, value: torch.Tensor) -> int:
+    """Dimensions of an input that has one for the sequences of a batch: ids and masks have 2, images 4, other floats
+    3."""
+    return 4 if key == "pixel_values" else 3 if value.is_floating_point() else 2
+
+
+def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -> list[Batch]:
+    taken: list[Batch] = []
+    left = number
+    for batch in batches:
+        sequences = len(next(iter(batch.values())))
+        taken.append({key: value[:left] for key, value in batch.items() if isinstance(value, torch.Tensor)})
+        left = None if left is None else left - sequences
+        if left is not None and left <= 0:
+            break
+    return taken
+
+
+def _sequences(row: Mapping[str, Any], length: int | None = None) -> dict[str, torch.Tensor]:
+    """The columns of a row that hold sequences of numbers, as tensors without a batch dimension."""
+    found = {}
+    for key, value in row.items():
+        if (
+            key in NOT_INPUTS
+            or value is None
+            or isinstance(value, (str, bytes, Mapping))
+            or not hasattr(value, "__len__")
+        ):
+            continue
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            continue  # lists of strings, or of lists of unequal length
+        if tensor.dim():
+            found[key] = tensor[:length] if tensor.dim() == 1 else tensor
+    return found
+
+
+def _collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
+    batch: Batch = {}
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise ValueError(
+                f"Rows of calibration data have the same columns, got {list(rows[0])} and {list(row)}; leave out the "
+                "columns that only some of them have."
+            )
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if len({value.shape for value in values}) == 1:
+            batch[key] = torch.stack(values)
+            continue
+        padding = pad_token_id if key.endswith("input_ids") else -100 if key == "labels" else 0
+        batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
+        mask = key.replace("input_ids", "attention_mask")
+        if key.endswith("input_ids") and mask not in rows[0]:
+            ones = [torch.ones(len(value), dtype=torch.int64) for value in values]
+            batch[mask] = pad_sequence(ones, batch_first=True)
+    return batch

@@ -1,0 +1,90 @@
+"""What is known about a pruned model: how it was pruned, on which data, and what that did to its outputs.
+
+It goes into `model.config.peft_sparse["pruning"]`, so `save_pretrained` writes it and `from_pretrained` reads it:
+
+    method, pattern, group, sparsity    a number, or one by full name where linears differ
+    modules                             number of linears
+    settings                            of the method, if it has any
+    calibration                         sequences, tokens (that count), sha256 (of the batches in order)
+    errors                              relative error of each linear's output on the calibration data, by full name
+    version                             of peft-sparse
+    earlier                             the same without errors for earlier runs on this model, if there were any
+
+A model without `config` has no place for it, and gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sparse.pruning.resume import hash_tensors
+from peft_sparse.sparsity import Pattern
+
+CONFIG_KEY = "peft_sparse"
+
+
+def describe(
+    method: str,
+    pattern: Pattern,
+    sparsities: Mapping[str, float],
+    batches: list[dict[str, torch.Tensor]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The facts of a run, plain values only.
+
+    Args:
+        method: "magnitude", "wanda", ...
+        pattern: as the pruner used it.
+        sparsities: by full name of the linear.
+        batches: calibration data, if there is any.
+        settings: what else the result depends on.
+    """
+    different = set(sparsities.values())
+    facts: dict[str, Any] = {
+        "method": method,
+        "pattern": str(pattern),
+        "group": getattr(pattern, "group", "M consecutive weights"),
+        "sparsity": different.pop() if len(different) == 1 else dict(sparsities),
+        "modules": len(sparsities),
+    }
+    if settings:
+        facts["settings"] = dict(settings)
+    if batches is not None:
+        facts["calibration"] = _describe_batches(batches)
+    return facts | {"version": version("peft-sparse")}
+
+
+def _describe_batches(batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    tokens = 0
+    for batch in batches:
+        mask, first = batch.get("attention_mask"), next(iter(batch.values()))
+        ids = batch.get("input_ids", first)
+        if mask is not None and mask.dim() == 2:
+            tokens += int(mask.bool().sum())
+        else:
+            tokens += ids.numel() if ids.dim() <= 2 else ids.shape[0] * ids.shape[1]
+    return {
+        "sequences": sum(next(iter(batch.values())).shape[0] for batch in batches),
+        "tokens": tokens,
+        "sha256": hash_tensors((f"{i}.{key}", t) for i, batch in enumerate(batches) for key, t in batch.items()),
+    }
+
+
+def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] | None = None) -> None:
+    """Write the facts of a run into the model's config, if it has one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    kept = dict(getattr(config, CONFIG_KEY, None) or {})
+    before = kept.get("pruning")
+    if before:
+        earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
+        facts = facts | {"earlier": earlier}
+    if errors:
+        facts = facts | {"errors": {name: float(f"{error:.6g}") for name, error in errors.items()}}
+    setattr(config, CONFIG_KEY, kept | {"pruning": facts})

@@ -1,0 +1,121 @@
+"""Which tokens count: a batch's own masks, brought to the shape in which a linear meets its inputs.
+
+Most linears see (sequences, tokens, in) or all tokens in one row after another, and the mask fits as it is. Two do
+not: a decoder's keys and values for cross-attention are computed from the encoder's tokens, so they go by the
+encoder's mask; and an expert of a mixture sees only the tokens that were routed to it, in rows that no longer tell
+where they come from. Those rows are copies of rows of the mixture's input, so they are recognised by their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TokenMasks:
+    """The masks of the batch that is running."""
+
+    def __init__(self) -> None:
+        self.batch: dict[str, torch.Tensor] = {}
+        self._encoder_states: list[torch.Tensor] = []
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # of a mixture's input: those that count, others
+        self._routed: torch.Tensor | None = None  # bool (rows,): which rows of the running expert's input count
+
+    def start(self, batch: dict[str, torch.Tensor]) -> None:
+        """A batch begins."""
+        self.batch, self._encoder_states, self._rows, self._routed = batch, [], None, None
+
+    def enter_block(self, in_first_list: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A block is called; in a decoder, one of its arguments is what the encoder returned."""
+        self._encoder_states = []
+        if not in_first_list:
+            others = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
+            self._encoder_states = [value for value in others if isinstance(value, torch.Tensor) and value.dim() == 3]
+
+    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The inputs of a linear and their mask.
+
+        Args:
+            x: (sequences, tokens, in), or (rows, in) in a block that flattens them.
+
+        Returns:
+            `x`, in a shape that fits the mask, and bool of that shape without the last dimension, True for tokens that
+            count; None: all do, or there is no telling.
+        """
+        mask = self._token_mask(x)
+        if mask is None or x.dim() != 2:
+            return x, mask
+        if x.shape[0] == mask.numel():
+            return x.reshape(*mask.shape, -1), mask
+        self._see_routed(x)
+        if self._routed is not None and len(self._routed) == len(x):
+            return x, self._routed
+        return x, mask
+
+    def _token_mask(self, x: torch.Tensor) -> torch.Tensor | None:
+        mask = self.batch.get("attention_mask")
+        if self._encoder_states and not any(x is states for states in self._encoder_states):
+            mask = self.batch.get("decoder_attention_mask")
+            if mask is None and "labels" in self.batch:
+                mask = self.batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
+        return mask.to(x.device).bool() if mask is not None and mask.dim() == 2 else None
+
+    # Mixtures of experts
+
+    def hooks_for(self, block: nn.Module, linears: list[nn.Module]) -> list[Any]:
+        """Handles of hooks that follow the tokens to the experts of a block, if it has such: modules in a list or
+        dictionary, with linears that are gathered."""
+        wanted, hooks = set(linears), []
+        for module in block.modules():
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            experts = [child for child in module.children() if wanted.intersection(child.modules())]
+            above = [outer for outer in block.modules() if module in set(outer.children())]
+            hooks += [one.register_forward_pre_hook(self._see_input, with_kwargs=True) for one in (*above, *experts)]
+            if type(module).forward is not nn.Module.forward and experts:
+                hooks.append(module.register_forward_pre_hook(self._see_input, with_kwargs=True))
+        return hooks
+
+    def _see_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if x is None or x.dim() < 2 or not x.is_floating_point():
+            return
+        mask = self._token_mask(x)
+        if mask is None or bool(mask.all()):
+            return
+        if x[..., 0].numel() == mask.numel():
+            hashes, flat = _row_hashes(x.reshape(-1, x.shape[-1])), mask.reshape(-1)
+            self._rows, self._routed = (hashes[flat], hashes[~flat]), None
+        else:
+            self._see_routed(x.reshape(-1, x.shape[-1]))
+
+    def _see_routed(self, x: torch.Tensor) -> None:
+        """Rows that all come from the mixture's input: the start of an expert. Others are from further inside."""
+        if self._rows is None:
+            return
+        hashes, (counted, padded) = _row_hashes(x), self._rows
+        counts = torch.isin(hashes, counted)
+        if bool((counts | torch.isin(hashes, padded)).all()):
+            self._routed = counts
+
+
+def _row_hashes(x: torch.Tensor) -> torch.Tensor:
+    """int64 (rows,), equal for equal rows (rows, in) and for others with a chance of 2^-64: integer arithmetic, which
+    rounds nothing whatever the shape."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator, dtype=torch.int64).to(x.device)
+    return (x.detach().contiguous().view(INTEGERS[x.element_size()]).to(torch.int64) * (2 * factors + 1)).sum(-1)
+
+
+def update_hook(masks: TokenMasks, update: Callable[[torch.Tensor, torch.Tensor | None], None]) -> Callable[..., None]:
+    """A forward pre-hook (with kwargs) for a linear that hands its inputs and their mask to `update`."""
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        update(*masks.of((*args, *kwargs.values())[0]))
+
+    return hook
