@@ -59,11 +59,16 @@ def loss_and_grads(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), grads
 
 
+# Of a norm. Random factors amplify rounding from layer to layer: PyTorch's own gradients of these models are as far
+# from those in float64.
+TOLERANCE = 5e-4
+
+
 def compare(found, expected) -> None:
     torch.testing.assert_close(found[0], expected[0])
     assert found[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
-        assert (found[1][name] - grad).norm() <= 1e-5 * grad.norm(), name
+        assert (found[1][name] - grad).norm() <= TOLERANCE * grad.norm(), name
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
