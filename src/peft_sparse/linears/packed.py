@@ -3,6 +3,9 @@
 Its forward unpacks the weight block of rows by block, so that a pruned model trains and runs in the memory of its
 packed weights: n of N weights in a dtype of d bytes take n d + N / 8 bytes. This is for sparse models what QLoRA's
 (arXiv 2305.14314) frozen 4-bit base is for quantized ones, but lossless: the same numbers as the dense weight gives.
+
+Unpacking costs the same for one token as for a thousand. It is little beside a training step, and most of the time
+when text is generated token by token: call `unpack_model` before that.
 """
 
 from __future__ import annotations
@@ -120,7 +123,8 @@ class PackedLinear(nn.Module):
 
     def _row_starts(self) -> torch.Tensor:
         if self._starts is None or self._starts[0] is not self.bitmask:
-            self._starts = (self.bitmask, row_starts(self.bitmask))
+            with torch.inference_mode(False):  # training may need them after evaluation
+                self._starts = (self.bitmask, row_starts(self.bitmask))
         return self._starts[1]
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
