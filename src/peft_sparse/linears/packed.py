@@ -132,8 +132,26 @@ class PackedLinear(nn.Module):
         self._starts = None  # would keep the bitmask of the other device
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        values, bitmask = state_dict.get(f"{prefix}values"), state_dict.get(f"{prefix}bitmask")
+        try:  # a bitmask that does not fit its values would shift all that follow
+            if values is not None and bitmask is not None:
+                _check(values, bitmask, self.in_features, None)
+        except ValueError as error:
+            error_msgs.append(f"`{prefix.removesuffix('.')}`: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._starts = None  # the bitmask was written in place
 
 
