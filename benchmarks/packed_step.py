@@ -81,7 +81,8 @@ def _rows(case: str, model: Path | dict[str, int], tokens: int, args: argparse.N
         raise SystemExit(f"No benchmark is reported: the losses differ, {losses}.")
     sizes = {variant: weight_bytes(step.model.base_model.model) for variant, step in steps.items()}
     tensors = {variant: memory.tensor_peak(step, args.device) for variant, step in steps.items()}
-    times = runner.interleave(steps, args.rounds, args.device, title=case)
+    # the steps of the line above were warm-up
+    times = runner.interleave(steps, args.rounds, args.device, title=case, warmup=1)
     return [
         {"model": models.describe(model), "tokens": tokens, "sparsity": case, "variant": variant}
         | times.columns(variant, {"ratio_dense": "dense"})

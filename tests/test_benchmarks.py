@@ -20,6 +20,7 @@ from benchmarks import (
     memory,
     model_step,
     models,
+    packed_step,
     peers,
     plot,
     pruning_layers,
@@ -50,6 +51,10 @@ COLUMNS = {
     ],
     sparse_step: [
         "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_floor", "ratio_lora", "ratio_dense",
+    ],
+    packed_step: [
+        "model", "tokens", "sparsity", "variant", *TIME, "ratio_dense", "weights_mb", "weights_ratio_dense",
+        "largest_layer_mb", "peak_tensors_mb", "loss",
     ],
     compile_step: [
         "model", "tokens", "backend", "variant", *TIME, "ratio_eager", "first_step_s", "loss_after_first_step",
@@ -128,6 +133,17 @@ def test_model_step(tmp_path):
     assert list(rows[0]) == [*COLUMNS[model_step], *report.METADATA]
     assert list(by(rows, "peer")) == ["lora", "spp", "pst", "pst_authors"]
     assert rows[0]["model"] == "random Llama 32x2" and rows[0]["peak_step_mb"] == ""
+
+
+def test_packed_step(tmp_path):
+    rows = measure(packed_step, tmp_path / "a.csv", "--cases", "0.9", "2:4")
+    assert list(rows[0]) == [*COLUMNS[packed_step], *report.METADATA]
+    assert [(row["sparsity"], row["variant"]) for row in rows] == [
+        (case, variant) for case in ("0.9", "2:4") for variant in ("dense", "packed")
+    ]
+    for dense, packed in (rows[:2], rows[2:]):
+        assert dense["loss"] == packed["loss"] and dense["weights_ratio_dense"] == "1"
+    assert float(rows[1]["weights_ratio_dense"]) < 0.2 < 0.5 < float(rows[3]["weights_ratio_dense"]) < 0.6
 
 
 @pytest.mark.slow

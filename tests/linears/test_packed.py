@@ -140,6 +140,16 @@ def test_a_state_dict_brings_its_bitmask():
         assert torch.equal(empty(x), other(x))
 
 
+def test_a_state_dict_that_is_no_weight_is_refused():
+    packed = PackedLinear.from_linear(pruned(KINDS["Linear"]))
+    x = torch.randn(3, 13)
+    expected, state = packed(x), {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state["bitmask"][2, 0] ^= 1  # a flipped bit
+    with pytest.raises(RuntimeError, match="Each bit that is set has a value"):
+        packed.load_state_dict(state)
+    assert torch.equal(packed(x), expected)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

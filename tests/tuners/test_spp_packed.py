@@ -251,6 +251,34 @@ def test_an_adapter_starts_on_the_dtype_and_device_of_the_values():
     assert {p.device for p in adapter(packed).values()} == {torch.device("cpu")}
 
 
+def test_training_after_evaluation_in_inference_mode():
+    dense, packed = pair()
+    with torch.inference_mode():
+        packed.to(torch.float32)(IDS)  # the first forward after a move
+        with packed.disable_adapter():
+            packed(IDS)
+    assert train(packed, LM) == train(dense, LM)
+    base = pack_model(prune_magnitude(tiny_llama()))
+    base._apply(lambda t: t)
+    with torch.inference_mode():
+        base(IDS)
+    base(**LM).loss.backward()
+
+
+def test_a_packed_module_to_save_is_trained_and_keeps_its_zeros():
+    model = pack_model(prune_magnitude(tiny_llama()))
+    zeros = sparsity_report(model).total_zeros
+    config = SppConfig(target_modules=["q_proj"], modules_to_save=["up_proj"])
+    adapted = get_peft_model(model, config)
+    saved = adapted.base_model.model.model.layers[0].mlp.up_proj.modules_to_save["default"]
+    values = saved.values.detach().clone()
+    train(adapted, LM)
+    assert not torch.equal(saved.values, values)
+    merged = adapted.merge_and_unload()
+    assert merged.model.layers[0].mlp.up_proj is saved
+    assert sparsity_report(merged).total_zeros == zeros
+
+
 def test_a_packed_dense_layer_is_told_so():
     model = tiny_llama()
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """How a module stores its weight, and which linears a model's transformer blocks have.
 
 The rest of the package sees every weight as (out_features, in_features). This is the one place that knows that
-transformers' Conv1D, GPT-2's linear, stores the transpose.
+transformers' Conv1D, GPT-2's linear, stores the transpose, and where a linear is packed: stored without its zeros.
 """
 
 from peft_sparse.linears.blocks import (

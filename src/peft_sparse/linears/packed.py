@@ -3,6 +3,9 @@
 Its forward unpacks the weight block of rows by block, so that a pruned model trains and runs in the memory of its
 packed weights: n of N weights in a dtype of d bytes take n d + N / 8 bytes. This is for sparse models what QLoRA's
 (arXiv 2305.14314) frozen 4-bit base is for quantized ones, but lossless: the same numbers as the dense weight gives.
+
+Unpacking costs the same for one token as for a thousand. It is little beside a training step, and most of the time
+when text is generated token by token: call `unpack_model` before that.
 """
 
 from __future__ import annotations
@@ -120,7 +123,8 @@ class PackedLinear(nn.Module):
 
     def _row_starts(self) -> torch.Tensor:
         if self._starts is None or self._starts[0] is not self.bitmask:
-            self._starts = (self.bitmask, row_starts(self.bitmask))
+            with torch.inference_mode(False):  # training may need them after evaluation
+                self._starts = (self.bitmask, row_starts(self.bitmask))
         return self._starts[1]
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
@@ -128,8 +132,26 @@ class PackedLinear(nn.Module):
         self._starts = None  # would keep the bitmask of the other device
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        values, bitmask = state_dict.get(f"{prefix}values"), state_dict.get(f"{prefix}bitmask")
+        try:  # a bitmask that does not fit its values would shift all that follow
+            if values is not None and bitmask is not None:
+                _check(values, bitmask, self.in_features, None)
+        except ValueError as error:
+            error_msgs.append(f"`{prefix.removesuffix('.')}`: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._starts = None  # the bitmask was written in place
 
 

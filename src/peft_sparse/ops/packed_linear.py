@@ -34,13 +34,11 @@ class _PackedLinear(torch.autograd.Function):
         x: torch.Tensor,  # (..., in)
         values: torch.Tensor,  # (nnz,)
         bias: torch.Tensor | None,  # (out,)
-        bitmask: torch.Tensor,
-        in_features: int,
-        starts: torch.Tensor,
+        *packing: Any,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values, bitmask, starts)
-        ctx.in_features, ctx.x_shape = in_features, x.shape
-        weight = PackedWeight(values, bitmask, in_features, starts)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values)
+        ctx.packing, ctx.x_shape = packing, x.shape
+        weight = PackedWeight(values, *packing)
         buffers = Buffers(x)
 
         def build(rows: slice) -> torch.Tensor:
@@ -52,11 +50,11 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, values, bitmask, starts = ctx.saved_tensors
+        x, values = ctx.saved_tensors
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        weight = PackedWeight(values, bitmask, ctx.in_features, starts)
+        weight = PackedWeight(values, *ctx.packing)
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dy.new_empty(dy.shape[0], ctx.in_features) if needs_x else None
+        dx = dy.new_empty(dy.shape[0], weight.in_features) if needs_x else None
         dvalues, buffers = torch.empty_like(values) if needs_values else None, Buffers(dy)
         with autocast_off(dy):
             for rows in row_blocks(dy, *weight.shape):
@@ -67,4 +65,4 @@ class _PackedLinear(torch.autograd.Function):
                     G = dy[:, rows].T @ x.reshape(-1, x.shape[-1])  # (rows, in)
                     write_rows(dvalues, weight, rows, G)
         dbias = dy.sum(0) if needs_bias else None
-        return None if dx is None else dx.view(ctx.x_shape), dvalues, dbias, None, None, None
+        return None if dx is None else dx.view(ctx.x_shape), dvalues, dbias, *[None] * len(ctx.packing)

@@ -93,7 +93,8 @@ class SparseTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(unwrap(child), PackedLinear):  # PEFT's would look for a `weight`, to share it and its device
+        if any(isinstance(unwrap(module), PackedLinear) for module in (new_module, child)):
+            # PEFT's would look for a `weight`, to share it and its device.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

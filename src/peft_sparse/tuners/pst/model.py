@@ -115,14 +115,17 @@ class PstModel(SparseTuner):
         """See [`peft_sparse.tuners.pst.set_sparsity_step`]."""
         set_sparsity_step(self.model, step, total_steps)
 
+    def _check_target(self, name: str, module: nn.Module) -> None:
+        super()._check_target(name, module)
+        if isinstance(unwrap(module), PackedLinear):
+            raise ValueError(
+                f"PST prunes a dense model while it tunes it, got `{name}`, which is packed: what is pruned there has "
+                "no place to come back to; use `SppConfig`, or call `unpack_model(model)` first."
+            )
+
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: PstConfig) -> None:
         pattern = parse_pattern(peft_config.pattern)
         for name, module in targets.items():
-            if isinstance(unwrap(module), PackedLinear):
-                raise ValueError(
-                    f"PST prunes a dense model while it tunes it, got `{name}`, which is packed: what is pruned there "
-                    "has no place to come back to; use `SppConfig`, or call `unpack_model(model)` first."
-                )
             pattern.check_width(in_out_features(unwrap(module))[0], name)
         if peft_config.sparsity_pattern:
             sparsities_by_name("sparsity_pattern", peft_config.sparsity_pattern, list(targets), peft_config.sparsity)

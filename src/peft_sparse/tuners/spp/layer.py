@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft_sparse import ops
+from peft_sparse.linears import weight_parameter
 from peft_sparse.sparsity import Weight, weight_entries
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.spp.config import SppConfig
@@ -84,7 +85,7 @@ class SppLinear(SparseLayer):
         changed, which is new in every forward, nor of a packed one, whose memory the list of places would double."""
         if not isinstance(weight, torch.Tensor):
             return None
-        base = self.base_layer.weight
+        base = weight_parameter(self.base_layer)
         is_base = weight is base or weight._base is base  # the view of a weight that is stored transposed
         return self._csr.get(x, weight, A, B) if is_base else None
 
