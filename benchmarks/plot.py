@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME_COLUMNS = ("peer", "variant")
-CASE_COLUMNS = ("case", "model", "out", "in", "tokens", "method", "pattern", "sparsity")
+CASE_COLUMNS = ("case", "model", "out", "in", "tokens", "method", "setting", "pattern", "sparsity")
 MOST_BAR_CHARTS = 4  # sparsities
 MOST_SHOWN = 2.0  # ratio in a chart of lines; what is above does not matter
 BAR_HEIGHT, CHART_WIDTH = 0.28, 5.0  # inches

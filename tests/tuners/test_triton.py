@@ -59,8 +59,8 @@ def loss_and_grads(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), grads
 
 
-# Of a norm. Random factors amplify rounding from layer to layer: PyTorch's own gradients of these models are up to 1e-4
-# from those in float64, the kernels' up to 1.5e-4.
+# Of a norm. Random factors amplify rounding from layer to layer: PyTorch's own gradients of these models are up to
+# 1e-4 from those in float64, the kernels' up to 1.5e-4.
 TOLERANCE = 5e-4
 
 
