@@ -77,7 +77,8 @@ def _config(stored: StoredModel, trust_remote_code: bool) -> PreTrainedConfig:
             if quantized:
                 raise ValueError(
                     f"`load_sparse` reads sparse floating point weights, got quantized ones in "
-                    f"{str(stored.folder)!r}; load it with the versions of transformers and compressed-tensors that wrote it."
+                    f"{str(stored.folder)!r}; load it with the versions of transformers and compressed-tensors that "
+                    "wrote it."
                 )
             delattr(config, key)
     return config

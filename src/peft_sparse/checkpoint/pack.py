@@ -1,4 +1,4 @@
-"""Turn a folder that `save_pretrained` wrote into a packed one, tensor by tensor; the format is in storage/format.py."""
+"""Turn a folder that `save_pretrained` wrote into a packed one, tensor by tensor (the format: storage/format.py)."""
 
 from __future__ import annotations
 
