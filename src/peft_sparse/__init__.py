@@ -7,6 +7,7 @@ model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned mod
 from importlib.metadata import version
 
 from peft_sparse.evaluation import SparsityReport, perplexity, sparsity_report
+from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import prune_magnitude, prune_wanda
 from peft_sparse.training import SparsityCallback, pst_param_groups
 from peft_sparse.tuners.pst import PstConfig, PstModel
@@ -20,11 +21,13 @@ __all__ = [
     "SppConfig",
     "SppModel",
     "__version__",
+    "pack_model",
     "perplexity",
     "prune_magnitude",
     "prune_wanda",
     "pst_param_groups",
     "sparsity_report",
+    "unpack_model",
 ]
 
 __version__ = version("peft-sparse")

@@ -10,7 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import as_stored, block_linears, get_weight, linears_inside, unwrap
+from peft_sparse.linears import as_stored, block_linears, linears_inside, stored_weight, unwrap, weight_parameter
+from peft_sparse.sparsity import dense_weight
 from peft_sparse.storage import StoredModel, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -66,23 +67,24 @@ def linear_weights(
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
     they are disabled."""
-    weight = get_weight(unwrap(linear))
+    weight = stored_weight(unwrap(linear))
     if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
-        return weight
+        return dense_weight(weight)
     names = [name for name in linear.active_adapters if name in linear._get_available_adapters()]
     for name in names:
         if isinstance(linear, SparseLayer):
             weight = linear.effective_weight(name, weight)
         elif hasattr(linear, "get_delta_weight"):
-            weight = weight + as_stored(unwrap(linear), linear.get_delta_weight(name))  # back to (out, in)
-    return weight
+            delta = as_stored(unwrap(linear), linear.get_delta_weight(name))  # back to (out, in)
+            weight = dense_weight(weight) + delta
+    return dense_weight(weight)
 
 
 def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.Tensor]:
     tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
-    counted = {id(unwrap(linear).weight) for linear in linears.values()}
+    counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
     return (parameter for parameter in model.parameters() if id(parameter) not in adapters | counted)
 
 

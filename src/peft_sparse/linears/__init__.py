@@ -4,12 +4,32 @@ The rest of the package sees every weight as (out_features, in_features). This i
 transformers' Conv1D, GPT-2's linear, stores the transpose.
 """
 
-from peft_sparse.linears.blocks import BlockList, block_linear_names, block_linears, find_block_lists, linears_inside
+from peft_sparse.linears.blocks import (
+    BlockList,
+    Names,
+    block_linear_names,
+    block_linears,
+    find_block_lists,
+    linears_inside,
+    matches,
+)
+from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
 from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.linears.weights import as_stored, get_weight, in_out_features, is_linear, set_weight, unwrap
+from peft_sparse.linears.weights import (
+    as_stored,
+    get_weight,
+    in_out_features,
+    is_linear,
+    num_zeros,
+    set_weight,
+    stored_weight,
+    unwrap,
+    weight_parameter,
+)
 
 __all__ = [
     "BlockList",
+    "Names",
     "PackedLinear",
     "as_stored",
     "block_linear_names",
@@ -19,6 +39,13 @@ __all__ = [
     "in_out_features",
     "is_linear",
     "linears_inside",
+    "matches",
+    "num_zeros",
+    "pack_model",
+    "refuse_save_pretrained",
     "set_weight",
+    "stored_weight",
+    "unpack_model",
     "unwrap",
+    "weight_parameter",
 ]

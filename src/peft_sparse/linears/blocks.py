@@ -8,11 +8,14 @@ BERT's "dense" may also belong to the pooler.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from peft_sparse.linears.weights import is_linear, unwrap
+
+Names = list[str] | tuple[str, ...] | set[str] | str
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,16 @@ def block_linear_names(model: nn.Module) -> set[str]:
     if any(f".{name}".endswith(f".{path}") for name in outside for path in paths):
         return set(inside)
     return paths
+
+
+def matches(names: Names, name: str) -> bool:
+    """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
+    names or their last parts.
+
+    Example:
+        >>> matches(["q_proj"], "layers.0.q_proj"), matches("q_proj", "layers.0.q_proj")
+        (True, False)
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in names)

@@ -100,6 +100,12 @@ class PackedLinear(nn.Module):
         """The weight as a new tensor, (out, in): for a look at one layer, not for a forward."""
         return self.packed_weight.dense()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[`PackedLinear.dense_weight`], for code that looks at the weight of a linear, as T5 does for its dtype. It is
+        unpacked for each look, and what is written into it is lost."""
+        return self.dense_weight()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return packed_linear(x, self.packed_weight, self.bias)
 

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.sparsity import PackedWeight, Weight, dense_weight, pack_values, unpack_mask
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module below any PEFT tuner layers that wrap it."""
@@ -15,23 +18,41 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes x W^T + b from a floating point weight: nn.Linear and transformers' Conv1D.
+    """Whether the module computes x W^T + b from a floating point weight: nn.Linear, transformers' Conv1D, and
+    PackedLinear.
 
     The output projection inside nn.MultiheadAttention is not one: its weight is used without calling it.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
+    return isinstance(module, (nn.Linear, Conv1D, PackedLinear)) and weight_parameter(module).is_floating_point()
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear module."""
+    if isinstance(module, PackedLinear):
+        return module.in_features, module.out_features
     rows, columns = module.get_parameter("weight").shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
+def weight_parameter(module: nn.Module) -> nn.Parameter:
+    """The parameter with the entries of a linear's weight: `weight`, or the values of a PackedLinear."""
+    return module.get_parameter("values" if isinstance(module, PackedLinear) else "weight")
+
+
+def stored_weight(module: nn.Module) -> Weight:
+    """The weight of a linear, (out, in), without a copy: a PackedWeight of a PackedLinear, else as [`get_weight`]."""
+    return module.packed_weight if isinstance(module, PackedLinear) else get_weight(module)
+
+
 def get_weight(module: nn.Module) -> torch.Tensor:
-    """The weight as (out, in): the parameter itself or its transposed view, so gradients and writes reach it."""
+    """The weight as (out, in): the parameter itself or its transposed view, so gradients and writes reach it.
+
+    That of a PackedLinear is a new tensor, unpacked for this call: to read, while [`set_weight`] writes.
+    """
+    if isinstance(module, PackedLinear):
+        return module.dense_weight()
     return as_stored(module, module.get_parameter("weight"))
 
 
@@ -41,6 +62,32 @@ def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Overwrite the module's weight in place with `weight`, (out, in) of any dtype."""
-    module.get_parameter("weight").copy_(as_stored(module, weight))
+def set_weight(module: nn.Module, weight: Weight) -> None:
+    """Overwrite the module's weight in place with `weight`, (out, in) of any dtype, packed or not.
+
+    Raises:
+        ValueError: for a PackedLinear, if `weight` has entries where it has none. Nothing is written then.
+    """
+    if not isinstance(module, PackedLinear):
+        module.get_parameter("weight").copy_(as_stored(module, dense_weight(weight)))
+        return
+    if isinstance(weight, PackedWeight) and torch.equal(weight.bitmask, module.bitmask):
+        module.values.copy_(weight.values)
+        return
+    dense = dense_weight(weight)
+    if dense.shape != (module.out_features, module.in_features):
+        raise ValueError(
+            f"A weight keeps its shape, here {(module.out_features, module.in_features)}, got {tuple(dense.shape)}."
+        )
+    if outside := int((dense.masked_fill(unpack_mask(module.bitmask, module.in_features), 0) != 0).sum()):
+        raise ValueError(
+            f"The places of a packed weight are fixed, got {outside} entries that are not zero outside of them; make "
+            "a new one with `PackedLinear.from_linear`."
+        )
+    module.values.copy_(pack_values(dense, module.bitmask))
+
+
+def num_zeros(module: nn.Module) -> int:
+    """How many entries of a linear's weight are zero. Nothing is unpacked for it."""
+    in_features, out_features = in_out_features(module)
+    return in_features * out_features - int(torch.count_nonzero(weight_parameter(module)))

@@ -1,14 +1,20 @@
 """Autograd functions on tensors. `reference` holds the plain twin of each, under the same name and signature, and
-`use_reference` puts it to work."""
+`use_reference` puts it to work. `use_csr` says whether weights with few non-zeros are computed with those alone."""
 
 from peft_sparse.ops import reference
+from peft_sparse.ops.csr_cache import CsrCache, use_csr
 from peft_sparse.ops.packed_linear import packed_linear
 from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
 from peft_sparse.ops.reference import PstFactors, PstScales, use_reference
+from peft_sparse.ops.spp_csr import spp_csr_linear
 from peft_sparse.ops.spp_linear import spp_linear, spp_linear_update
+from peft_sparse.ops.spp_weight import spp_weight
+from peft_sparse.sparsity import CsrMatrix
 
 __all__ = [
+    "CsrCache",
+    "CsrMatrix",
     "MaskCache",
     "PstFactors",
     "PstScales",
@@ -16,7 +22,10 @@ __all__ = [
     "pst_linear",
     "pst_mask",
     "reference",
+    "spp_csr_linear",
     "spp_linear",
     "spp_linear_update",
+    "spp_weight",
+    "use_csr",
     "use_reference",
 ]

@@ -1,18 +1,22 @@
 """What the fused ops share: blocks that bound their temporaries, and the dtype of their matmuls.
 
-The effective weight of a layer is rebuilt block by block where it is needed, and never kept. A block is small enough
-to stay in a core's cache between being built and being multiplied. Elsewhere than in CPU float32 blocks are larger: a
-GPU wants few and large kernels, and half precision rounds once more for each block that adds to a gradient. A compiler
-gets the weight as one block, since it fuses the building itself.
+The effective weight of a layer is rebuilt block by block where it is needed, and never kept. A block bounds the memory
+for it, and is large enough for a matmul to run at full speed; all blocks of a pass share their buffers, since new
+memory costs a CPU more than the arithmetic in it. Elsewhere than in CPU float32 blocks are larger: a GPU wants few and
+large kernels, and half precision rounds once more for each block that adds to a gradient. A compiler gets the weight
+as one block, since it fuses the building itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 19
+from peft_sparse.sparsity import PackedWeight, Weight
+
+BLOCK_ELEMENTS = 1 << 21
 LARGE_BLOCK_ELEMENTS = 1 << 24
 MIN_ROWS = 64  # below, a matmul no longer runs at full speed
 
@@ -51,6 +55,43 @@ def group_blocks(
             for part in range(0, rows, most):
                 length = min(most, rows - part)
                 yield slice(start, stop), slice(offset + part, offset + part + length), length
+
+
+class Buffers:
+    """Memory for the temporaries of one pass, by name, which its blocks take turns to fill.
+
+    None of it where a compiler or a GPU's allocator reuses memory itself.
+
+    Args:
+        x: what the pass computes on.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._like = x if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+        """What to pass as `out`: a contiguous tensor with any content, good until the name is asked for again."""
+        if self._like is None:
+            return None
+        numel = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[name, dtype] = self._like.new_empty(numel, dtype=dtype)
+        return buffer[:numel].view(shape)
+
+
+def weight_rows(weight: Weight, rows: slice, buffers: Buffers) -> torch.Tensor:
+    """Some consecutive rows of a weight, (rows, in): a view of a dense one; those of a packed one are unpacked, into a
+    buffer of their own."""
+    if not isinstance(weight, PackedWeight):
+        return weight[rows]
+    return weight.rows(rows, buffers.get("unpacked", (rows.stop - rows.start, weight.in_features), weight.dtype))
+
+
+def outer_product(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+    """G = dY^T X, multiplied in the dtype of `x` and then of `dtype`; in `out` if that needs no conversion."""
+    return torch.mm(dy.T, x, out=out) if x.dtype == dtype else (dy.T @ x).to(dtype)
 
 
 def linear_by_blocks(

@@ -15,20 +15,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
-from peft_sparse.ops.blocks import autocast_off, linear_by_blocks, matmul_dtype, row_blocks
-from peft_sparse.sparsity import PackedWeight, pack_values
+from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, row_blocks, weight_rows
+from peft_sparse.sparsity import PackedWeight, Weight, write_rows
 
 
-def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.packed_linear`]: same arguments, same results."""
-    if reference.reference_in_use():
+    if reference.reference_in_use() or not isinstance(weight, PackedWeight):
         return reference.packed_linear(x, weight, bias)
     dtype = matmul_dtype(x)
     return _PackedLinear.apply(x.to(dtype), weight.values, None if bias is None else bias.to(dtype), *weight[1:])
-
-
-def _built(weight: PackedWeight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    return weight.rows(rows).to(dtype)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -45,7 +41,12 @@ class _PackedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values, bitmask, starts)
         ctx.in_features, ctx.x_shape = in_features, x.shape
         weight = PackedWeight(values, bitmask, in_features, starts)
-        blocks = ((rows, partial(_built, weight, rows, x.dtype)) for rows in row_blocks(x, *weight.shape))
+        buffers = Buffers(x)
+
+        def build(rows: slice) -> torch.Tensor:
+            return weight_rows(weight, rows, buffers).to(x.dtype)
+
+        blocks = ((rows, partial(build, rows)) for rows in row_blocks(x, *weight.shape))
         return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
@@ -55,14 +56,15 @@ class _PackedLinear(torch.autograd.Function):
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         weight = PackedWeight(values, bitmask, ctx.in_features, starts)
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dy.new_zeros(dy.shape[0], ctx.in_features) if needs_x else None
-        dvalues = torch.empty_like(values) if needs_values else None
+        dx = dy.new_empty(dy.shape[0], ctx.in_features) if needs_x else None
+        dvalues, buffers = torch.empty_like(values) if needs_values else None, Buffers(dy)
         with autocast_off(dy):
             for rows in row_blocks(dy, *weight.shape):
                 if dx is not None:
-                    dx.addmm_(dy[:, rows], _built(weight, rows, dy.dtype))
+                    W = weight_rows(weight, rows, buffers).to(dy.dtype)
+                    dx.addmm_(dy[:, rows], W, beta=0 if rows.start == 0 else 1)
                 if dvalues is not None:
                     G = dy[:, rows].T @ x.reshape(-1, x.shape[-1])  # (rows, in)
-                    dvalues[weight.span(rows)] = pack_values(G, bitmask[rows]).to(values.dtype)
+                    write_rows(dvalues, weight, rows, G)
         dbias = dy.sum(0) if needs_bias else None
         return None if dx is None else dx.view(ctx.x_shape), dvalues, dbias, None, None, None

@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
-from peft_sparse.ops.blocks import autocast_off, linear_by_blocks, matmul_dtype, row_blocks
+from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, outer_product, row_blocks
 from peft_sparse.ops.reference import PstFactors, PstScales
 from peft_sparse.sparsity import unpack_mask
 from peft_sparse.sparsity.importance import score_dtype
@@ -49,22 +49,16 @@ def _of_rows(factors: PstFactors, rows: slice) -> PstFactors:
     return PstFactors(U, V, D, A, B, R, C, S)
 
 
-def _updated_rows(weight: torch.Tensor, factors: PstFactors, beta: float) -> torch.Tensor:
-    """W' of a block of rows, a new tensor in at least float32."""
+def _updated_rows(
+    weight: torch.Tensor, factors: PstFactors, beta: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """W' of a block of rows, a new tensor or `out`, in at least float32."""
     dtype = score_dtype(weight.dtype)
     if factors.U is not None and factors.V is not None:
-        updated = torch.addmm(weight.to(dtype), factors.U.to(dtype), factors.V.to(dtype), alpha=beta)
+        updated = torch.addmm(weight.to(dtype), factors.U.to(dtype), factors.V.to(dtype), alpha=beta, out=out)
     else:
-        updated = weight.to(dtype, copy=True)
+        updated = weight.to(dtype, copy=True) if out is None else out.copy_(weight)
     return updated if factors.D is None else updated.add_(factors.D)
-
-
-def _masked_rows(
-    weight: torch.Tensor, packed_mask: torch.Tensor, factors: PstFactors, beta: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """M * W' of a block of rows, rounded to `dtype`."""
-    updated = _updated_rows(weight, factors, beta)
-    return updated.mul_(unpack_mask(packed_mask, weight.shape[1], updated.dtype)).to(dtype)
 
 
 class _PstLinear(torch.autograd.Function):
@@ -80,11 +74,15 @@ class _PstLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, packed_mask, *factor_tensors)
         ctx.scales = scales
-        factors = PstFactors(*factor_tensors)
-        blocks = (
-            (rows, partial(_masked_rows, weight[rows], packed_mask[rows], _of_rows(factors, rows), scales[0], x.dtype))
-            for rows in row_blocks(x, weight.shape[0], weight.shape[1])
-        )
+        factors, buffers, dtype = PstFactors(*factor_tensors), Buffers(x), score_dtype(weight.dtype)
+
+        def build(rows: slice) -> torch.Tensor:  # M * W'
+            shape = weight[rows].shape
+            updated = _updated_rows(weight[rows], _of_rows(factors, rows), scales[0], buffers.get("W", shape, dtype))
+            mask = unpack_mask(packed_mask[rows], shape[1], dtype, buffers.get("M", shape, dtype))
+            return updated.mul_(mask).to(x.dtype)
+
+        blocks = ((rows, partial(build, rows)) for rows in row_blocks(x, weight.shape[0], weight.shape[1]))
         return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
@@ -93,22 +91,26 @@ class _PstLinear(torch.autograd.Function):
         x, weight, packed_mask, *factor_tensors = ctx.saved_tensors
         factors, scales = PstFactors(*factor_tensors), PstScales(*ctx.scales)
         needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
-        dtype = score_dtype(weight.dtype)
+        dtype, buffers = score_dtype(weight.dtype), Buffers(x)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = torch.zeros_like(tokens) if needs_x else None
+        dx = torch.empty_like(tokens) if needs_x else None
         dweight = torch.empty_like(weight) if needs_weight else None
         grads = _FactorGrads(factors, needs_factors, scales, dtype)
         with autocast_off(x):
             for rows in row_blocks(x, weight.shape[0], weight.shape[1]):
-                updated = _updated_rows(weight[rows], _of_rows(factors, rows), scales.beta)  # (rows, in)
-                mask = unpack_mask(packed_mask[rows], weight.shape[1], dtype)
+                shape = weight[rows].shape
+                updated_out, mask_out, out = (buffers.get(name, shape, dtype) for name in ("W", "M", "product"))
+                updated = _updated_rows(weight[rows], _of_rows(factors, rows), scales.beta, updated_out)  # (rows, in)
+                mask = unpack_mask(packed_mask[rows], shape[1], dtype, mask_out)
                 if dx is not None:
-                    dx.addmm_(dy[:, rows], (updated * mask).to(x.dtype))
+                    masked = torch.mul(updated, mask, out=out).to(x.dtype)
+                    dx.addmm_(dy[:, rows], masked, beta=0 if rows.start == 0 else 1)
                 if not (needs_weight or any(needs_factors)):
                     continue
-                G = (dy[:, rows].T @ tokens).to(dtype)  # (rows, in)
-                # mask is of no more use but here
-                dupdated = (mask + updated.abs() if factors.A is not None else mask).mul(G)
+                # The mask is of no more use but here, and the masked weight was used up above.
+                slope = mask.add_(torch.abs(updated, out=out)) if factors.A is not None else mask
+                G = outer_product(dy[:, rows], tokens, dtype, out)  # (rows, in)
+                dupdated = slope.mul_(G)
                 if dweight is not None:
                     dweight[rows] = dupdated.to(weight.dtype)
                 grads.add(rows, dupdated, dS=G.mul_(updated))

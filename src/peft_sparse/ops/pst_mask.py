@@ -3,10 +3,7 @@
 A mask is selected from the scores of a whole layer, which costs about a third of a forward matmul, so it is kept:
 over accumulation steps, evaluation and generation. One bit a weight is all that stays.
 
-Whether it is still right is decided by content, since neither object identity nor version counters tell everything: an
-in-place change through `.data` does not count as a version, and sharded training recreates parameters at every
-forward. Low-rank factors are compared as a whole with a kept copy; tensors of the weight's size by identity, version
-and a sample.
+Whether it is still right is decided by the content of what it was selected from, see fingerprint.py.
 """
 
 from __future__ import annotations
@@ -18,13 +15,10 @@ from typing import Any
 import torch
 
 from peft_sparse.ops import reference
+from peft_sparse.ops.fingerprint import Fingerprint
 from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight, reference_in_use
 from peft_sparse.sparsity import pack_mask, select_mask
 from peft_sparse.sparsity.importance import score_dtype
-
-# Tensors up to the first size are compared as a whole, larger ones by a sample of about the second.
-COMPARED_ELEMENTS = 1 << 16
-SAMPLED_ELEMENTS = 1 << 12
 
 
 class MaskCache:
@@ -35,9 +29,9 @@ class MaskCache:
 
     def __init__(self) -> None:
         self.handle = next(_HANDLES)
-        # the mask, and identity and content of each tensor that it was selected from; one tuple, so that threads which
-        # share a layer (nn.DataParallel) never see the one without the other
-        self._kept: tuple[torch.Tensor, list[tuple[tuple[Any, ...], torch.Tensor]]] | None = None
+        # the mask, and what it was selected from; one tuple, so that threads which share a layer (nn.DataParallel)
+        # never see the one without the other
+        self._kept: tuple[torch.Tensor, list[Fingerprint]] | None = None
         _CACHES[self.handle] = self
 
     def __reduce__(self) -> tuple[type[MaskCache], tuple[()]]:
@@ -55,33 +49,16 @@ class MaskCache:
         packed, inputs = kept
         if packed.is_inference() and not torch.is_inference_mode_enabled():
             return None  # made in inference mode, so autograd would refuse to save it
-        for tensor, (identity, content) in zip(tensors, inputs, strict=True):
-            if _identity(tensor) != identity or not torch.equal(_sample(tensor), content):
-                return None
-        return packed
+        same = all(kept.matches(tensor) for kept, tensor in zip(inputs, tensors, strict=True))
+        return packed if same else None
 
     def put(self, packed: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """Keep a mask with what it was selected from."""
-        self._kept = packed, [(_identity(tensor), _sample(tensor).clone()) for tensor in tensors]
+        self._kept = packed, [Fingerprint.of(tensor) for tensor in tensors]
 
 
 _HANDLES = count()
 _CACHES: weakref.WeakValueDictionary[int, MaskCache] = weakref.WeakValueDictionary()
-
-
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What tells a large tensor from another or a later one; of a small one, whose content tells, the kind alone."""
-    kind = (tensor.shape, tensor.dtype, tensor.device)
-    if tensor.numel() <= COMPARED_ELEMENTS:
-        return kind
-    return (*kind, tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.numel() <= COMPARED_ELEMENTS:
-        return tensor
-    rows_first = tensor if tensor.is_contiguous() else tensor.T  # as stored: a view, no copy
-    return rows_first.reshape(-1)[:: tensor.numel() // SAMPLED_ELEMENTS]
 
 
 @torch.no_grad()

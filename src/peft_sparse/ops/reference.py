@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity import PackedWeight, pack_mask, pst_importance, select_mask, unpack_mask
+from peft_sparse.sparsity import PackedWeight, Weight, pack_mask, pst_importance, select_mask, unpack_mask
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -65,7 +65,7 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
     return torch.arange(num_groups).repeat_interleave(sizes).to(device)
 
 
-def dense(weight: torch.Tensor | PackedWeight) -> torch.Tensor:
+def dense(weight: Weight) -> torch.Tensor:
     """(out, in) of a weight that may be packed, differentiable in its values."""
     if isinstance(weight, torch.Tensor):
         return weight
@@ -73,25 +73,27 @@ def dense(weight: torch.Tensor | PackedWeight) -> torch.Tensor:
     return weight.values.new_zeros(mask.shape).masked_scatter(mask, weight.values)
 
 
-def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """Y = X W^T + b.
 
     Args:
         x: (..., in).
-        weight: W, packed.
+        weight: W, packed or not.
         bias: (out,) or None.
 
     Returns:
         (..., out), of the dtype of `x`.
     """
-    return F.linear(x, dense(weight).to(x.dtype), bias)
+    if isinstance(weight, PackedWeight):
+        return F.linear(x, dense(weight).to(x.dtype), bias)
+    return F.linear(x, weight, bias)
 
 
-def spp_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+def spp_weight(weight: Weight, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """W_eff[i, j] = W[i, j] (1 + s B[i] A[g(i), j]), equation 5 of SPP (arXiv 2405.16057).
 
     Args:
-        weight: W, (out, in).
+        weight: W, (out, in), packed or not.
         A: (r, in), one row per row group.
         B: (out,).
         scaling: s.
@@ -101,13 +103,13 @@ def spp_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: 
     """
     dtype = score_dtype(weight.dtype)
     factors = (scaling * B.to(dtype))[:, None] * A.to(dtype)[row_groups(weight.shape[0], A.shape[0], A.device)]
-    wide = weight.to(dtype)
+    wide = dense(weight).to(dtype)
     return torch.addcmul(wide, wide, factors)  # rounded as in the fused op, so that merging reproduces the forward
 
 
 def spp_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     A: torch.Tensor,
     B: torch.Tensor,
@@ -127,10 +129,10 @@ def spp_linear(
 
 
 def spp_linear_update(
-    x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+    x: torch.Tensor, weight: Weight, A: torch.Tensor, B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Y = X (W_eff - W)^T: the update alone, which sees an input of its own when that is dropped out."""
-    update = spp_weight(weight, A, B, scaling) - weight
+    update = spp_weight(weight, A, B, scaling) - dense(weight)
     return F.linear(x, update.to(x.dtype))
 
 

@@ -5,7 +5,8 @@ With G = dY^T X and H = G * W:
     dX = dY W_eff;    dA[g] = s sum over i in g of B[i] H[i];    dB[i] = s <H[i], A[g(i)]>.
 
 Only X is saved. W_eff is rebuilt in the backward, block of rows by block, so that no tensor of the weight's size lives
-longer than its block. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`.
+longer than its block. A packed W is unpacked in the same blocks; its values get their gradient at the places of the
+mask. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
-from peft_sparse.ops.blocks import autocast_off, group_blocks, linear_by_blocks, matmul_dtype
+from peft_sparse.ops.blocks import (
+    Buffers,
+    autocast_off,
+    group_blocks,
+    linear_by_blocks,
+    matmul_dtype,
+    outer_product,
+    weight_rows,
+)
+from peft_sparse.sparsity import PackedWeight, Weight, weight_entries, write_rows
 from peft_sparse.sparsity.importance import score_dtype
 
 
 def spp_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     A: torch.Tensor,
     B: torch.Tensor,
@@ -33,17 +43,24 @@ def spp_linear(
     if reference.reference_in_use():
         return reference.spp_linear(x, weight, bias, A, B, scaling)
     dtype = matmul_dtype(x)
-    return _SppLinear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, scaling, 1.0)
+    bias = None if bias is None else bias.to(dtype)
+    return _SppLinear.apply(x.to(dtype), weight_entries(weight), bias, A, B, scaling, 1.0, *_packing(weight))
 
 
 def spp_linear_update(
-    x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+    x: torch.Tensor, weight: Weight, A: torch.Tensor, B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.spp_linear_update`]: the same function as `spp_linear`, without
     the 1 in W (1 + s B A)."""
     if reference.reference_in_use():
         return reference.spp_linear_update(x, weight, A, B, scaling)
-    return _SppLinear.apply(x.to(matmul_dtype(x)), weight, None, A, B, scaling, 0.0)
+    x = x.to(matmul_dtype(x))
+    return _SppLinear.apply(x, weight_entries(weight), None, A, B, scaling, 0.0, *_packing(weight))
+
+
+def _packing(weight: Weight) -> tuple[Any, ...]:
+    """What a packed weight has besides its values, as arguments of their own for autograd; nothing for a tensor."""
+    return weight[1:] if isinstance(weight, PackedWeight) else ()
 
 
 def _scaled_rows(
@@ -54,11 +71,15 @@ def _scaled_rows(
     scaling: float,
     offset: float,
     dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W (offset + s B A) of one block, rounded to `dtype`; the offset is 1 or 0."""
-    scaled = (scaling * B).view(-1, rows_per_group, 1) * A[:, None, :]  # (groups, rows per group, in)
+    """W (offset + s B A) of one block, rounded to `dtype`; the offset is 1 or 0. In `out` unless rounded."""
+    B, A = (scaling * B).view(-1, rows_per_group, 1), A[:, None, :]
+    if out is not None:
+        out = out.view(A.shape[0], rows_per_group, A.shape[-1])
+    scaled = torch.mul(B, A, out=out)  # (groups, rows per group, in)
     grouped = weight.to(scaled.dtype).reshape(scaled.shape)
-    scaled = torch.addcmul(grouped, grouped, scaled) if offset else scaled.mul_(grouped)
+    scaled = torch.addcmul(grouped, grouped, scaled, out=out) if offset else scaled.mul_(grouped)
     return scaled.view(weight.shape).to(dtype)
 
 
@@ -67,19 +88,27 @@ class _SppLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,  # (..., in)
-        weight: torch.Tensor,  # (out, in)
+        entries: torch.Tensor,  # (out, in), or the values of a packed weight
         bias: torch.Tensor | None,  # (out,)
         A: torch.Tensor,  # (r, in)
         B: torch.Tensor,  # (out,)
         scaling: float,
         offset: float,
+        *packing: Any,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, A, B)
-        ctx.scaling, ctx.offset = scaling, offset
-        factor_dtype = score_dtype(weight.dtype)
+        ctx.save_for_backward(x, entries, A, B)
+        ctx.scaling, ctx.offset, ctx.packing = scaling, offset, packing
+        weight: Weight = PackedWeight(entries, *packing) if packing else entries
+        factor_dtype, buffers = score_dtype(weight.dtype), Buffers(x)
         A, B = A.to(factor_dtype), B.to(factor_dtype)
+
+        def build(groups: slice, rows: slice, size: int) -> torch.Tensor:
+            block = weight_rows(weight, rows, buffers)
+            out = buffers.get("W", block.shape, factor_dtype)
+            return _scaled_rows(block, A[groups], B[rows], size, scaling, offset, x.dtype, out)
+
         blocks = (
-            (rows, partial(_scaled_rows, weight[rows], A[groups], B[rows], size, scaling, offset, x.dtype))
+            (rows, partial(build, groups, rows, size))
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0])
         )
         return linear_by_blocks(x, bias, weight.shape[0], blocks)
@@ -87,33 +116,37 @@ class _SppLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
+        x, entries, A, B = ctx.saved_tensors
+        weight: Weight = PackedWeight(entries, *ctx.packing) if ctx.packing else entries
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
         A_wide, B_wide = A.to(dtype), B.to(dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = torch.zeros_like(tokens) if needs_x else None
+        dx = torch.empty_like(tokens) if needs_x else None
         dA, dB = torch.zeros_like(A_wide), torch.zeros_like(B_wide)
-        dweight = torch.empty_like(weight) if needs_weight else None
+        dentries, buffers = torch.empty_like(entries) if needs_weight else None, Buffers(x)
         with autocast_off(x):
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0]):
                 dy_rows, A_block, B_block = dy[:, rows], A_wide[groups], B_wide[rows]
+                block = weight_rows(weight, rows, buffers)  # (rows, in)
+                out = buffers.get("W or G", block.shape, dtype)
                 if dx is not None:
-                    dx.addmm_(dy_rows, _scaled_rows(weight[rows], A_block, B_block, size, scaling, offset, x.dtype))
+                    W = _scaled_rows(block, A_block, B_block, size, scaling, offset, x.dtype, out)
+                    dx.addmm_(dy_rows, W, beta=0 if rows.start == 0 else 1)
                 if not (needs_A or needs_B or needs_weight):
                     continue
-                G = (dy_rows.T @ tokens).to(dtype)  # (rows, in)
-                if dweight is not None:
-                    dweight[rows] = _scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
-                H = G.mul_(weight[rows]).view(A_block.shape[0], size, -1)  # (groups, rows per group, in)
+                G = outer_product(dy_rows, tokens, dtype, out)  # (rows, in)
+                if dentries is not None:
+                    dblock = _scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
+                    write_rows(dentries, weight, rows, dblock)
+                H = G.mul_(block).view(A_block.shape[0], size, -1)  # (groups, rows per group, in)
                 dA[groups] += scaling * (B_block.view(-1, 1, size) @ H).squeeze(1)
                 dB[rows] = scaling * (A_block[:, None, :] @ H.mT).reshape(-1)
         return (
             None if dx is None else dx.view(x.shape),
-            dweight,
+            dentries,
             dy.sum(0) if needs_bias else None,
             dA.to(A.dtype) if needs_A else None,
             dB.to(B.dtype) if needs_B else None,
-            None,
-            None,
+            *[None] * (2 + len(ctx.packing)),
         )

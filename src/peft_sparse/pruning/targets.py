@@ -6,17 +6,22 @@ outside of them (an embedding, a tied head) is left alone: pruning it would prun
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import block_linears, get_weight, in_out_features, linears_inside
+from peft_sparse.linears import (
+    Names,
+    PackedLinear,
+    block_linears,
+    get_weight,
+    in_out_features,
+    linears_inside,
+    matches,
+)
 from peft_sparse.sparsity import Pattern, select_mask
-
-Names = list[str] | tuple[str, ...] | set[str] | str
 
 
 def find_targets(
@@ -67,19 +72,6 @@ def find_targets(
     return targets
 
 
-def matches(names: Names, name: str) -> bool:
-    """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
-    names or their last parts.
-
-    Example:
-        >>> matches(["q_proj"], "layers.0.q_proj"), matches("q_proj", "layers.0.q_proj")
-        (True, False)
-    """
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in names)
-
-
 def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     target_ids = {id(linear) for linear in targets.values()}
     elsewhere = {
@@ -96,6 +88,11 @@ def _check_plain(name: str, linear: nn.Module) -> None:
         raise ValueError(
             f"A pruner changes plain linears, got `{name}`, which carries an adapter ({type(linear).__name__}); call "
             "`merge_and_unload()` first, or prune before adding the adapter."
+        )
+    if isinstance(linear, PackedLinear):
+        raise ValueError(
+            f"A pruner changes weights with a place for each entry, got `{name}`, which is packed; call "
+            "`unpack_model(model)` first, and `pack_model(model)` afterwards."
         )
 
 

@@ -23,7 +23,7 @@ _GATHER_BYTES = 0x0102040810204080
 
 # Places that are unpacked at a time: the temporaries, two int32 a place, stay in a core's cache, and small beside a
 # layer. A GPU wants few and large kernels.
-UNPACKED_AT_ONCE = 1 << 17
+UNPACKED_AT_ONCE = 1 << 18
 UNPACKED_AT_ONCE_GPU = 1 << 22
 
 
@@ -44,13 +44,16 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (words.mul(_GATHER_BYTES) >> 56).to(torch.uint8)  # the shift keeps the sign, and the cast drops it
 
 
-def unpack_mask(packed: torch.Tensor, in_features: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:
+def unpack_mask(
+    packed: torch.Tensor, in_features: int, dtype: torch.dtype = torch.bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The inverse of [`pack_mask`].
 
     Args:
         packed: uint8 (out, ceil(in / 8)).
         in_features: columns of the mask.
         dtype: of the result; a floating one gives 0 and 1, ready to multiply a weight with.
+        out: contiguous memory for the result, which is used if rows of the mask are whole bytes; None: new memory.
 
     Returns:
         (out, in).
@@ -59,7 +62,8 @@ def unpack_mask(packed: torch.Tensor, in_features: int, dtype: torch.dtype = tor
         bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
         unpacked = (packed[..., None] >> bits) & 1
         return unpacked.flatten(1)[:, :in_features].to(dtype)
-    unpacked = _byte_table(dtype, packed.device).index_select(0, packed.reshape(-1).int())
+    table, whole = _byte_table(dtype, packed.device), out if in_features % 8 == 0 else None
+    unpacked = torch.index_select(table, 0, packed.reshape(-1).int(), out=None if whole is None else whole.view(-1, 8))
     return unpacked.view(packed.shape[0], -1)[:, :in_features]
 
 
@@ -202,12 +206,38 @@ class PackedWeight(NamedTuple):
         start, stop, _ = rows.indices(self.bitmask.shape[0])
         return slice(int(self.starts[start]), int(self.starts[stop]))
 
-    def rows(self, rows: slice) -> torch.Tensor:
-        """Some consecutive rows, (rows, in), a new tensor."""
+    def rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Some consecutive rows, (rows, in), a new tensor or in `out`, see [`unpack_values`]."""
         if torch.compiler.is_compiling():  # in one block, see ops/blocks.py
             return unpack_values(self.values, self.bitmask, self.in_features)[rows]
-        return unpack_values(self.values[self.span(rows)], self.bitmask[rows], self.in_features)
+        return unpack_values(self.values[self.span(rows)], self.bitmask[rows], self.in_features, out)
 
     def dense(self) -> torch.Tensor:
         """All of it, (out, in), a new tensor."""
         return unpack_values(self.values, self.bitmask, self.in_features)
+
+
+Weight = torch.Tensor | PackedWeight
+
+
+def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.Tensor) -> None:
+    """Write some consecutive rows of another weight, (rows, in), into entries of the form of [`weight_entries`]."""
+    if isinstance(weight, PackedWeight):
+        entries[weight.span(rows)] = pack_values(block, weight.bitmask[rows])
+    else:
+        entries[rows] = block
+
+
+def weight_entries(weight: Weight) -> torch.Tensor:
+    """The tensor that holds a weight's entries: the values of a packed one, else the weight itself."""
+    return weight.values if isinstance(weight, PackedWeight) else weight
+
+
+def with_entries(weight: Weight, entries: torch.Tensor) -> Weight:
+    """The weight that has other entries at the same places; the inverse of [`weight_entries`]."""
+    return weight._replace(values=entries) if isinstance(weight, PackedWeight) else entries
+
+
+def dense_weight(weight: Weight) -> torch.Tensor:
+    """A weight as (out, in); a packed one as a new tensor."""
+    return weight.dense() if isinstance(weight, PackedWeight) else weight

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from peft_sparse.linears import as_stored, get_weight, in_out_features, set_weight
-from peft_sparse.sparsity import round_keeping_support
+from peft_sparse import ops
+from peft_sparse.linears import as_stored, in_out_features, set_weight, stored_weight, weight_parameter
+from peft_sparse.sparsity import Weight, dense_weight, round_keeping_support, weight_entries, with_entries
 
 # Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
 # float32 allows for TF32 matmuls.
@@ -27,14 +27,15 @@ PROBE_ROWS = 4
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
-    """A tuner layer around nn.Linear or Conv1D. Weights are (out, in) in all of its methods.
+    """A tuner layer around nn.Linear, Conv1D or PackedLinear. Weights are (out, in) in all of its methods, and packed
+    where the base layer's is: then the effective weight is packed too, and the dense one is never formed.
 
     Args:
         base_layer: the module that is wrapped; its weight stays frozen.
         name: its full name in the model, for messages.
     """
 
-    base_layer: Any  # nn.Linear or Conv1D
+    base_layer: Any  # nn.Linear, Conv1D or PackedLinear
     # PEFT's part of the layer, for type checkers that do not look into it
     active_adapters: list[str]
     adapter_layer_names: tuple[str, ...]
@@ -59,22 +60,22 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Add an adapter with fresh parameters, as `config` says."""
         raise NotImplementedError
 
-    def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+    def effective_weight(self, adapter_name: str, weight: Any = None) -> Any:
         """f(W): the weight that the forward uses, (out, in) in at least float32, differentiable.
 
         Args:
-            weight: W; None: the base weight as it is now.
+            weight: W, a tensor, or a PackedWeight where the method takes those; None: the base weight as it is now.
         """
         raise NotImplementedError
 
     def adapted_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter_name: str
     ) -> torch.Tensor:
         """X f(W)^T + b, without dropout: what `merge` promises to reproduce."""
         raise NotImplementedError
 
-    def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Where f(W) is not zero, bool (out, in)."""
+    def support(self, adapter_name: str, weight: Any) -> torch.Tensor:
+        """Where f(W) is not zero, bool (out, in); of a packed weight, for each of its values."""
         raise NotImplementedError
 
     # The rest
@@ -97,15 +98,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return [tensors[adapter_name]._version for tensors in containers if adapter_name in tensors]
 
     @property
-    def base_weight(self) -> torch.Tensor:
-        """The base layer's weight as (out, in)."""
-        return get_weight(self.base_layer)
+    def base_weight(self) -> Any:
+        """The base layer's weight as (out, in), packed if it is stored packed."""
+        return stored_weight(self.base_layer)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """f(W) - W, as the base layer stores its weight (a Conv1D's is transposed), in the weight's dtype."""
+        """f(W) - W, as the base layer stores its weight (a Conv1D's is transposed), in the weight's dtype. Dense."""
         weight = self.base_weight
-        delta = self.effective_weight(adapter_name, weight) - weight
-        return as_stored(self.base_layer, delta.to(weight.dtype))
+        entries = weight_entries(weight)
+        delta = weight_entries(self.effective_weight(adapter_name, weight)) - entries
+        return as_stored(self.base_layer, dense_weight(with_entries(weight, delta.to(entries.dtype))))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -114,7 +116,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return self.base_layer(x, *args, **kwargs)
         if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, self.base_layer.weight.dtype)
+            x = self._cast_input_dtype(x, weight_parameter(self.base_layer).dtype)
         return self._forward_adapters(x, adapter_names)
 
     def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -128,11 +130,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return [name for name in adapter_names if name in available]
 
     @torch.no_grad()
-    def merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
+    def merged_weight(self, adapter_names: list[str]) -> Weight:
         """The weight after merging `adapter_names` in order; nothing is written.
 
         Returns:
-            (out, in), of the base weight's dtype.
+            (out, in), of the base weight's dtype, packed if that is.
 
         Raises:
             ValueError: if it holds NaN or infinity.
@@ -141,8 +143,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         for adapter_name in self._present(adapter_names):
             effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
-            merged = round_keeping_support(effective, support, weight.dtype)
-            self._check_finite(merged, adapter_name)
+            entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
+            self._check_finite(entries, adapter_name)
+            merged = with_entries(effective, entries)
             self._check_merge(merged, support, weight, adapter_name)
             weight = merged
         return weight
@@ -162,7 +165,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             return
         merged = self.merged_weight(adapter_names)
         if not self.merged:
-            self._weight_before_merge = self.base_layer.weight.detach().clone()
+            self._weight_before_merge = weight_parameter(self.base_layer).detach().clone()
         set_weight(self.base_layer, merged)
         self.merged_adapters.extend(adapter_names)
 
@@ -172,7 +175,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         with torch.no_grad():
-            self.base_layer.weight.copy_(self._weight_before_merge)
+            weight_parameter(self.base_layer).copy_(self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -186,27 +189,32 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             "with a lower learning rate, or load an earlier checkpoint. Nothing was merged."
         )
 
-    def _check_merge(
-        self, merged: torch.Tensor, support: torch.Tensor, weight: torch.Tensor, adapter_name: str
-    ) -> None:
-        moved = int(((merged != 0) != support).sum())
+    def _check_merge(self, merged: Weight, support: torch.Tensor, weight: Weight, adapter_name: str) -> None:
+        entries = weight_entries(merged)
+        moved = int(((entries != 0) != support).sum())
         if moved:
             raise RuntimeError(
                 f"Merging keeps every zero of the forward, got {moved} that differ in `{self._module_name}` (adapter "
                 f"{adapter_name}). Nothing was merged; please report this with your config."
             )
         generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
-        probe = torch.randn(PROBE_ROWS, self.in_features, generator=generator).to(merged)
-        with torch.autocast(device_type=merged.device.type, enabled=False):
+        probe = torch.randn(PROBE_ROWS, self.in_features, generator=generator).to(entries)
+        with torch.autocast(device_type=entries.device.type, enabled=False):
             expected = self.adapted_linear(probe, weight, None, adapter_name).double()
-            difference = (F.linear(probe, merged).double() - expected).norm()
-        tolerance = MERGE_TOLERANCE[merged.dtype]
-        if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(merged.dtype).tiny):
+            difference = (ops.packed_linear(probe, merged, None).double() - expected).norm()
+        tolerance = MERGE_TOLERANCE[entries.dtype]
+        if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(entries.dtype).tiny):
             raise RuntimeError(
                 f"Merging keeps the layer's function, got outputs that differ by {difference / expected.norm():.1e} "
                 f"(relative; at most {tolerance:.0e} is rounding) in `{self._module_name}` (adapter {adapter_name}). "
                 "Nothing was merged; please report this with your config."
             )
+
+    # PEFT looks for `weight`, which a PackedLinear unpacks for each look.
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        parameter = weight_parameter(base_layer)
+        return parameter.device, parameter.dtype
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from peft_sparse.linears import block_linear_names, is_linear
+from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, unwrap
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -34,7 +36,7 @@ class SparseTuner(BaseTuner):
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if peft_config.target_modules is None:
             peft_config.target_modules = block_linear_names(model)  # type: ignore[assignment] # PEFT's habit
-        _maybe_include_all_linear_layers(peft_config, model)
+        _include_all_linear(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
         )
@@ -59,9 +61,9 @@ class SparseTuner(BaseTuner):
             )
         if not isinstance(module, BaseTunerLayer) and not is_linear(module):
             raise ValueError(
-                f"{type(self).__name__} adapts torch.nn.Linear and transformers' Conv1D with floating point weights, "
-                f"got {type(module).__name__} in `{name}`; take it out of `target_modules`, or exclude it with "
-                "`exclude_modules`."
+                f"{type(self).__name__} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
+                f"point weights, got {type(module).__name__} in `{name}`; take it out of `target_modules`, or "
+                "exclude it with `exclude_modules`."
             )
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
@@ -89,6 +91,12 @@ class SparseTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(unwrap(child), PackedLinear):  # PEFT's would look for a `weight`, to share it and its device
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # Merging
 
@@ -140,6 +148,18 @@ class SparseTuner(BaseTuner):
                 )
         config._awaits_weights = False
         return remapped
+
+
+def _include_all_linear(config: Any, model: nn.Module) -> None:
+    """PEFT's "all-linear", with PackedLinears beside the linears that PEFT knows."""
+    wanted = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if not isinstance(wanted, str) or wanted.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    modules = dict(model.named_modules())
+    packed = {name for name, m in modules.items() if isinstance(unwrap(m), PackedLinear) and m is not head}
+    config.target_modules |= packed - {f"{name}.base_layer" for name in packed}
 
 
 def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:

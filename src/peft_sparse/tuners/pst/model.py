@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_sparse.linears import in_out_features, unwrap
+from peft_sparse.linears import PackedLinear, in_out_features, unwrap
 from peft_sparse.sparsity import parse_pattern
 from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.pst.layer import PstLinear
@@ -118,6 +118,11 @@ class PstModel(SparseTuner):
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: PstConfig) -> None:
         pattern = parse_pattern(peft_config.pattern)
         for name, module in targets.items():
+            if isinstance(unwrap(module), PackedLinear):
+                raise ValueError(
+                    f"PST prunes a dense model while it tunes it, got `{name}`, which is packed: what is pruned there "
+                    "has no place to come back to; use `SppConfig`, or call `unpack_model(model)` first."
+                )
             pattern.check_width(in_out_features(unwrap(module))[0], name)
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:

@@ -9,10 +9,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peft_sparse import ops
+from peft_sparse.sparsity import Weight, weight_entries
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.spp.config import SppConfig
 
@@ -34,6 +34,7 @@ class SppLinear(SparseLayer):
         self.spp_B = nn.ParameterDict({})
         self.spp_dropout = nn.ModuleDict({})
         self._scaling: dict[str, float] = {}
+        self._csr = ops.CsrCache()
 
     def update_layer(self, adapter_name: str, config: SppConfig, **kwargs: Any) -> None:
         """Add an adapter. `A` starts kaiming-uniform and `B` at zero, as the authors' do."""
@@ -55,26 +56,49 @@ class SppLinear(SparseLayer):
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.spp_A[adapter_name], self.spp_B[adapter_name], self._scaling[adapter_name]
 
-    def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+    def effective_weight(self, adapter_name: str, weight: Weight | None = None) -> Weight:
         weight = self.base_weight if weight is None else weight
-        return ops.reference.spp_weight(weight, *self._factors(adapter_name))
+        return ops.spp_weight(weight, *self._factors(adapter_name))
 
     def adapted_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, adapter_name: str
     ) -> torch.Tensor:
-        return ops.spp_linear(x, weight, bias, *self._factors(adapter_name))
+        factors = self._factors(adapter_name)
+        csr = self._non_zeros(x, weight, *factors)
+        if csr is not None:
+            return ops.spp_csr_linear(x, csr, bias, *factors)
+        return ops.spp_linear(x, weight, bias, *factors)
 
-    def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight != 0
+    def _adapted_update(self, x: torch.Tensor, weight: Weight, adapter_name: str) -> torch.Tensor:
+        """X (f(W) - W)^T."""
+        factors = self._factors(adapter_name)
+        csr = self._non_zeros(x, weight, *factors)
+        if csr is not None:
+            return ops.spp_csr_linear(x, csr, None, *factors, offset=0.0)
+        return ops.spp_linear_update(x, weight, *factors)
+
+    def _non_zeros(
+        self, x: torch.Tensor, weight: Weight, A: torch.Tensor, B: torch.Tensor, _: float
+    ) -> ops.CsrMatrix | None:
+        """Those of the base weight, where computing with them alone is faster; not of one that another adapter has
+        changed, which is new in every forward, nor of a packed one, whose memory the list of places would double."""
+        if not isinstance(weight, torch.Tensor):
+            return None
+        base = self.base_layer.weight
+        is_base = weight is base or weight._base is base  # the view of a weight that is stored transposed
+        return self._csr.get(x, weight, A, B) if is_base else None
+
+    def support(self, adapter_name: str, weight: Weight) -> torch.Tensor:
+        return weight_entries(weight) != 0
 
     def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if not any(self._drops(name) for name in adapter_names):
             return super()._forward_adapters(x, adapter_names)
         # Each adapter's own update sees its own dropped input: X W^T + sum of drop_k(X) (W_k - W_(k-1))^T.
         weight = self.base_weight
-        y = F.linear(x, weight, self.base_layer.bias)
+        y = ops.packed_linear(x, weight, self.base_layer.bias)
         for name in adapter_names:
-            y = y + ops.spp_linear_update(self.spp_dropout[name](x), weight, *self._factors(name))
+            y = y + self._adapted_update(self.spp_dropout[name](x), weight, name)
             weight = self.effective_weight(name, weight)
         return y
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from torch import nn
 
-from peft_sparse.linears import get_weight, unwrap
+from peft_sparse.linears import in_out_features, num_zeros, unwrap, weight_parameter
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_model import SparseTuner
 from peft_sparse.tuners.spp.layer import SppLinear
@@ -26,11 +27,12 @@ class SppModel(SparseTuner):
     tuner_layer_cls = SppLinear
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
-        weights = {name: get_weight(unwrap(module)).detach() for name, module in targets.items()}
+        linears = {name: unwrap(module) for name, module in targets.items()}
         dense = [
             name
-            for name, weight in weights.items()
-            if not weight.is_meta and (weight == 0).float().mean().item() < DENSE_BELOW
+            for name, linear in linears.items()
+            if not weight_parameter(linear).is_meta
+            and num_zeros(linear) < DENSE_BELOW * math.prod(in_out_features(linear))
         ]
         if dense:
             warnings.warn(

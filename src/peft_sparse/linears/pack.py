@@ -1,0 +1,164 @@
+"""A whole model's linears packed in place, and back: see packed.py for what a packed linear is.
+
+One layer at a time is in memory in both forms. A packed model still is a transformers model, but what its
+`save_pretrained` would write, plain transformers would read back as random weights and a warning, so that is refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse.linears.blocks import Names, block_linears, linears_inside, matches
+from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.weights import in_out_features, num_zeros, weight_parameter
+
+
+def pack_model(
+    model: nn.Module, target_modules: Names | None = None, exclude_modules: Names | None = None
+) -> nn.Module:
+    """Replace a pruned model's linears by [`PackedLinear`]s, in place.
+
+    The model computes what it computed before; a negative zero becomes a positive one. Packed weights are frozen:
+    `get_peft_model(model, SppConfig())` then trains the model in the memory of its packed weights.
+
+    Layers stay as they are where packing does not pay (in float32 below 3.2% of zeros, in half precision below 6.3%),
+    where a weight is shared with another module, and where a module has a forward, hooks or a parametrization of its
+    own. Warns if all of them do.
+
+    Args:
+        model: any module without adapters.
+        target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
+            all linears inside the repeated transformer blocks.
+        exclude_modules: what to leave out of them, given in the same way.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if there is no such linear, if one carries an adapter, or has no memory (the meta device). Nothing
+            is changed then.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_sparse.sparsity import PackedWeight
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> for linear in block_linears(model).values():
+        ...     _ = linear.weight.data[:, ::2].zero_()
+        >>> pack_model(model).model.layers[0].mlp.up_proj
+        PackedLinear(in_features=8, out_features=16, bias=False, kept=50.0%)
+    """
+    targets = _targets(model, target_modules, exclude_modules)
+    for name, linear in targets.items():
+        if isinstance(linear, BaseTunerLayer):
+            raise ValueError(
+                f"Packing replaces plain linears, got `{name}`, which carries an adapter ({type(linear).__name__}); "
+                "pack the model first and add the adapter then, or call `merge_and_unload()`."
+            )
+        if weight_parameter(linear).is_meta:
+            raise ValueError(
+                f"Packing needs weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
+                "loaded); load the model without offloading."
+            )
+    owners = _owners(model)
+    for linear in targets.values():
+        if _is_plain(linear) and len(owners[id(linear.weight)]) == 1 and _pays(linear):
+            _replace(model, linear, PackedLinear.from_linear(linear))
+    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        warnings.warn(
+            f"Packing pays for linears with zeros, got {len(targets)} of which none was packed (the first is "
+            f"`{next(iter(targets))}`); prune the model first, for example with `peft_sparse.prune_wanda`.",
+            stacklevel=2,
+        )
+    refuse_save_pretrained(model)
+    return model
+
+
+def unpack_model(model: nn.Module) -> nn.Module:
+    """The inverse of [`pack_model`]: every PackedLinear becomes an nn.Linear or a Conv1D again, in place.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if a packed linear carries an adapter. Nothing is changed then.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedLinear):
+            raise ValueError(
+                f"Unpacking replaces plain linears, got `{name}`, which carries an adapter ({type(module).__name__}); "
+                "call `merge_and_unload()` first."
+            )
+    for module in [module for module in model.modules() if isinstance(module, PackedLinear)]:
+        _replace(model, module, module.to_linear())
+    model.__dict__.pop("save_pretrained", None)
+    return model
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Make a packed transformers model's `save_pretrained` raise, unless it saves an adapter alone."""
+    if isinstance(model, PreTrainedModel) and any(isinstance(module, PackedLinear) for module in model.modules()):
+        model.save_pretrained = partial(_save_adapter_only, model)
+
+
+def _save_adapter_only(model: Any, *args: Any, **kwargs: Any) -> Any:
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "`save_pretrained` writes weights that plain transformers can read, got a packed model, which it would "
+            "load as random weights; use `peft_sparse.save_sparse(model, dir)`, or call `unpack_model(model)` first."
+        )
+    return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def _targets(model: nn.Module, wanted: Names | None, excluded: Names | None) -> dict[str, nn.Module]:
+    candidates = block_linears(model) if wanted is None else linears_inside(model)
+    targets = {
+        name: linear
+        for name, linear in candidates.items()
+        if (wanted is None or matches(wanted, name)) and (excluded is None or not matches(excluded, name))
+    }
+    if not targets:
+        raise ValueError(
+            f"Packing needs at least one linear, got none in {type(model).__name__} for target_modules={wanted!r}, "
+            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}."
+        )
+    return targets
+
+
+def _owners(model: nn.Module) -> dict[int, set[int]]:
+    """By the id of each parameter, the modules that have it."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    return owners
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether nothing is attached to an nn.Linear or Conv1D that its packed form would not have."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    attached = any(getattr(linear, name, None) for name in hooks) or "forward" in linear.__dict__
+    return type(linear) in (nn.Linear, Conv1D) and not attached
+
+
+def _pays(linear: nn.Module) -> bool:
+    in_features, out_features = in_out_features(linear)
+    bitmask_bytes = out_features * ((in_features + 7) // 8)
+    return num_zeros(linear) * weight_parameter(linear).element_size() > bitmask_bytes
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Wherever the model has `old`; a module may be in several places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)

@@ -1,0 +1,179 @@
+"""When to compute an SPP layer over the non-zeros of its weight alone: where that was measured to be faster.
+
+Multiplying with a sparse matrix does less work and does it worse, so that it pays from a sparsity on that depends on
+the machine, the layer and the number of tokens: for training a wide layer on a CPU from about 85%, for a narrow one
+from about 95%. Both ways are therefore timed once for each kind of layer and input, in the first forward that meets
+them, and the faster one is taken from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from peft_sparse.ops.blocks import matmul_dtype
+from peft_sparse.ops.fingerprint import Fingerprint
+from peft_sparse.ops.reference import reference_in_use
+from peft_sparse.ops.spp_csr import spp_csr_linear
+from peft_sparse.ops.spp_linear import spp_linear
+from peft_sparse.sparsity import CsrMatrix, to_csr
+
+logger = logging.getLogger(__name__)
+
+MIN_SPARSITY = 0.8  # below, it was not faster anywhere that we measured
+MIN_NUMEL = 1 << 16  # smaller layers take no time
+MAX_REBUILDS = 3  # a weight that moves with every forward, as offloaded and sharded ones do
+MAX_TIMED_TOKENS = 1024
+MARGIN = 0.95  # a gain of less than this is noise
+CLEAR = 1.5  # times faster: no need to time again
+ROUNDS = 3
+
+
+class use_csr:
+    """Choose yourself whether SPP layers compute with the non-zeros of their weights alone.
+
+    It makes no difference to results but the order of sums. It can only be done on the CPU, for weights and inputs in
+    float32 or float64, and not in a compiled graph; other layers go on as they are.
+
+    Args:
+        enabled: True: wherever it can be done; False: nowhere; None, as it is at the start: where it was measured to
+            be faster.
+
+    Example:
+        >>> _ = use_csr(False)  # from now on, or for some lines only:
+        >>> with use_csr(True):
+        ...     csr_wanted()
+        True
+        >>> _ = use_csr(None)
+    """
+
+    _enabled: bool | None = None
+
+    def __init__(self, enabled: bool | None) -> None:
+        self._before = use_csr._enabled
+        use_csr._enabled = enabled
+
+    def __enter__(self) -> use_csr:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        use_csr._enabled = self._before
+
+
+def csr_wanted() -> bool | None:
+    """What [`use_csr`] was last told."""
+    return use_csr._enabled
+
+
+class CsrCache:
+    """The non-zeros of one layer's weight, 16 bytes each in float32, kept if they are few and used if that is faster.
+
+    A copy or an unpickled one starts empty: what it belongs to is another layer.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Fingerprint, CsrMatrix | None] | None = None  # None inside: too many to be worth it
+        self._builds = 0
+
+    def __reduce__(self) -> tuple[type[CsrCache], tuple[()]]:
+        return CsrCache, ()
+
+    def get(self, x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> CsrMatrix | None:
+        """What to hand to [`spp_csr_linear`], or None where the layer is to be computed by [`spp_linear`].
+
+        Args:
+            x: (..., in), the input of this forward.
+            weight: (out, in), the layer's frozen weight.
+            A, B: the factors that it will be computed with.
+        """
+        wanted = csr_wanted()
+        if wanted is False or not _possible(x, weight) or (not wanted and weight.numel() < MIN_NUMEL):
+            return None
+        csr = self._non_zeros(weight, wanted)
+        if csr is None or wanted:
+            return csr
+        return csr if _is_faster(x, weight, csr, A, B) else None
+
+    @torch.no_grad()
+    def _non_zeros(self, weight: torch.Tensor, wanted: bool | None) -> CsrMatrix | None:
+        kept = self._kept
+        if kept is not None and kept[0].matches(weight) and not (kept[1] is None and wanted):
+            return kept[1]
+        if self._builds >= MAX_REBUILDS and not wanted:
+            return None
+        self._builds += 1
+        few = int(weight.count_nonzero()) <= (1 - MIN_SPARSITY) * weight.numel()
+        with torch.inference_mode(False):  # training may need it after evaluation
+            csr = to_csr(weight) if few or wanted else None
+            self._kept = Fingerprint.of(weight), csr
+        return csr
+
+
+def _possible(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and not reference_in_use()
+        and torch.backends.mkl.is_available()  # torch multiplies sparse matrices with it alone
+        and x.device.type == weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.float64)
+        and matmul_dtype(x) == weight.dtype
+        and x.numel() > 0
+        and not weight.requires_grad
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)  # no fake, sharded or quantised one
+    )
+
+
+_FASTER: dict[tuple[Any, ...], bool] = {}
+
+
+def _is_faster(x: torch.Tensor, weight: torch.Tensor, csr: CsrMatrix, A: torch.Tensor, B: torch.Tensor) -> bool:
+    tokens = min(x.numel() // x.shape[-1], MAX_TIMED_TOKENS)
+    grads = (x.requires_grad, A.requires_grad or B.requires_grad) if torch.is_grad_enabled() else (False, False)
+    share = len(csr.values) / weight.numel()
+    key = (*csr.shape, weight.dtype, tokens.bit_length(), round(share, 2), grads, torch.get_num_threads())
+    if key not in _FASTER:
+        # In a thread, which has none of what may surround this forward: the hooks of a checkpoint, a counter of
+        # operations, autocast, inference mode.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            sparse_time, dense_time = thread.submit(_time_both, tokens, weight, csr, A, B, grads).result()
+        _FASTER[key] = sparse_time < MARGIN * dense_time
+        logger.info(
+            f"SPP on {csr.shape[0]} x {csr.shape[1]} weights, {1 - share:.0%} zeros, {tokens} tokens: the non-zeros "
+            f"alone take {sparse_time / dense_time:.2f} of the dense time, so they are "
+            f"{'used' if _FASTER[key] else 'not used'}."
+        )
+    return _FASTER[key]
+
+
+def _time_both(
+    tokens: int, weight: torch.Tensor, csr: CsrMatrix, A: torch.Tensor, B: torch.Tensor, grads: tuple[bool, bool]
+) -> tuple[float, float]:
+    """Seconds that one pass takes, backward included where there will be one: over the non-zeros, and dense."""
+    # No random numbers: the global random state is the user's, and time does not depend on the values.
+    x = torch.ones(tokens, csr.shape[1], dtype=weight.dtype).requires_grad_(grads[0])
+    dy = torch.ones(tokens, csr.shape[0], dtype=weight.dtype)
+    factors = [factor.detach().clone().requires_grad_(grads[1]) for factor in (A, B)]
+    inputs = [tensor for tensor in (x, *factors) if tensor.requires_grad]
+
+    def run(op: Callable[..., torch.Tensor], matrix: Any) -> float:
+        start = time.perf_counter()
+        y = op(x, matrix, None, *factors, 1.0)
+        if inputs:
+            torch.autograd.grad(y, inputs, dy)
+        return time.perf_counter() - start
+
+    sparse, dense = [], []
+    for turn in range(1 + ROUNDS):
+        times = run(spp_csr_linear, csr), run(spp_linear, weight.detach())
+        if turn == 0:
+            continue  # warm-up
+        sparse.append(times[0])
+        dense.append(times[1])
+        if not 1 / CLEAR < times[0] / times[1] < CLEAR:
+            break
+    return min(sparse), min(dense)
