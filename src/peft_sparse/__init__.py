@@ -6,7 +6,8 @@ model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned mod
 
 from importlib.metadata import version
 
-from peft_sparse.evaluation import SparsityReport, perplexity, sparsity_report
+from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
+from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
 from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import prune_magnitude, prune_wanda
 from peft_sparse.training import SparsityCallback, pst_param_groups
@@ -20,13 +21,19 @@ __all__ = [
     "SparsityReport",
     "SppConfig",
     "SppModel",
+    "VerifyReport",
     "__version__",
     "pack_model",
+    "load_sparse",
     "perplexity",
     "prune_magnitude",
     "prune_wanda",
     "pst_param_groups",
+    "push_sparse_to_hub",
+    "save_sparse",
     "sparsity_report",
+    "verify_sparsity",
+    "write_model_card",
     "unpack_model",
 ]
 

@@ -152,6 +152,7 @@ def test_shards(tmp_path):
     assert_same_bits(load_sparse(tmp_path), model)
     save_sparse(model, tmp_path)  # in one file: nothing of the shards is left
     assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "sparse_model.safetensors",

@@ -168,9 +168,7 @@ def test_compiles_to_one_graph():
         effective = ops.spp_weight(weight, A, B, 0.5)
         return ops.spp_linear(x, effective, bias, A, B, SCALING) + ops.packed_linear(x, weight, bias)
 
-    y, expected = (
-        f(x, packed, bias, A, B) for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
-    )
+    y, expected = (f(x, packed, bias, A, B) for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), step))
     torch.testing.assert_close(y, expected)
     found, wanted = (torch.autograd.grad(t.square().sum(), (x, A)) for t in (y, expected))
     torch.testing.assert_close(found, wanted)

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from peft_sparse.checkpoint.packed import StandIn, packed_targets, put_packed_linears
 from peft_sparse.storage import StoredModel, StoredTensor, locate, open_model
 from peft_sparse.storage.folders import packed_path
 from peft_sparse.storage.format import CONFIG_KEY
@@ -65,7 +66,12 @@ def load_sparse(
         )
     config = _config(stored, trust_remote_code)
     model_cls = model_cls or _model_cls(stored, trust_remote_code)
-    return _build(model_cls, config, stored, dtype, device)
+    if not packed:
+        return _build(model_cls, config, stored, {}, dtype, device)
+    targets = packed_targets(model_cls, config, stored.tensors)
+    model = _build(model_cls, config, stored, targets, dtype, None)
+    put_packed_linears(model, targets)
+    return model if device is None else model.to(device)
 
 
 def _config(stored: StoredModel, trust_remote_code: bool) -> PreTrainedConfig:
@@ -103,9 +109,11 @@ def _build(
     model_cls: type[PreTrainedModel],
     config: PreTrainedConfig,
     stored: StoredModel,
+    packed: dict[str, StoredTensor],
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
 ) -> PreTrainedModel:
+    """The model, with a stand-in for the weight of each linear in `packed`."""
     tensors = {name: _Watched(tensor) for name, tensor in stored.tensors.items()}
     generation = _generation_config(stored)
     if dtype is None:
@@ -114,7 +122,7 @@ def _build(
         model, info = model_cls.from_pretrained(
             None,
             config=config,
-            state_dict=tensors,
+            state_dict=tensors | {f"{name}.weight": StandIn(tensor, _dtype(dtype)) for name, tensor in packed.items()},
             dtype=dtype,
             device_map=None if device is None else {"": device},
             generation_config=generation,
@@ -136,6 +144,10 @@ def _build(
             )
     model.config.name_or_path = model.name_or_path = str(stored.folder)
     return model
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
 
 
 class _Watched:

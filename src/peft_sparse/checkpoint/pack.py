@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,24 @@ from peft_sparse.storage.format import (
 )
 
 
-def pack_folder(folder: Path, max_shard_size: int, transposed: set[str]) -> None:
+def pack_folder(
+    folder: Path, max_shard_size: int, transposed: set[str], others: Iterable[tuple[str, torch.Tensor]] = ()
+) -> None:
     """Replace the dense files of a folder by packed ones, and say so in its config.json.
 
     Args:
         folder: nobody else uses it.
         max_shard_size: in bytes.
         transposed: names of the weights that are stored as (in, out).
+        others: tensors that are not in the folder and belong there.
     """
     shards = ShardWriter(folder, max_shard_size, transposed)
     for file in plain_files(folder):
         for name in file.header:
             shards.add(name, file.read(name))
         file.path.unlink()
+    for name, tensor in others:
+        shards.add(name, tensor)
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     finish(folder, shards)
 

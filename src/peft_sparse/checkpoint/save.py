@@ -18,8 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_sparse.checkpoint.card import MARK, METHODS, check_method, hub_name, write_model_card
 from peft_sparse.checkpoint.commit import new_files
 from peft_sparse.checkpoint.pack import pack_folder
+from peft_sparse.checkpoint.packed import packed_linears, packed_weights, unpacked_state
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DENSE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
@@ -30,6 +32,8 @@ def save_sparse(
     folder: str | Path,
     max_shard_size: int | str = "5GB",
     tokenizer: Any = None,
+    base_model: str | None = None,
+    method: str | None = None,
 ) -> None:
     """Save a model so that zeros take one bit each. [`load_sparse`] gives it back, bit for bit.
 
@@ -43,6 +47,8 @@ def save_sparse(
         folder: where to; made if it is not there. An older packed checkpoint in it is replaced.
         max_shard_size: of one file, in bytes or as "200MB"; a larger tensor gets a file of its own.
         tokenizer: a tokenizer or processor to save with it.
+        base_model: for the model card, what it was made from; None: the name on the Hub that it was loaded by, if any.
+        method: for the model card, `"pst"` or `"spp"`; None: the one that was merged, if any.
 
     Raises:
         ValueError: if the model has adapters, is quantized or is none of transformers', or if the folder holds dense
@@ -59,16 +65,21 @@ def save_sparse(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_sparse(model, folder)
         ...     sorted(path.name for path in Path(folder).iterdir())
-        ['config.json', 'generation_config.json', 'sparse_model.safetensors']
+        ['README.md', 'config.json', 'generation_config.json', 'sparse_model.safetensors']
     """
     folder, limit = Path(folder), _size(max_shard_size)
+    check_method(method)
     _check_model(model)
     _check_folder(folder)
+    readme = folder / "README.md"
     with new_files(folder) as temporary:
-        model.save_pretrained(temporary, max_shard_size=limit)
+        state = unpacked_state(model) if packed_linears(model) else None
+        type(model).save_pretrained(model, temporary, max_shard_size=limit, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        pack_folder(temporary, limit, _transposed(model))
+        pack_folder(temporary, limit, _transposed(model), packed_weights(model))
+        if not readme.is_file() or MARK in readme.read_text(encoding="utf-8"):
+            write_model_card(temporary, base_model or hub_name(model.name_or_path), method or _method(model))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -106,6 +117,16 @@ def _size(size: int | str) -> int:
     return int(number)
 
 
+def _method(model: PreTrainedModel) -> str | None:
+    """The method whose adapter was merged into a model, which left a tag there."""
+    found = [tag for tag in model.model_tags or [] if tag in METHODS]
+    return found[-1] if found else None
+
+
 def _transposed(model: nn.Module) -> set[str]:
     """Names of the weights that are stored as (in, out)."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) or getattr(module, "conv1d", False)
+    }

@@ -71,16 +71,18 @@ def _pairs(checked: LinearWeights, reference: LinearWeights) -> Iterator[tuple[s
     Raises:
         ValueError: if one has layers that the other has not."""
     to_reference = _without_prefix(checked.names, reference.names)
-    known = checked.linears is not None and reference.linears is not None
     here, there = set(to_reference.values()), set(reference.names)
-    odd = sorted(here ^ there) if known else sorted(here - there)
+    # A side that does not tell which of its tensors are linears has others too.
+    more_here = checked.linears is None and reference.linears is not None
+    more_there = reference.linears is None and checked.linears is not None
+    odd = sorted((set() if more_here else here - there) | (set() if more_there else there - here))
     if odd:
         where = "the reference" if odd[0] in here else "the model"
         raise ValueError(
             f"The model and its reference have the same layers, got `{odd[0]}` ({len(odd)} in all) missing from "
             f"{where}; pass the model that this one was made from."
         )
-    return iter(to_reference.items())
+    return ((name, other) for name, other in to_reference.items() if other in there)
 
 
 def _without_prefix(names: list[str], others: list[str]) -> dict[str, str]:

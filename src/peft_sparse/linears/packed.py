@@ -102,8 +102,8 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[`PackedLinear.dense_weight`], for code that looks at the weight of a linear, as T5 does for its dtype. It is
-        unpacked for each look, and what is written into it is lost."""
+        """[`PackedLinear.dense_weight`], for code that looks at the weight of a linear, as T5 does for its dtype. It
+        is unpacked for each look, and what is written into it is lost."""
         return self.dense_weight()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,14 @@ def pack_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | Non
     mask_bytes = matrix.shape[0] * ((matrix.shape[1] + 7) // 8)
     if int(kept.sum()) * weight.element_size() + mask_bytes + HEADER_BYTES >= weight.nbytes:
         return None
-    bitmask = pack_mask(kept)
-    return pack_values(bits, bitmask).view(weight.dtype), bitmask
+    return pack_matrix(matrix)
+
+
+def pack_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values and the bitmask of a matrix, whether they are smaller than it or not."""
+    bits = matrix.detach().view(_BITS[matrix.element_size()])
+    bitmask = pack_mask(bits != 0)
+    return pack_values(bits, bitmask).view(matrix.dtype), bitmask
 
 
 def unpack_weight(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -88,7 +94,8 @@ def packed_fault(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, 
 def file_metadata(shapes: dict[str, list[int]], checksums: dict[str, str]) -> dict[str, str]:
     """The metadata of a `sparse_model*.safetensors`."""
     ours = {"version": VERSION, "shapes": shapes, "crc32": checksums}
-    return {"format": "pt", CONFIG_KEY: json.dumps(ours, sort_keys=True)}
+    # One entry: safetensors writes several in random order, and the same model shall give the same bytes.
+    return {CONFIG_KEY: json.dumps(ours, sort_keys=True)}
 
 
 def read_metadata(file: SafetensorsFile) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
