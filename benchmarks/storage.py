@@ -3,11 +3,11 @@
     python -m benchmarks.storage                       # SmolLM2-135M of `make demo`
     python -m benchmarks.storage --dtype bfloat16 --append
 
-Magnitude pruned at 50, 75 and 90%. Three ways to load: `packed` (load_sparse), `packed_unverified` (without checksums),
+Magnitude pruned at 50, 75 and 90%. Three ways to load: `packed` (load_sparse), `packed_unverified` (without checksums)
 and `dense` (from_pretrained). A load counts until every weight was read once: from_pretrained only maps the file into
-memory, so that until then nothing has been loaded, neither its time nor its memory has been spent. `load_ms` is the
-time until the model is returned; it is given beside it. The files are in the page cache for `warm`; for `cold` the kernel is
-asked to drop them before each load, so that they come from the disk. Nothing is reported if the models differ.
+memory, so that until then nothing was loaded, and neither time nor memory was spent. `load_ms` is the time until the
+model is returned. The files are in the page cache for `warm`; for `cold` the kernel is asked to drop them before each
+load, so that they come from the disk. Nothing is reported if the models differ.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def measure(args: argparse.Namespace) -> list[runner.Row]:
         return [row for sparsity in args.sparsities for row in _rows(sparsity, model, Path(folder), args)]
 
 
-def _rows(
-    sparsity: float, model: Path | dict[str, int], parent: Path, args: argparse.Namespace
-) -> list[runner.Row]:
+def _rows(sparsity: float, model: Path | dict[str, int], parent: Path, args: argparse.Namespace) -> list[runner.Row]:
     folder = parent / str(sparsity)
     pruned = prune_magnitude(models.load(model, args.dtype, torch.device("cpu")), sparsity=sparsity)
     linears = block_linears(pruned)
@@ -153,7 +151,9 @@ def options() -> argparse.ArgumentParser:
     found = runner.parser(__doc__, rounds=5)
     found.add_argument("--model", type=Path, default=None, help="transformers folder (default: the demo's SmolLM2)")
     found.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES, help="default: 0.5 0.75 0.9")
-    found.add_argument("--scratch", type=Path, default=None, help="where to put the checkpoints (default: as tempfile)")
+    found.add_argument(
+        "--scratch", type=Path, default=None, help="where to put the checkpoints (default: as tempfile)"
+    )
     return found
 
 

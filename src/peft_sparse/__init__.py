@@ -23,8 +23,8 @@ __all__ = [
     "SppModel",
     "VerifyReport",
     "__version__",
-    "pack_model",
     "load_sparse",
+    "pack_model",
     "perplexity",
     "prune_magnitude",
     "prune_wanda",
@@ -32,9 +32,9 @@ __all__ = [
     "push_sparse_to_hub",
     "save_sparse",
     "sparsity_report",
+    "unpack_model",
     "verify_sparsity",
     "write_model_card",
-    "unpack_model",
 ]
 
 __version__ = version("peft-sparse")

@@ -1,6 +1,6 @@
-"""A Hugging Face Hub of one process: as much of its HTTP interface as making, filling and downloading a model takes.
+"""A Hugging Face Hub of one process: as much of its HTTP interface as a model's way there and back takes.
 
-`python hub_server.py` prints its port and serves until it is killed. Files are kept in memory, each commit's by its id.
+`python hub_server.py` prints its port and serves until it is killed. Files are kept in memory.
 """
 
 import base64
@@ -48,6 +48,8 @@ class Hub(BaseHTTPRequestHandler):
                 return self.reply(409, {"error": "exists", "url": f"http://{self.headers['Host']}/{repo}"})
             REPOS[repo] = [{}]
             return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}", "name": repo, "id": repo})
+        if parts[1] == "validate-yaml":  # of the model card
+            return self.reply(200, {"errors": [], "warnings": []})
         repo = "/".join(parts[2:4])
         if parts[4] == "preupload":
             paths = [file["path"] for file in json.loads(body)["files"]]

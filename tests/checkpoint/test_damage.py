@@ -102,6 +102,8 @@ def test_every_single_bit_of_a_tensor_counts(copy):
 
 def test_a_missing_file(saved, copy):
     for path in saved.iterdir():
+        if path.name == "README.md":
+            continue
         (copy / path.name).unlink()
         with pytest.raises(ValueError, match=r"config.json" if path.name == "config.json" else path.name):
             load_sparse(copy)

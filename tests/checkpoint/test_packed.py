@@ -43,7 +43,9 @@ def test_memory_is_that_of_what_is_stored(tmp_path):
     save_sparse(model, tmp_path)
     packed = load_sparse(tmp_path, packed=True)
     tensors = [*packed.parameters(), *packed.buffers()]
-    held = sum(storage.nbytes() for storage in {id(x.untyped_storage()): x.untyped_storage() for x in tensors}.values())
+    held = sum(
+        storage.nbytes() for storage in {id(x.untyped_storage()): x.untyped_storage() for x in tensors}.values()
+    )
     linears = sum(linear.weight.nbytes for linear in block_linears(model).values())
     rest = sum(parameter.nbytes for parameter in model.parameters()) - linears
     assert held - rest < 0.15 * linears

@@ -1,4 +1,4 @@
-"""Models to files and back: packed checkpoints, which have the size of the weights that are not zero, and their cards."""
+"""Models to files and back: packed checkpoints, as small as the weights that are not zero, and their cards."""
 
 from peft_sparse.checkpoint.card import write_model_card
 from peft_sparse.checkpoint.hub import push_sparse_to_hub
