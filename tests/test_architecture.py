@@ -24,6 +24,7 @@ ROOMS = (
     "pruning",
     "tuners",
     "_peft",
+    "storage",
     "linears",
     "ops",
     "sparsity",

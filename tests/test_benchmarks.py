@@ -30,6 +30,7 @@ from benchmarks import (
     runner,
     selection,
     sparse_step,
+    storage,
 )
 from peft_sparse import ops
 
@@ -62,6 +63,10 @@ COLUMNS = {
     pruning_step: [
         "case", "sequences", "tokens", "method", "pattern", "sparsity", "peer", *TIME, "ratio_authors",
         "peak_tensors_mb", "peak_step_mb",
+    ],
+    storage: [
+        "model", "sparsity", "variant", "linears_ratio", "files_mb", "files_ratio", "load_ms", "warm_ms",
+        "warm_ratio_dense", "cold_ms", "cold_ratio_dense", "peak_mb",
     ],
 }  # fmt: skip
 CPU = torch.device("cpu")
@@ -151,6 +156,15 @@ def test_compile_step(tmp_path):
     rows = measure(compile_step, tmp_path / "a.csv", "--backend", "aot_eager")
     assert list(rows[0]) == [*COLUMNS[compile_step], *report.METADATA]
     assert list(by(rows, "variant")) == ["spp_eager", "spp_compiled", "pst_eager", "pst_compiled"]
+
+
+def test_storage(tmp_path):
+    rows = measure(storage, tmp_path / "a.csv", "--no-memory", "--sparsities", "0.75", "--scratch", str(tmp_path))
+    assert list(rows[0]) == [*COLUMNS[storage], *report.METADATA]
+    found = by(rows, "variant")
+    assert list(found) == ["dense", "packed", "packed_unverified"]
+    assert found["dense"]["linears_ratio"] == found["dense"]["warm_ratio_dense"] == "1"
+    assert 0.25 < float(found["packed"]["linears_ratio"]) < 0.36
 
 
 def test_compile_step_says_that_there_is_no_compiler(monkeypatch, capsys):

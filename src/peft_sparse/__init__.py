@@ -6,7 +6,8 @@ model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned mod
 
 from importlib.metadata import version
 
-from peft_sparse.evaluation import SparsityReport, perplexity, sparsity_report
+from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
+from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
 from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import (
     calibration_batches,
@@ -28,8 +29,10 @@ __all__ = [
     "SparsityReport",
     "SppConfig",
     "SppModel",
+    "VerifyReport",
     "__version__",
     "calibration_batches",
+    "load_sparse",
     "owl_sparsity",
     "pack_model",
     "perplexity",
@@ -38,9 +41,13 @@ __all__ = [
     "prune_sparsegpt",
     "prune_wanda",
     "pst_param_groups",
+    "push_sparse_to_hub",
+    "save_sparse",
     "sparsity_report",
     "uniform_sparsity",
     "unpack_model",
+    "verify_sparsity",
+    "write_model_card",
 ]
 
 __version__ = version("peft-sparse")

@@ -68,7 +68,7 @@ def test_paths_that_are_refused(tmp_path, tiny_llama):
     with pytest.raises(ValueError, match=r"model\*.safetensors, got none"):
         sparsity_report(tmp_path)
     (tmp_path / "sparse_model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"packed ones .*`load_sparse`"):
+    with pytest.raises(ValueError, match=r"packed model has a config.json .* without one"):
         sparsity_report(tmp_path)
     get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="got an adapter"):

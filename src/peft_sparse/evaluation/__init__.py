@@ -1,6 +1,15 @@
-"""Numbers about a model: where its zeros are, and how well it predicts."""
+"""Numbers about a model: where its zeros are, whether all are still there, and how well it predicts."""
 
 from peft_sparse.evaluation.perplexity import perplexity
 from peft_sparse.evaluation.report import LayerSparsity, SparsityReport, sparsity_report
+from peft_sparse.evaluation.verify import LayerCheck, VerifyReport, verify_sparsity
 
-__all__ = ["LayerSparsity", "SparsityReport", "perplexity", "sparsity_report"]
+__all__ = [
+    "LayerCheck",
+    "LayerSparsity",
+    "SparsityReport",
+    "VerifyReport",
+    "perplexity",
+    "sparsity_report",
+    "verify_sparsity",
+]

@@ -205,6 +205,7 @@ def find_pattern(weight: torch.Tensor) -> str:
     if kept.sum().item() > 0.99 * kept.numel():
         return "dense"
     for n, m in KNOWN_NM:
-        if kept.shape[1] % m == 0 and bool((kept.reshape(-1, m).sum(1) <= n).all()):
+        # block by block: where the pattern does not hold, the first rows show it
+        if kept.shape[1] % m == 0 and all(bool((x.reshape(-1, m).sum(1) <= n).all()) for x in kept.split(256)):
             return f"{n}:{m}"
     return "unstructured"

@@ -114,9 +114,13 @@ class SparseTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_all_merges(adapter_names)
-        return super()._unload_and_optionally_merge(
+        unloaded = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if merge and isinstance(unloaded, PreTrainedModel):
+            # transformers puts these into the model card when it pushes, and so does `save_sparse`
+            unloaded.add_model_tags(["sparse", "pruned", self.prefix.removesuffix("_")])
+        return unloaded
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
         """Every layer's merge without writing, so that an error leaves the whole model as it was."""

@@ -1,0 +1,136 @@
+"""The model card of a sparse checkpoint: what was measured on its files, how to load it, and whom to cite."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from peft_sparse.evaluation import LayerSparsity, sparsity_report
+from peft_sparse.evaluation.tables import shape_cell
+from peft_sparse.storage import StoredModel, open_model
+
+# A README.md without this is somebody's own and stays as it is.
+MARK = "<!-- written by peft_sparse; remove this line to keep your changes when the model is saved again -->"
+
+METHODS = {
+    "pst": "PST (parameter-efficient sparsity while fine-tuning)",
+    "spp": "SPP (sparsity-preserving fine-tuning of a pruned model)",
+}
+CITATIONS = {
+    "pst": """@inproceedings{li2022pst,
+  title     = {Parameter-Efficient Sparsity for Large Language Models Fine-Tuning},
+  author    = {Li, Yuchao and Luo, Fuli and Tan, Chuanqi and Wang, Mengdi and Huang, Songfang and Li, Shen and Bai, Junjie},
+  booktitle = {Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence (IJCAI)},
+  year      = {2022},
+  note      = {arXiv:2205.11005}
+}""",  # noqa: E501
+    "spp": """@inproceedings{lu2024spp,
+  title     = {SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language Models},
+  author    = {Lu, Xudong and Zhou, Aojun and Xu, Yuhui and Zhang, Renrui and Gao, Peng and Li, Hongsheng},
+  booktitle = {Proceedings of the 41st International Conference on Machine Learning (ICML)},
+  year      = {2024},
+  note      = {arXiv:2405.16057}
+}""",
+}
+
+
+def write_model_card(folder: str | Path, base_model: str | None = None, method: str | None = None) -> Path:
+    """Write README.md into a folder with a model, dense or packed; every number in it is measured on the files.
+
+    Args:
+        folder: where `save_pretrained` or [`save_sparse`] wrote to.
+        base_model: what it was made from, as a name on the Hub.
+        method: `"pst"` or `"spp"`; None: the card names none, and cites both papers.
+
+    Returns:
+        The path of the card. One that is there and was not written by this function is left alone.
+
+    Raises:
+        ValueError: if there is no model, or another `method`.
+    """
+    check_method(method)
+    path = Path(folder) / "README.md"
+    stored = open_model(Path(folder))
+    if not path.exists() or MARK in path.read_text(encoding="utf-8"):
+        path.write_text(_card(stored, base_model, method), encoding="utf-8")
+    return path
+
+
+def check_method(method: str | None) -> None:
+    """Raises:
+    ValueError: for a method that no card can name."""
+    if method is not None and method not in METHODS:
+        raise ValueError(f"`method` is one of {sorted(METHODS)} or None, got {method!r}.")
+
+
+def hub_name(name: str | None) -> str | None:
+    """`name` if it can be a model on the Hub and is no folder here."""
+    fits = name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
+    return name if fits else None
+
+
+def _card(stored: StoredModel, base_model: str | None, method: str | None) -> str:
+    report = sparsity_report(stored.folder)
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft-sparse" if stored.layout == "packed" else "transformers",
+        tags=["sparse", "pruned", *([method] if method else []), "peft-sparse"],
+    )
+    origin = f" made from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    how = f", with {METHODS[method]}" if method else ""
+    cited = [method] if method else sorted(CITATIONS)
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n{MARK}",
+        "# Sparse model",
+        f"A sparse {(stored.config.get('architectures') or ['model'])[0]}{origin}{how}. "
+        f"{report.total_sparsity:.2%} of the weights in the linears of its transformer blocks are zero "
+        f"(pattern: {report.pattern}).",
+        "## Measured sparsity",
+        _sparsity_table(report.layers),
+        "## Size",
+        _size_table(stored),
+        "## How to load",
+        _how_to_load(stored),
+        "## Citation",
+        "\n\n".join(f"```bibtex\n{CITATIONS[name]}\n```" for name in cited),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sparsity_table(layers: list[LayerSparsity]) -> str:
+    """A row for each kind of linear: those of the same name in all blocks."""
+    kinds: dict[str, list[LayerSparsity]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.split(".")[-1], []).append(layer)
+    lines = ["| module | layers | zeros | sparsity | pattern |", "| --- | --- | --- | --- | --- |"]
+    for kind, found in kinds.items():
+        zeros, numel = sum(layer.zeros for layer in found), sum(layer.numel for layer in found)
+        patterns = ", ".join(sorted({layer.pattern for layer in found}))
+        shapes = shape_cell([layer.shape for layer in found])
+        lines.append(f"| {kind} | {shapes} | {zeros:,} | {zeros / max(numel, 1):.2%} | {patterns} |")
+    return "\n".join(lines)
+
+
+def _size_table(stored: StoredModel) -> str:
+    paths = {tensor.data.file.path for tensor in stored.tensors.values()}
+    files = sum(path.stat().st_size for path in paths)
+    dense = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.tensors.values())
+    return (
+        f"The weights take {files / 1e6:,.1f} MB on disk; as plain dense tensors they take {dense / 1e6:,.1f} MB "
+        f"({files / max(dense, 1):.1%})."
+    )
+
+
+def _how_to_load(stored: StoredModel) -> str:
+    if stored.layout == "packed":
+        code = 'from peft_sparse import load_sparse\n\nmodel = load_sparse("path or name of this repository")'
+        return (
+            f"```python\n{code}\n```\n\nThe zeros are not stored, so that plain transformers cannot read these files; "
+            "`load_sparse(..., packed=True)` also keeps them packed in memory."
+        )
+    name = (stored.config.get("architectures") or ["AutoModel"])[0]
+    code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path or name of this repository")'
+    return f"```python\n{code}\n```"

@@ -1,0 +1,69 @@
+"""New files take the place of old ones in one moment: whenever a save ends, the folder holds the old model or the new.
+
+The new files are written into a folder of their own inside the target. When they are complete, that folder gets the
+name that belongs to the new config.json, and config.json is replaced, which is the moment: from then on readers find
+its files in that folder (`storage/folders.py`) until they are in their places too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft_sparse.storage.folders import pending, read_config
+
+_TEMPORARY = ".sparse_model-"
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write a packed checkpoint into; what it holds when the block ends replaces what is in
+    `folder`. After an error it is removed, and nothing has changed."""
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY + "new-", dir=folder))
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    _replace(folder, temporary)
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    config = read_config(temporary)
+    assert config is not None
+    moving, names = pending(folder, config), {path.name for path in temporary.iterdir()}
+    shutil.rmtree(moving, ignore_errors=True)  # of a save of the same that ended here
+    temporary.rename(moving)
+    os.replace(moving / "config.json", folder / "config.json")
+    _flush(folder)
+    for path in sorted(moving.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
+    _flush(folder)
+    for path in folder.iterdir():
+        if path.name.startswith(_TEMPORARY) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith("sparse_model") and path.is_file() and path.name not in names:
+            path.unlink()  # of an earlier save with other shards
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

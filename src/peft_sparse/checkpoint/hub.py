@@ -1,0 +1,61 @@
+"""Push a sparse model to the Hub, packed, with its card."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from peft_sparse.checkpoint.save import save_sparse
+
+# Of an earlier push: other shards, and dense weights, which plain transformers would load in place of these.
+_STALE = ["sparse_model*", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*"]
+
+
+def push_sparse_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload sparse model",
+    create_pr: bool = False,
+    **save: Any,
+) -> str:
+    """Save a model with [`save_sparse`] and upload it in one commit, which also removes weights of earlier ones.
+
+    Args:
+        model: as [`save_sparse`] takes it.
+        repo_id: such as "owner/name"; made if it is not there.
+        private: whether a repository that is made is private; None: as the owner's settings say.
+        token: for the Hub; None: the one of `hf auth login`.
+        revision: the branch; None: the main one.
+        commit_message: of the commit.
+        create_pr: open a pull request with it.
+        **save: `max_shard_size`, `tokenizer`, `base_model` and `method` for [`save_sparse`].
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: as [`save_sparse`] does; nothing has been sent then.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        save_sparse(model, folder, **save)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            delete_patterns=_STALE,
+        )
+    return str(commit.commit_url)

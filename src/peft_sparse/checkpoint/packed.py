@@ -1,0 +1,90 @@
+"""Packed linears from a packed checkpoint and into one, without a dense copy of the model in between.
+
+transformers builds the model as for a dense load, but gets for each weight that stays packed a tensor of its shape
+with the memory of a single number. Then the linears that hold these are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse.linears import PackedLinear, block_linears
+from peft_sparse.linears.pack import refuse_save_pretrained
+from peft_sparse.storage import StoredTensor
+from peft_sparse.storage.format import pack_matrix
+
+
+class StandIn:
+    """What transformers reads in place of a weight: the shape and the dtype, and no numbers."""
+
+    def __init__(self, tensor: StoredTensor, dtype: torch.dtype) -> None:
+        self.weight = torch.zeros(1, dtype=dtype).expand(tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.weight
+
+
+def packed_targets(
+    model_cls: type[PreTrainedModel], config: PreTrainedConfig, tensors: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The linears that stay packed, and their weights: those inside the transformer blocks that are stored packed, and
+    share their weight with no other module."""
+    with torch.device("meta"):
+        model = model_cls(config)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = {}
+    for name, linear in block_linears(model).items():
+        stored = tensors.get(f"{name}.weight")
+        plain = type(linear) in (nn.Linear, Conv1D) and owners[id(linear.weight)] == 1
+        if stored is not None and stored.bitmask is not None and plain:
+            found[name] = stored
+    return found
+
+
+def put_packed_linears(model: PreTrainedModel, targets: dict[str, StoredTensor]) -> None:
+    """Replace the linears that hold a stand-in.
+
+    Raises:
+        ValueError: that names a tensor, if it is damaged."""
+    for name, stored in targets.items():
+        linear = model.get_submodule(name)
+        # transformers may convert a tensor into another one on the way, and then this one is not what was stored
+        assert linear.weight.stride() == (0, 0), name
+        dtype, conv1d = linear.weight.dtype, isinstance(linear, Conv1D)
+        if conv1d:
+            values, bitmask = pack_matrix(stored.read().T.contiguous())
+        else:
+            values, bitmask = stored.read_packed()
+        values = values.reshape(-1).to(dtype)
+        in_features = stored.shape[0] if conv1d else stored.shape[1]
+        packed = PackedLinear(values, bitmask, in_features, linear.bias, conv1d=conv1d)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed.train(linear.training))
+    refuse_save_pretrained(model)
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed linears of a model by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def unpacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without the weights of packed linears."""
+    inside = {f"{name}.{part}" for name in packed_linears(model) for part in ("values", "bitmask")}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight as the dense model stores it) of each packed linear, one after the other."""
+    for name, module in packed_linears(model).items():
+        weight = module.dense_weight().detach()
+        yield f"{name}.weight", weight.T.contiguous() if module.conv1d else weight

@@ -1,0 +1,132 @@
+"""Save a model without its zeros, in the packed format v1 of `storage/format.py`.
+
+What is saved under which name, tied weights once and converted ones in their original form, is transformers' own
+business: `save_pretrained` writes the dense model into a temporary folder, and its files are packed one by one. That
+takes disk space for both for a while, and no more memory than one shard.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse.checkpoint.card import MARK, METHODS, check_method, hub_name, write_model_card
+from peft_sparse.checkpoint.commit import new_files
+from peft_sparse.checkpoint.pack import pack_folder
+from peft_sparse.checkpoint.packed import packed_linears, packed_weights, unpacked_state
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DENSE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
+
+
+def save_sparse(
+    model: PreTrainedModel,
+    folder: str | Path,
+    max_shard_size: int | str = "5GB",
+    tokenizer: Any = None,
+    base_model: str | None = None,
+    method: str | None = None,
+) -> None:
+    """Save a model so that zeros take one bit each. [`load_sparse`] gives it back, bit for bit.
+
+    A tensor that would not become smaller is stored as it is. The folder gets what `save_pretrained` writes (config,
+    generation config, code of custom models), but `sparse_model*.safetensors` in place of `model*.safetensors`, so
+    that plain transformers raises instead of loading random weights. It is written beside what the folder holds, and
+    takes its place when it is complete.
+
+    Args:
+        model: of transformers, with adapters merged; dense or packed.
+        folder: where to; made if it is not there. An older packed checkpoint in it is replaced.
+        max_shard_size: of one file, in bytes or as "200MB"; a larger tensor gets a file of its own.
+        tokenizer: a tokenizer or processor to save with it.
+        base_model: for the model card, what it was made from; None: the name on the Hub that it was loaded by, if any.
+        method: for the model card, `"pst"` or `"spp"`; None: the one that was merged, if any.
+
+    Raises:
+        ValueError: if the model has adapters, is quantized or is none of transformers', or if the folder holds dense
+            weights, which plain transformers would load in place of these. Nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_sparse.pruning import prune_magnitude
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = prune_magnitude(LlamaForCausalLM(config), sparsity=0.75)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_sparse(model, folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['README.md', 'config.json', 'generation_config.json', 'sparse_model.safetensors']
+    """
+    folder, limit = Path(folder), _size(max_shard_size)
+    check_method(method)
+    _check_model(model)
+    _check_folder(folder)
+    readme = folder / "README.md"
+    with new_files(folder) as temporary:
+        state = unpacked_state(model) if packed_linears(model) else None
+        type(model).save_pretrained(model, temporary, max_shard_size=limit, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        pack_folder(temporary, limit, _transposed(model), packed_weights(model))
+        if not readme.is_file() or MARK in readme.read_text(encoding="utf-8"):
+            write_model_card(temporary, base_model or hub_name(model.name_or_path), method or _method(model))
+
+
+def _check_model(model: nn.Module) -> None:
+    adapters = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    if any(isinstance(module, adapters) for module in model.modules()):
+        raise ValueError(
+            f"`save_sparse` saves a whole model, got adapters in {type(model).__name__}; merge them with "
+            "`model = model.merge_and_unload()`, or save them alone with `save_pretrained`."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"`save_sparse` saves models of transformers, got {type(model).__name__}; wrap it in one.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"`save_sparse` packs floating point weights, got a quantized {type(model).__name__}; load it without "
+            "quantization, or dequantize it with `model.dequantize()`."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`save_sparse` writes into a folder, got {str(folder)!r}, which is a file.")
+    dense = sorted(path.name for pattern in _DENSE_WEIGHTS for path in folder.glob(pattern))
+    if dense:
+        raise ValueError(
+            f"A packed checkpoint has no dense weights beside it, which plain transformers would load in its place, "
+            f"got {dense[0]!r} in {str(folder)!r}; choose another folder, or remove them first."
+        )
+
+
+def _size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(size), re.IGNORECASE)
+    number = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
+    if number < 1 or isinstance(size, bool):
+        raise ValueError(f"`max_shard_size` is a number of bytes from 1 up, such as 10**9 or '200MB', got {size!r}.")
+    return int(number)
+
+
+def _method(model: PreTrainedModel) -> str | None:
+    """The method whose adapter was merged into a model, which left a tag there."""
+    found = [tag for tag in model.model_tags or [] if tag in METHODS]
+    return found[-1] if found else None
+
+
+def _transposed(model: nn.Module) -> set[str]:
+    """Names of the weights that are stored as (in, out)."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) or getattr(module, "conv1d", False)
+    }

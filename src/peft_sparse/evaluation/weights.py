@@ -1,0 +1,129 @@
+"""The weights of a model's linears by name, read one at a time: from memory as the forward uses them, or from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_sparse.linears import as_stored, block_linears, linears_inside, stored_weight, unwrap, weight_parameter
+from peft_sparse.sparsity import dense_weight
+from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredModel, locate, open_model
+from peft_sparse.tuners.sparse_layer import SparseLayer
+
+
+@dataclass
+class LinearWeights:
+    """The weights that are counted, and the tensors that are not.
+
+    Attributes:
+        names: full names of the linears, in the model's order.
+        read: gives the weight of one, (out, in).
+        outside: gives the other tensors, one after the other.
+        linears: the modules behind the names; None if a folder did not tell which of its tensors are linears.
+        errors: of the outputs that pruning left, by name, as the model's config tells them.
+        notes: what a reader has to know.
+    """
+
+    names: list[str]
+    read: Callable[[str], torch.Tensor]
+    outside: Callable[[], Iterator[torch.Tensor]]
+    linears: dict[str, nn.Module] | None
+    errors: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+
+def linear_weights(
+    source: nn.Module | str | Path | StoredModel, linears: dict[str, nn.Module] | None = None
+) -> LinearWeights:
+    """Find the linears of the transformer blocks; all linears of a model without blocks.
+
+    Args:
+        source: a model, adapters included; a folder with safetensors, dense or packed; or a repository on the Hub.
+        linears: for a folder that does not tell which of its tensors are linears: those of a like model, by name.
+
+    Raises:
+        ValueError: if there is no linear, or nothing that can be read.
+    """
+    if not isinstance(source, nn.Module):
+        return _stored(source if isinstance(source, StoredModel) else open_model(locate(source)), linears)
+    # Names without the prefix that PEFT puts before them.
+    get_base_model = getattr(source, "get_base_model", None)
+    model: nn.Module = get_base_model() if get_base_model is not None else source
+    found = block_linears(model) or linears_inside(model)
+    if not found:
+        raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
+    return LinearWeights(
+        names=list(found),
+        read=lambda name: forward_weight(found[name]),
+        outside=lambda: _outside(model, found),
+        linears=found,
+        errors=_pruning_errors(getattr(getattr(model, "config", None), CONFIG_KEY, None)),
+    )
+
+
+@torch.no_grad()
+def forward_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
+    they are disabled."""
+    weight = stored_weight(unwrap(linear))
+    if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
+        return dense_weight(weight)
+    names = [name for name in linear.active_adapters if name in linear._get_available_adapters()]
+    for name in names:
+        if isinstance(linear, SparseLayer):
+            weight = linear.effective_weight(name, weight)
+        elif hasattr(linear, "get_delta_weight"):
+            delta = as_stored(unwrap(linear), linear.get_delta_weight(name))  # back to (out, in)
+            weight = dense_weight(weight) + delta
+    return dense_weight(weight)
+
+
+def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.Tensor]:
+    tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
+    adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
+    counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    return (parameter for parameter in model.parameters() if id(parameter) not in adapters | counted)
+
+
+def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:
+    tensors, notes = model.tensors, []
+    own = model.linears()
+    if own is None and linears is not None:
+        own = {f"{name}.weight": linear for name, linear in linears.items()}
+        own = own if own.keys() <= tensors.keys() else None
+    if own is None:
+        notes.append(
+            "config.json does not tell which of these are linears: every 2-D tensor is listed, embeddings included, "
+            "in the orientation in which it is stored"
+        )
+        keys = [key for key, tensor in tensors.items() if len(tensor.shape) == 2 and tensor.dtype.is_floating_point]
+    else:
+        keys = list(own)
+    by_name = {key.removesuffix(".weight"): key for key in keys}
+    if not by_name:
+        raise ValueError(f"A sparsity report needs at least one linear, got none in {str(model.folder)!r}.")
+
+    def read(name: str) -> torch.Tensor:
+        weight = tensors[by_name[name]].read()
+        return weight if own is None else as_stored(own[by_name[name]], weight)
+
+    def outside() -> Iterator[torch.Tensor]:
+        counted = set(keys)
+        return (tensor.read() for key, tensor in tensors.items() if key not in counted)
+
+    modules = None if own is None else {name: own[key] for name, key in by_name.items()}
+    return LinearWeights(list(by_name), read, outside, modules, _pruning_errors(model.config.get(CONFIG_KEY)), notes)
+
+
+def _pruning_errors(entry: Any) -> dict[str, float]:
+    """||X W_new^T - X W^T|| / ||X W^T|| on the calibration data by full name, as the pruner wrote it into the config;
+    empty where nothing was measured."""
+    facts = entry.get(PRUNING) if isinstance(entry, dict) else None
+    return dict((facts or {}).get("errors") or {})

@@ -1,0 +1,85 @@
+"""A model on disk, its tensors read one at a time, without building the model in memory.
+
+Which of the stored tensors are linears of the transformer blocks, and which ones are stored transposed (GPT-2), only
+the model knows. So it is built from its config.json on the meta device, where it has names and shapes but no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from peft_sparse.linears import block_linears, linears_inside
+from peft_sparse.storage.folders import packed_files, plain_files, read_config
+from peft_sparse.storage.format import says_packed
+from peft_sparse.storage.tensors import StoredTensor, is_legacy, legacy_tensors, packed_tensors, plain_tensors
+
+
+@dataclass
+class StoredModel:
+    """What a folder holds. No tensor is read yet.
+
+    Attributes:
+        folder: where it is.
+        layout: `"dense"`, `"packed"` (our format v1), or `"sparse-bitmask"` / `"sparse-24-bitmask"` of
+            compressed-tensors.
+        config: config.json, {} if there is none.
+        tensors: by their name in the dense state dict.
+    """
+
+    folder: Path
+    layout: str
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor] = field(repr=False)
+
+    def linears(self) -> dict[str, nn.Module] | None:
+        """The linears (on the meta device) of the transformer blocks by the name of their stored weight; all linears
+        for a model without blocks, None if the folder does not tell."""
+        names = self.config.get("architectures") or [""]
+        model_cls = getattr(transformers, names[0], None)
+        if model_cls is None:
+            return None
+        with torch.device("meta"):
+            model = model_cls(model_cls.config_class.from_pretrained(self.folder))
+        linears = block_linears(model) or linears_inside(model)
+        stored = {f"{name}.weight": linear for name, linear in linears.items()}
+        return stored if stored.keys() <= self.tensors.keys() else None
+
+
+def open_model(folder: Path, verify_checksums: bool = True) -> StoredModel:
+    """Look at the headers of a model's files.
+
+    Args:
+        folder: with the safetensors files of a model, dense or in one of the layouts above.
+        verify_checksums: of our format; False also takes files that were changed on purpose.
+
+    Raises:
+        ValueError: if there is no model, a file is missing or damaged, or some do not belong together.
+    """
+    config = read_config(folder) or {}
+    if says_packed(config):
+        files = packed_files(folder, config, verify_checksums)
+        dense = sorted(folder.glob("model*.safetensors"))
+        if dense:
+            raise ValueError(
+                f"A packed folder has no other weights, got {dense[0].name!r} beside them in {str(folder)!r}, and "
+                "which of them is meant is not said; take one of the two away."
+            )
+        return StoredModel(folder, "packed", config, packed_tensors(files, verify_checksums))
+    files = plain_files(folder)
+    if is_legacy(files):
+        return StoredModel(folder, _legacy_layout(config), config, legacy_tensors(files))
+    return StoredModel(folder, "dense", config, plain_tensors(files))
+
+
+def _legacy_layout(config: dict[str, Any]) -> str:
+    for key in ("quantization_config", "compression_config"):
+        sparsity = (config.get(key) or {}).get("sparsity_config") or {}
+        if sparsity.get("format"):
+            return str(sparsity["format"])
+    return "sparse-bitmask"

@@ -1,0 +1,133 @@
+"""The model card, and a model that goes to the Hub and comes back, over HTTP to a server on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+
+from peft_sparse import PstConfig, SppConfig
+from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
+from peft_sparse.evaluation import sparsity_report
+from peft_sparse.pruning import prune_magnitude
+
+import models
+
+HERE = Path(__file__).resolve().parent
+
+CLIENT = """
+import sys
+import torch
+sys.path[:0] = [{tests!r}]
+import models
+from huggingface_hub import HfApi, ModelCard
+from peft_sparse import load_sparse, prune_magnitude, push_sparse_to_hub, verify_sparsity, sparsity_report
+
+model = prune_magnitude(models.tiny_llama(), "2:4")
+card = {{"base_model": "me/base", "method": "spp"}}
+url = push_sparse_to_hub(model, "me/sparse-llama", token="hf_x", max_shard_size="10KB", **card)
+assert "/me/sparse-llama/commit/" in url, url
+loaded = load_sparse("me/sparse-llama")
+assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+assert verify_sparsity("me/sparse-llama", reference=model).ok
+assert sparsity_report("me/sparse-llama").pattern == "2:4"
+card = ModelCard.load("me/sparse-llama")
+assert card.data.base_model == "me/base" and {{"sparse", "pruned", "spp"}} <= set(card.data.tags), card.data
+
+files = HfApi().list_repo_files("me/sparse-llama")
+assert sum(name.endswith(".safetensors") for name in files) > 1, files
+prune_magnitude(model, sparsity=0.9)
+push_sparse_to_hub(model, "me/sparse-llama", token="hf_x", method="spp")
+files = set(HfApi().list_repo_files("me/sparse-llama"))
+assert files == {{"README.md", "config.json", "generation_config.json", "sparse_model.safetensors"}}, files
+loaded = load_sparse("me/sparse-llama", packed=True)
+assert sparsity_report(loaded).to_dict() == sparsity_report(model).to_dict()
+try:
+    load_sparse("me/nothing")
+except ValueError as error:
+    assert "'me/nothing'" in str(error) and "could not be downloaded" in str(error), error
+else:
+    raise AssertionError("no error")
+print("done")
+"""
+
+
+def test_there_and_back(tmp_path):
+    server = subprocess.Popen([sys.executable, HERE / "hub_server.py"], stdout=subprocess.PIPE, text=True)
+    try:
+        port = server.stdout.readline().strip()
+        # huggingface_hub reads these once, when it is imported: hence a process of its own.
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT.format(tests=str(HERE.parent))],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        server.terminate()
+        server.wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_card_says_what_is_in_the_files(tmp_path, packed):
+    model = prune_magnitude(models.tiny_llama(), "2:4")
+    if packed:
+        save_sparse(model, tmp_path, base_model="owner/base", method="pst")
+    else:
+        model.save_pretrained(tmp_path)
+        write_model_card(tmp_path, base_model="owner/base", method="pst")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "owner/base"
+    assert set(card.data.tags) == {"sparse", "pruned", "pst", "peft-sparse"}
+    assert "| down_proj | 2 of 32 x 48 | 1,536 | 50.00% | 2:4 |" in card.text
+    assert "2205.11005" in card.text
+    assert "2405.16057" not in card.text
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    assert f"{size / 1e6:,.1f} MB on disk; as plain dense tensors they take {dense / 1e6:,.1f} MB" in card.text
+    assert ("load_sparse(" in card.text) is packed
+    assert ("LlamaForCausalLM.from_pretrained(" in card.text) is not packed
+    assert f"{sparsity_report(model).total_sparsity:.2%} of the weights" in card.text
+
+
+def test_whose_card_it_is(tmp_path):
+    """One's own card stays, ours is written anew."""
+    model = prune_magnitude(models.tiny_llama(), "2:4")
+    save_sparse(model, tmp_path)
+    assert "pattern: 2:4" in (tmp_path / "README.md").read_text()
+    prune_magnitude(model, sparsity=0.9)
+    save_sparse(model, tmp_path)
+    assert f"{sparsity_report(model).total_sparsity:.2%} of the weights" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("my own words")
+    save_sparse(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own words"
+    assert torch.equal(load_sparse(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("config", [SppConfig(r=4), PstConfig(r=2, score_r=2, sparsity=0.5, schedule="constant")])
+def test_a_merged_model_says_by_which_method(config, tmp_path):
+    merged = get_peft_model(prune_magnitude(models.tiny_llama(), "2:4"), config).merge_and_unload()
+    save_sparse(merged, tmp_path)
+    tags = ModelCard.load(tmp_path / "README.md").data.tags
+    assert ("spp" in tags, "pst" in tags) == (isinstance(config, SppConfig), isinstance(config, PstConfig))
+
+
+def test_an_unknown_method_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"`method` is one of \['pst', 'spp'\] or None, got 'lora'"):
+        push_sparse_to_hub(models.tiny_llama(), "me/x", method="lora")
+    with pytest.raises(ValueError, match="`method` is one of"):
+        save_sparse(models.tiny_llama(), tmp_path / "x", method="lora")
+    assert not (tmp_path / "x").exists()
