@@ -116,7 +116,8 @@ def exact_budget(wanted: Mapping[str, float], sizes: Mapping[str, LayerSize], sp
         as adding or leaving one more unit brings it: at most half of the smallest unit off.
 
     Raises:
-        ValueError: if a wanted sparsity is outside [0, 1), so that the budget cannot be met.
+        ValueError: if the budget cannot be met: a wanted sparsity is outside [0, 1), or layers are so small that
+            leaving one weight of each is too much.
 
     Example:
         >>> sizes = {"a": LayerSize(10), "b": LayerSize(25)}
@@ -137,8 +138,18 @@ def exact_budget(wanted: Mapping[str, float], sizes: Mapping[str, LayerSize], sp
     missing -= sum(count * sizes[name].unit for name, count in counts.items())
     for name in sorted(counts, key=lambda name: counts[name] - ideal[name]):  # largest remainder first
         missing -= _add_units(counts, sizes, name, 1 if missing > 0 else -1, missing)
-    for name in sorted(counts, key=lambda name: sizes[name].unit):  # rows: what the remainders could not settle
-        missing -= _add_units(counts, sizes, name, round(missing / sizes[name].unit), missing)
+    before = None
+    while missing != before:  # what the remainders could not settle: coarse units, layers that are full
+        before = missing
+        for name in sorted(counts, key=lambda name: -sizes[name].unit):
+            missing -= _add_units(
+                counts, sizes, name, int(missing / sizes[name].unit) or (1 if missing > 0 else -1), missing
+            )
+    if missing > max(size.unit for size in sizes.values()) / 2:
+        raise ValueError(
+            f"A budget of {sparsity:g} over all layers leaves at least one weight of each group of weights that are "
+            f"compared, got {missing} more to prune than there are; ask for a lower `sparsity`. Nothing was changed."
+        )
     return {name: share_of_count(count, sizes[name]) for name, count in counts.items()}
 
 
