@@ -290,6 +290,16 @@ def test_pruning_quality_starts_each_row_from_the_dense_model(tmp_path):
     assert values[0]["ria"] == values[1]["ria"] != values[0]["wanda"] and values[0]["dense"] == values[1]["dense"]
 
 
+def test_pruning_quality_of_owl(tmp_path):
+    path = tmp_path / "a.csv"
+    assert pruning_quality.main(["--quick", "--threads", "1", "--settings", "60-owl", "--out", str(path)]) == 0
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["dense", *pruning_quality.METHODS]
+    for row in rows[1:]:
+        assert float(row["achieved_sparsity"]) == pytest.approx(0.6, abs=5e-3) and float(row["allocation_seconds"]) > 0
+
+
 def test_pruning_quality_needs_a_model():
     with pytest.raises(SystemExit, match="got no-such-folder, which is none"):
         pruning_quality.main(["--model", "no-such-folder"])

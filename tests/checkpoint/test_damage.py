@@ -182,6 +182,14 @@ def test_tampered_tensors_with_right_checksums(copy, change, message, verify):
     assert NAME in str(caught.value)
 
 
+def test_a_config_of_another_size(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["intermediate_size"] = 40
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"got mismatched keys .*mlp.*weight"):
+        load_sparse(copy, verify_checksums=False)
+
+
 def test_tensors_that_do_not_fit_the_model(copy):
     tamper(copy, lambda tensors, shapes, config: tensors.update(stray=torch.zeros(1)))
     with pytest.raises(ValueError, match=r"only one of sparse_model.safetensors.index.json"):

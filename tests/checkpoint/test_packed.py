@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from peft_sparse import SppConfig, sparsity_report, verify_sparsity
 from peft_sparse.checkpoint import load_sparse, save_sparse
@@ -89,6 +89,18 @@ def test_other_dtype_and_a_damaged_tensor(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged: its CRC-32"):
         load_sparse(tmp_path, packed=True)
+
+
+def test_modules_that_transformers_keeps_in_float32(tmp_path):
+    """T5's `wo` in float16."""
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = prune_magnitude(T5ForConditionalGeneration(config).to(torch.float16), sparsity=0.7)
+    save_sparse(model, tmp_path)
+    packed, dense = load_sparse(tmp_path, packed=True, dtype="auto"), load_sparse(tmp_path)
+    for name, linear in block_linears(dense).items():
+        assert packed.get_submodule(name).values.dtype == linear.weight.dtype, name
+        assert torch.equal(packed.get_submodule(name).dense_weight(), linear.weight), name
+    assert packed.decoder.block[0].layer[2].DenseReluDense.wo.values.dtype == torch.float32
 
 
 def test_legacy_layouts_load_packed_too():

@@ -208,12 +208,13 @@ def test_a_loaded_model_saves_again(tmp_path):
     save_sparse(loaded, tmp_path / "again")
     first, again = ((tmp_path / name / "sparse_model.safetensors").read_bytes() for name in ("packed", "again"))
     assert first == again
-    save_sparse(loaded, tmp_path / "packed")  # over the very files that its tensors are mapped from
+    save_sparse(loaded, tmp_path / "packed")  # over the very files that it was read from
     assert_same_bits(load_sparse(tmp_path / "packed"), model)
     assert_same_bits(loaded, model)
     loaded.save_pretrained(tmp_path / "dense")
     assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), model)
-    assert "peft_sparse" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    entry = json.loads((tmp_path / "dense" / "config.json").read_text())["peft_sparse"]
+    assert entry == model.config.peft_sparse and set(entry) == {"pruning"}  # how it was pruned, not how it was stored
 
 
 def test_tokenizer_and_generation_config(llama_dir, tmp_path):

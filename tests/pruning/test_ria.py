@@ -58,6 +58,17 @@ def test_exact_count_in_every_layer(factory, sparsity):
         assert name.removesuffix(".weight") in pruned or torch.equal(model.state_dict()[name], tensor), name
 
 
+def test_what_was_done_is_in_the_config(tiny_llama, tmp_path):
+    batches = random_batches()
+    prune_ria(tiny_llama, batches, exponent=0.25, checkpoint_dir=tmp_path, measure_error=True, progress=False)
+    facts = tiny_llama.config.peft_sparse["pruning"]
+    assert (facts["method"], facts["group"], facts["settings"]) == ("ria", "layer", {"exponent": 0.25})
+    again = prune_ria(
+        models.tiny_llama(), batches, exponent=0.25, checkpoint_dir=tmp_path, measure_error=True, progress=False
+    )
+    assert all(map(torch.equal, again.state_dict().values(), tiny_llama.state_dict().values()))
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "5:8"])
 def test_n_m(tiny_gpt2, pattern: str):
     prune_ria(tiny_gpt2, random_batches(), pattern, progress=False)

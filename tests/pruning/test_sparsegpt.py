@@ -242,6 +242,47 @@ def test_budget_for_each_layer(tiny_llama):
         assert (linear.weight == 0).sum() == int(budget[name] * linear.weight.numel()), name
 
 
+def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, monkeypatch):
+    batches = random_batches()
+    expected = prune_sparsegpt(models.tiny_llama(), batches, "2:4", progress=False)
+    model, real, calls = models.tiny_llama(), sparsegpt.factorize_, []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(sparsegpt, "factorize_", stops)
+    with pytest.raises(KeyboardInterrupt):
+        prune_sparsegpt(model, batches, "2:4", checkpoint_dir=tmp_path, progress=False)
+    assert all(map(torch.equal, model.state_dict().values(), models.tiny_llama().state_dict().values()))
+    with pytest.raises(ValueError, match="damping"):  # of another run
+        prune_sparsegpt(model, batches, "2:4", damping=0.1, checkpoint_dir=tmp_path, progress=False)
+    prune_sparsegpt(model, batches, "2:4", checkpoint_dir=tmp_path, progress=False)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    assert len(calls) == 6 + 4  # the second block only
+
+
+def test_what_was_done_is_in_the_config(tiny_llama):
+    prune_sparsegpt(tiny_llama, random_batches(), block_size=16, measure_error=True, progress=False)
+    facts = tiny_llama.config.peft_sparse["pruning"]
+    assert (facts["method"], facts["pattern"], facts["group"], facts["sparsity"]) == (
+        "sparsegpt", "unstructured", "layer", 0.5,
+    )  # fmt: skip
+    assert facts["settings"] == {"damping": 0.01, "block_size": 16, "match_authors": False}
+    assert facts["calibration"]["tokens"] == 120 and all(0 < error < 1 for error in facts["errors"].values())
+    other = models.tiny_llama()
+    prune_wanda(other, random_batches(), group="layer", measure_error=True, progress=False)
+    assert other.config.peft_sparse["pruning"]["group"] == "layer"
+
+
+def test_target_modules(tiny_llama):
+    prune_sparsegpt(tiny_llama, random_batches(), target_modules=["v_proj", "down_proj"], progress=False)
+    for name, linear in block_linears(tiny_llama).items():
+        assert bool((linear.weight == 0).any()) is name.endswith(("v_proj", "down_proj")), name
+
+
 def test_linears_with_the_same_input_share_a_hessian(tiny_llama, monkeypatch):
     made, add = [], Hessian.add
     monkeypatch.setattr(Hessian, "add", lambda self, *rest: (made.append(self), add(self, *rest))[1])

@@ -120,7 +120,7 @@ def _build(
     """The model, with a stand-in for the weight of each linear in `packed`."""
     tensors = {name: _Watched(tensor) for name, tensor in stored.tensors.items()}
     generation = _generation_config(stored)
-    if dtype is None:
+    if dtype is None or dtype == "auto":
         dtype = config.dtype or next((x.dtype for x in stored.tensors.values() if x.dtype.is_floating_point), None)
     try:
         model, info = model_cls.from_pretrained(
@@ -131,6 +131,7 @@ def _build(
             device_map=None if device is None else {"": device},
             generation_config=generation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # we name them below
         )
     except Exception as error:
         # transformers wraps what happens while it reads: hand on our own word for it

@@ -54,12 +54,16 @@ def put_packed_linears(model: PreTrainedModel, targets: dict[str, StoredTensor])
     """Replace the linears that hold a stand-in.
 
     Raises:
-        ValueError: that names a tensor, if it is damaged."""
+        ValueError: that names a tensor, if it is damaged, or not the weight of its module."""
     for name, stored in targets.items():
         linear = model.get_submodule(name)
-        # transformers may convert a tensor into another one on the way, and then this one is not what was stored
-        assert linear.weight.stride() == (0, 0), name
         dtype, conv1d = linear.weight.dtype, isinstance(linear, Conv1D)
+        # Some modules are kept in float32, and a cast makes a new tensor.
+        if dtype == model.config.dtype and linear.weight.stride() != (0, 0):
+            raise ValueError(
+                f"A weight stays packed if it is stored as the model has it, got `{name}`, which transformers "
+                f"converts on the way into {type(model).__name__}; load it without `packed=True`."
+            )
         if conv1d:
             values, bitmask = pack_matrix(stored.read().T.contiguous())
         else:

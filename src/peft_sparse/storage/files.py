@@ -1,8 +1,7 @@
 """One safetensors file, read tensor by tensor, and CRC-32 checksums.
 
-A tensor can be mapped, which costs nothing until it is looked at and then counts as the process's memory for as long
-as the mapping lives, or read, which copies it into memory that is given back with the tensor. What is unpacked is
-read; what is used as it lies is mapped.
+Tensors are read into memory of their own and not mapped: whoever looks at a mapped file that something else cuts short
+is killed by the system, with no error to catch.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = safe_open(path, "pt")  # checks the header and the file's length
+            with safe_open(path, "pt"):  # checks the header and the file's length
+                pass
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"A shard is a whole safetensors file, got {str(path)!r}, which cannot be read ({error}); it is "
@@ -95,10 +95,6 @@ class SafetensorsFile:
                 "save it in another dtype."
             )
         return DTYPES[name]
-
-    def map(self, key: str) -> torch.Tensor:
-        """A tensor as it lies in the file."""
-        return self._handle.get_tensor(key)
 
     def read(self, key: str) -> torch.Tensor:
         """A copy of a tensor.

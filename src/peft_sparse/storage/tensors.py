@@ -29,15 +29,12 @@ class Part:
     key: str
     crc32: str | None = None
 
-    def read(self, mapped: bool = False) -> torch.Tensor:
+    def read(self) -> torch.Tensor:
         """The tensor.
-
-        Args:
-            mapped: see files.py.
 
         Raises:
             ValueError: if it is not what was saved."""
-        tensor = self.file.map(self.key) if mapped else self.file.read(self.key)
+        tensor = self.file.read(self.key)
         if self.crc32 is not None and crc32(tensor) != self.crc32:
             raise ValueError(
                 f"`{self.key}` is damaged: its CRC-32 is {self.crc32}, got {crc32(tensor)} from "
@@ -72,7 +69,7 @@ class StoredTensor:
         Raises:
             ValueError: that names it, if it is damaged."""
         if self.bitmask is None:
-            return self.data.read(mapped=True)
+            return self.data.read()
         return unpack_weight(*self.read_packed(), self.shape)
 
     def read_packed(self) -> tuple[torch.Tensor, torch.Tensor]:
