@@ -17,12 +17,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning after a fork would
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 
 import models
 
 # Tiny models are slower on several threads, and many times slower beside other jobs.
 torch.set_num_threads(1)
+
+# How long an example takes depends on what else the machine does. (Where CI is set, hypothesis has no deadline by itself,
+# and takes the same examples in every run.)
+if not os.environ.get("CI"):
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
