@@ -25,8 +25,8 @@ import models
 # Tiny models are slower on several threads, and many times slower beside other jobs.
 torch.set_num_threads(1)
 
-# How long an example takes depends on what else the machine does. (Where CI is set, hypothesis has no deadline by itself,
-# and takes the same examples in every run.)
+# How long an example takes depends on what else the machine does. (Where CI is set, hypothesis has no deadline by
+# itself, and takes the same examples in every run.)
 if not os.environ.get("CI"):
     settings.register_profile("no deadline", deadline=None)
     settings.load_profile("no deadline")
