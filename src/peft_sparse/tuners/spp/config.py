@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftType
 
-from peft_sparse.tuners.sparse_config import SparseConfig, check_positive_int
+from peft_sparse.tuners.field_checks import check_bool, check_number, check_positive_int
+from peft_sparse.tuners.sparse_config import SparseConfig
 
 
 @dataclass
@@ -43,7 +44,11 @@ class SppConfig(SparseConfig):
         super().__post_init__()
         self.peft_type = PeftType.SPP
         check_positive_int("r", self.r)
+        check_number("spp_alpha", self.spp_alpha, "; the authors' scaling is 2 * r")
         if not self.spp_alpha > 0:
             raise ValueError(f"`spp_alpha` should be above 0, got {self.spp_alpha!r}; the authors' scaling is 2 * r.")
+        check_number("spp_dropout", self.spp_dropout, "; 0.0 drops nothing")
         if not 0 <= self.spp_dropout < 1:
             raise ValueError(f"`spp_dropout` is a probability in [0, 1), got {self.spp_dropout!r}.")
+        check_bool("init_weights", self.init_weights)
+        self._check_checksums()
