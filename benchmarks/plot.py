@@ -140,7 +140,7 @@ def _draw_bars(figure: Figure, rows: Sequence[dict[str, str]]) -> None:
 
 
 def _draw_grouped_bars(figure: Figure, rows: Sequence[dict[str, str]]) -> None:
-    """A chart for each ratio: the cases below each other, named by what differs between them, a colour for each variant."""
+    """A chart for each ratio: the cases below each other, named by what differs between them, variants in colours."""
     differing = [name for name in CASE_COLUMNS if len({row.get(name) for row in rows}) > 1]
     labels = {_case(row): ", ".join(row[name] for name in differing if row[name]) for row in rows}
     cases = charts(rows)
