@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = {"pst": PstConfig, "spp": SppConfig}
 IDS = torch.arange(3, 11)[None]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-QUICK, DEEP = 40, 1500
+QUICK, DEEP = 40, 600
 
 
 def budget(examples: int) -> settings:
@@ -274,6 +274,19 @@ def test_every_byte_of_a_number_counts(saved):
         (folder / WEIGHTS).write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             type(CONFIGS[saved.name]()).from_pretrained(folder)
+
+
+def test_saving_over_an_adapter(saved):
+    """Through PEFT, and through transformers, which writes the config before the weights."""
+    folder, config_cls = copy_of(saved), CONFIGS[saved.name]
+    for _ in range(2):
+        model = prune_magnitude(tiny_llama())
+        model.add_adapter(config_cls())
+        model.save_pretrained(folder)
+        assert_has_the_tensors_of(folder, read(folder, prune_magnitude(tiny_llama())))
+        model = get_peft_model(prune_magnitude(tiny_llama()), config_cls())
+        model.save_pretrained(folder)
+        assert_has_the_tensors_of(folder, read(folder, prune_magnitude(tiny_llama())))
 
 
 def test_what_was_saved_is_read(saved):

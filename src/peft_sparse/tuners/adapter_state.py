@@ -6,9 +6,11 @@ be taken for numbers, and nothing but a warning would tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 _WAY_OUT = (
     "load it onto its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
@@ -17,22 +19,33 @@ _WAY_OUT = (
 _DAMAGED = "the file is damaged, or was changed: save or download it again. Nothing was loaded."
 
 
+def adapter_keys(model: nn.Module, layer_cls: Any, adapter_name: str) -> set[str]:
+    """Where an adapter's tensors may be in a model's state dict; a layer has some of them, as its config says.
+
+    Args:
+        layer_cls: the method's tuner layer.
+    """
+    kinds = (*layer_cls.adapter_layer_names, *layer_cls.other_param_names)
+    layers = (name for name, module in model.named_modules() if isinstance(module, layer_cls))
+    return {f"{name}.{kind}.{adapter_name}" for name in layers for kind in kinds}
+
+
 def check_adapter_state(
-    loaded: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor], expected: Iterable[str], prefix: str
+    loaded: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor], possible: set[str], prefix: str
 ) -> None:
     """Compare a state dict that is about to be loaded with the model's.
 
     Args:
         loaded: tensors by their key in the model.
         current: the model's own state dict.
-        expected: the keys of the adapter's parameters and buffers in the model.
+        possible: from [`adapter_keys`].
         prefix: of the method's parameters, "pst_" or "spp_".
 
     Raises:
         ValueError: if a tensor of the adapter is missing, has no place, or has another shape or kind of dtype; or if
             it holds NaN or infinity.
     """
-    missing = sorted(set(expected) - loaded.keys())
+    missing = sorted((possible & current.keys()) - loaded.keys())
     if missing:
         raise ValueError(
             f"An adapter checkpoint has all tensors of its adapter, got none for `{missing[0]}` ({len(missing)} are "

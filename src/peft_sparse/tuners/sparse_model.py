@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, linears_not_called, unwrap
-from peft_sparse.tuners.adapter_state import check_adapter_state
+from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -162,8 +162,7 @@ class SparseTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         current = model.state_dict()
         try:
-            expected = cls._adapter_keys(model, current, adapter_name)
-            check_adapter_state(remapped, current, expected, cls.prefix)
+            check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
             _take_back(model, config, adapter_name)
@@ -175,13 +174,6 @@ class SparseTuner(BaseTuner):
     def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
         """What a method wants of the tensors that are about to be loaded, by their key in the model; raises
         ValueError."""
-
-    @classmethod
-    def _adapter_keys(cls, model: nn.Module, current: dict[str, torch.Tensor], adapter_name: str) -> set[str]:
-        """The keys of an adapter in the model's state dict."""
-        kinds = (*cls.tuner_layer_cls.adapter_layer_names, *cls.tuner_layer_cls.other_param_names)
-        layers = (name for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
-        return {f"{name}.{kind}.{adapter_name}" for name in layers for kind in kinds} & current.keys()
 
 
 def _include_all_linear(config: Any, model: nn.Module) -> None:

@@ -61,6 +61,7 @@ class PstConfig(SparseConfig):
             what `set_sparsity_step` is given.
         init_weights: True starts at W' = W and S = |W'| (U and A are normal, V, B, R and C zero, as the authors' are);
             False draws all of them, which only tests want.
+        checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
         ValueError: for a field outside its range, or fields that contradict each other.

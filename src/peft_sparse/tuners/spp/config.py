@@ -24,6 +24,7 @@ class SppConfig(SparseConfig):
         spp_alpha: scaling s = spp_alpha / r.
         spp_dropout: dropout probability on the input of the update alone; the base weight sees the whole input.
         init_weights: True starts at the identity (B = 0); False draws B too, which only tests want.
+        checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
         ValueError: for a field outside its range.
