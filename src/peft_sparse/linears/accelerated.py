@@ -1,0 +1,218 @@
+"""A linear that computes with another form of its weight where there are enough zeros, or few enough tokens.
+
+The weight stays where it is, under its name: a state dict, tied weights, saving, copying and training are those of the
+linear that it was. What is added is an `Acceleration`: for each number of tokens, the operand (operands.py) to multiply
+with, or none. None is used, and the linear computes as it always did,
+
+- where autograd records, since the kernels have no backward; in autocast and in compiled or traced graphs;
+- for inputs of another dtype or device than the weight, and for numbers of tokens that nobody chose for;
+- from the moment on at which the weight is no longer the one that the operand was made from.
+
+The last is looked at in every forward: address, version, and on a CPU a sample of `SAMPLED` entries, since a change
+through `.data`, as in PEFT's merging, counts as no version.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse.linears.operands import Operand
+from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.ops.blocks import matmul_dtype
+
+SAMPLED = 128
+CHANGED = (
+    "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they are computed densely "
+    "from now on; call `accelerate_sparse(model)` again when they are final."
+)
+
+
+class _Tracked:
+    """What is remembered of a tensor, to tell whether it is still the same."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.alias = tensor.detach()  # keeps the memory, so that its address is not given to another tensor
+        self.address, self.version = tensor.data_ptr(), _version(tensor)
+        flat = self.alias.reshape(-1) if self.alias.is_contiguous() else self.alias.T.reshape(-1)
+        self.sample = flat[:: max(1, flat.numel() // SAMPLED)] if tensor.device.type == "cpu" else None
+        self.content = None if self.sample is None else self.sample.clone()
+
+    def matches(self, tensor: torch.Tensor | None) -> bool:
+        if tensor is None or tensor.data_ptr() != self.address or _version(tensor) != self.version:
+            return False
+        alias = self.alias
+        if tensor.dtype != alias.dtype or tensor.shape != alias.shape or tensor.stride() != alias.stride():
+            return False
+        return self.sample is None or torch.equal(self.sample, cast(torch.Tensor, self.content))
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
+    """Those that make up the weight, looked up without `__getattr__`, which takes longer than all the rest."""
+    if isinstance(linear, PackedLinear):
+        return linear._parameters.get("values"), linear._buffers.get("bitmask")
+    return (linear._parameters.get("weight"),)
+
+
+class Acceleration:
+    """Which operand a linear uses for how many tokens. A copy or an unpickled one has none.
+
+    Args:
+        linear: whose weight the operands are forms of.
+        operands: by number of tokens; None: the linear's own way.
+        packed: whether the linear was dense before it was accelerated, and is now packed.
+    """
+
+    def __init__(
+        self, linear: nn.Module | None = None, operands: Mapping[int, Operand | None] | None = None, packed: bool = False
+    ) -> None:
+        self.operands = dict(sorted((operands or {}).items()))
+        self.packed = packed
+        self._tokens, self._chosen = list(self.operands), list(self.operands.values())
+        self._tracked = tuple(_Tracked(cast(torch.Tensor, t)) for t in _tensors(linear)) if linear is not None else ()
+        self._to_the_end = isinstance(linear, PackedLinear)
+        self._in_features = 0 if linear is None else in_features_of(linear)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Acceleration, (None, None, self.packed)
+
+    @property
+    def nbytes(self) -> int:
+        """What the operands take beyond the weight."""
+        return sum(operand.nbytes for operand in {id(o): o for o in self._chosen if o is not None}.values())
+
+    def by_tokens(self, tokens: int) -> Operand | None:
+        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both;
+        above the largest none, as a dense product only gets better with more; that of the largest for a packed linear,
+        whose own way is no dense product."""
+        place = bisect_left(self._tokens, tokens)
+        if place == len(self._tokens):
+            return self._chosen[-1] if self._chosen and self._to_the_end else None
+        if self._tokens[place] == tokens:
+            return self._chosen[place]
+        upper = self._chosen[place]
+        return upper if place > 0 and self._chosen[place - 1] is upper else None
+
+    def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
+        """What to multiply `x` with, None for the linear's own way."""
+        if torch.compiler.is_compiling() or not self._chosen or torch.jit.is_tracing():
+            return None
+        if type(x) not in (torch.Tensor, nn.Parameter) or x.dim() == 0 or x.shape[-1] != self._in_features:
+            return None
+        found = self.by_tokens(x.numel() // self._in_features)
+        if found is None:
+            return None
+        weight, bias = self._tracked[0].alias, linear._parameters.get("bias")
+        if x.dtype != weight.dtype or x.device != weight.device or matmul_dtype(x) != x.dtype:
+            return None
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(t is not None and t.requires_grad for t in (*_tensors(linear), bias))
+        ):
+            return None
+        if not self.matches(linear):
+            self.drop()
+            return None
+        return found if found.takes(x, bias) else None
+
+    def matches(self, linear: nn.Module) -> bool:
+        """Whether the weight is still the one that the operands were made from."""
+        return all(map(_Tracked.matches, self._tracked, _tensors(linear)))
+
+    def drop(self) -> None:
+        """Forget the operands, and say so."""
+        self.operands, self._tokens, self._chosen, self._tracked = {}, [], [], ()
+        warnings.warn(CHANGED, stacklevel=2)
+
+    def __repr__(self) -> str:
+        used = {tokens: operand.name for tokens, operand in self.operands.items() if operand is not None}
+        return ", ".join(f"{name} for {tokens} tokens" for tokens, name in used.items()) or "dense"
+
+
+class _Accelerated(nn.Module):
+    """The forward that the accelerated classes share."""
+
+    _acceleration: Acceleration
+    bias: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        operand = self._acceleration.operand(self, x)
+        return super().forward(x) if operand is None else operand(x, self._parameters.get("bias"))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        if self._acceleration.operands and not self._acceleration.matches(self):
+            self._acceleration.drop()  # at once, since it keeps the memory of the old weight
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, accelerated: {self._acceleration!r}"
+
+
+class AcceleratedLinear(_Accelerated, nn.Linear):
+    """An nn.Linear with an [`Acceleration`]."""
+
+
+class AcceleratedConv1D(_Accelerated, Conv1D):
+    """A Conv1D with an [`Acceleration`]."""
+
+
+class AcceleratedPackedLinear(_Accelerated, PackedLinear):
+    """A [`PackedLinear`] with an [`Acceleration`]: its own way is to unpack the weight."""
+
+
+_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: AcceleratedLinear,
+    Conv1D: AcceleratedConv1D,
+    PackedLinear: AcceleratedPackedLinear,
+}
+_PLAIN = {accelerated: plain for plain, accelerated in _ACCELERATED.items()}
+
+
+def plain_class(linear: nn.Module) -> type[nn.Module]:
+    """The class of a linear without its acceleration."""
+    return _PLAIN.get(type(linear), type(linear))
+
+
+def acceleration_of(linear: nn.Module) -> Acceleration | None:
+    """What a linear is accelerated with; None if it is not."""
+    return linear._acceleration if isinstance(linear, _Accelerated) else None
+
+
+def refuses_acceleration(linear: nn.Module) -> str | None:
+    """Why nothing can be added to this linear; None if it can."""
+    if plain_class(linear) not in _ACCELERATED:
+        return f"{type(linear).__name__} has a forward of its own"
+    if "forward" in linear.__dict__:
+        return "its forward was replaced, as offloading does it"
+    if any(t is None or type(t) not in (torch.Tensor, nn.Parameter) for t in _tensors(linear)):
+        return "its weight is no plain tensor"
+    return None
+
+
+def install(linear: nn.Module, acceleration: Acceleration) -> None:
+    """Accelerate a linear, in place: it stays the object that it is, wherever it is used."""
+    linear.__dict__["_acceleration"] = acceleration
+    linear.__class__ = _ACCELERATED[plain_class(linear)]
+
+
+def uninstall(linear: nn.Module) -> None:
+    """The inverse of [`install`]."""
+    linear.__class__ = plain_class(linear)
+    linear.__dict__.pop("_acceleration", None)
+
+
+def in_features_of(linear: nn.Module) -> int:
+    """Columns of the weight."""
+    if isinstance(linear, Conv1D):
+        return linear.get_parameter("weight").shape[0]
+    return cast(int, linear.in_features)
