@@ -1,6 +1,6 @@
 """Make a pruned model run faster, in place: each layer computes in the way that was measured to be the fastest.
 
-The weights stay what they are, and so does all that is done with them: the state dict, `save_pretrained`, tied weights.
+The weights stay what they are, and so does all that is done with them: state dict, `save_pretrained`, tied weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_sparse.inference.choose import Decision, choose_ways, slower_than_dense
-from peft_sparse.inference.report import AccelerationReport, LayerChoice, TokenChoice
+from peft_sparse.inference.report import AccelerationReport, TokenChoice
+from peft_sparse.inference.rows import layer_choice, notes
 from peft_sparse.linears import (
     OPERANDS,
     Acceleration,
@@ -107,15 +108,15 @@ def accelerate_sparse(
     for name, linear in targets.items():
         if weight_parameter(linear).is_meta:
             raise ValueError(
-                f"Accelerating needs weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
-                "loaded); load the model without offloading."
+                f"Accelerating needs weights in memory, got `{name}`, which is on the meta device (offloaded, or "
+                "never loaded); load the model without offloading."
             )
     linears = list({id(linear): linear for linear in targets.values()}.values())
-    to_pack = set() if keep_dense else packable_linears(model, linears)
+    to_pack = None if keep_dense else packable_linears(model, linears)
     decisions = _decide(linears, to_pack, counts, kernel)
-    made = _apply(model, linears, decisions, to_pack)
-    rows = [_row(name, made[id(linear)], decisions[id(linear)]) for name, linear in targets.items()]
-    return AccelerationReport(rows, torch.get_num_threads(), _notes(rows, list(made.values())))
+    made = _apply(model, linears, decisions, to_pack or set())
+    rows = [layer_choice(name, made[id(linear)], decisions[id(linear)]) for name, linear in targets.items()]
+    return AccelerationReport(rows, torch.get_num_threads(), notes(rows, list(made.values())))
 
 
 def remove_acceleration(model: nn.Module) -> nn.Module:
@@ -164,13 +165,21 @@ def _check(model: nn.Module, kernel: str | None) -> None:
 
 
 def _decide(
-    linears: Sequence[nn.Module], to_pack: set[int], counts: tuple[int, ...], kernel: str | None
+    linears: Sequence[nn.Module], to_pack: set[int] | None, counts: tuple[int, ...], kernel: str | None
 ) -> dict[int, Decision]:
-    """By the id of each linear."""
+    """By the id of each linear.
+
+    Args:
+        to_pack: ids of the dense linears that are to give up their weights, of which those are taken out that would
+            lose by it; None: all keep them.
+    """
+    giving_up, to_pack = to_pack is not None, set() if to_pack is None else to_pack
     found: dict[int, Decision] = {}
     groups: dict[tuple[Any, ...], list[nn.Module]] = {}
     for linear in linears:
         refused = refuses_acceleration(linear) or _too_few_zeros(linear, kernel)
+        if refused is None and giving_up and not isinstance(linear, PackedLinear) and id(linear) not in to_pack:
+            refused = "kept dense: its weight is shared, or hooks are attached"
         if refused is not None:
             found[id(linear)] = Decision([], [refused])
             continue
@@ -184,7 +193,9 @@ def _decide(
         weight, (in_features, out_features) = weight_parameter(linear), in_out_features(linear)
         share = round(num_zeros(linear) / (in_features * out_features), 2)
         kept = (plain_class(linear), id(linear) in to_pack, linear.bias is None)
-        groups.setdefault((out_features, in_features, weight.dtype, weight.device, share, kinds, kept), []).append(linear)
+        groups.setdefault((out_features, in_features, weight.dtype, weight.device, share, kinds, kept), []).append(
+            linear
+        )
     for key, group in groups.items():
         packed = isinstance(group[0], PackedLinear) or id(group[0]) in to_pack
         form, kinds = "packed" if packed else "dense", key[-2]
@@ -254,43 +265,3 @@ def _acceleration(linear: nn.Module, choices: Sequence[TokenChoice], packed: boo
     with torch.inference_mode(False):
         made: dict[str, Operand] = {name: OPERANDS[name].of(linear) for name in sorted(names)}
     return Acceleration(linear, {choice.tokens: made.get(choice.chosen) for choice in choices}, packed)
-
-
-# What is said
-
-
-def _row(name: str, linear: nn.Module, decision: Decision) -> LayerChoice:
-    in_features, out_features = in_out_features(linear)
-    weight = weight_parameter(linear)
-    form, nbytes = "dense", weight.nbytes
-    if isinstance(linear, PackedLinear):
-        packed = linear.packed_weight
-        form, nbytes = "packed", packed.values.nbytes + packed.bitmask.nbytes + packed.starts.nbytes
-    acceleration = acceleration_of(linear)
-    idle = all(choice.chosen == form for choice in decision.choices)
-    problems = decision.problems or ["nothing is faster"] if idle else decision.problems
-    return LayerChoice(
-        name=name,
-        shape=(out_features, in_features),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        device=str(weight.device),
-        sparsity=num_zeros(linear) / max(1, in_features * out_features),
-        form=form,
-        choices=tuple(decision.choices),
-        weight_bytes=nbytes,
-        added_bytes=0 if acceleration is None else acceleration.nbytes,
-        reason="; ".join(problems),
-    )
-
-
-def _notes(rows: Sequence[LayerChoice], linears: Sequence[nn.Module]) -> list[str]:
-    notes = []
-    if any(p.requires_grad for x in linears if acceleration_of(x) is not None for p in x.parameters(recurse=False)):
-        notes.append("The choices are used where autograd does not record: in generate(), or under torch.no_grad().")
-    slow = [row for row in rows if row.form == "packed" and any((c.speed_up or 1) < 1 for c in row.choices)]
-    if slow:
-        notes.append(
-            f"{len(slow)} packed layers are slower than dense for some numbers of tokens; `unpack_model(model)` before "
-            "this, if there is memory for it."
-        )
-    return notes

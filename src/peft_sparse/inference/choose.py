@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,8 @@ class _Layer:
 
     def __init__(self, linear: nn.Module, kinds: Sequence[type[Operand]], form: str, problems: list[str]) -> None:
         self.linear, self.problems = linear, problems
-        self.weight, self.bias = weight_parameter(linear), linear.bias
+        self.weight: torch.Tensor = weight_parameter(linear)
+        self.bias = cast("torch.Tensor | None", linear.bias)
         plain = plain_class(linear)
         self.own: dict[str, Way] = {}
         packed = linear
@@ -137,7 +140,7 @@ def _measure(layers: Sequence[_Layer], tokens: int, only: set[str] | None = None
     found = []
     for layer, own in zip(layers, ways, strict=True):
         x = example_input(tokens, in_out_features(layer.linear)[0], layer.weight.dtype, layer.weight.device)
-        runs = {name: lambda own=own, name=name: own[name](x) for name in common}  # type: ignore[misc]
+        runs = {name: partial(own[name], x) for name in common}
         found.append(measure_ratios(runs, "dense", layer.weight.device))
     return found
 
@@ -166,7 +169,10 @@ def _confirmed(choice: TokenChoice, layers: Sequence[_Layer], form: str) -> Toke
     measured = _measure(layers, choice.tokens, {"dense", form, choice.chosen})
     again = _worst(measured, choice.chosen, form) if choice.chosen in measured[0] else float("inf")
     if again <= AGAIN:
-        return replace(choice, again=again)
+        worse = {
+            name: max(ratio, *(found.get(name, 0) for found in measured)) for name, ratio in choice.ratios.items()
+        }
+        return replace(choice, again=again, ratios=worse)
     return replace(choice, chosen=form, again=again, reason=f"{choice.reason}, but {again:.2f} when measured again")
 
 
@@ -176,7 +182,7 @@ def slower_than_dense(choices: Sequence[TokenChoice]) -> str | None:
         ratio = choice.ratios.get(choice.chosen)
         if ratio is None or ratio > AGAIN:
             took = "was not timed" if ratio is None else f"takes {ratio:.2f} of the dense time"
-            return f"kept dense: with {choice.tokens} tokens {choice.chosen} {took}"
+            return f"kept dense: at a token count of {choice.tokens} {choice.chosen} {took}"
     return None
 
 

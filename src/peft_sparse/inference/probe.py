@@ -1,8 +1,8 @@
 """How long ways to compute one layer take, relative to each other, on a machine that does other things as well.
 
-The ways take turns within a round, each round in another order; a way's time in a round is divided by the baseline's of
-the same round, and the ratio is the median over the rounds: a machine that slows down for a while slows all of them. A
-way that is short is called several times for one time. Nothing random is drawn from the global generator.
+The ways take turns within a round, each round in another order; a way's time in a round is divided by the baseline's
+of the same round, and the ratio is the median over the rounds: a machine that slows down for a while slows all of
+them. A way that is short is called several times for one time. Nothing random is drawn from the global generator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def measure_ratios(runs: Mapping[str, Run], baseline: str, device: torch.device)
         _seconds(run, 1, device)
     first = _seconds(runs[baseline], 1, device)
     calls = min(MAX_CALLS, max(1, round(MIN_SECONDS / max(first, 1e-9))))
-    names, ratios = list(runs), {name: [] for name in runs}  # type: dict[str, list[float]]
+    names = list(runs)
+    ratios: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() - begin > BUDGET_SECONDS:

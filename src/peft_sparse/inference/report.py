@@ -19,7 +19,8 @@ class TokenChoice:
         tokens: how many are multiplied at a time.
         chosen: `"dense"`, `"packed"` (unpacked for each forward), or an operand: `"csr"`, `"semi_structured"`,
             `"bitmask"`.
-        ratios: time relative to that of the dense layer, of each way that was timed; empty if none was.
+        ratios: time relative to that of the dense layer, of each way that was timed; the worst of all that was
+            measured. Empty if nothing was.
         again: the ratio of the chosen one to the layer's own way when it was measured again; None: not needed.
         reason: in words.
     """
@@ -106,9 +107,9 @@ class AccelerationReport:
             choices = [asdict(choice) | {"speed_up": choice.speed_up} for choice in layer.choices]
             own = asdict(layer) | {"shape": list(layer.shape), "accelerated": layer.accelerated, "choices": choices}
             layers.append(own)
+        sizes = {"weight_bytes": self.weight_bytes, "added_bytes": self.added_bytes}
         totals = {"accelerated": len(self.accelerated), "threads": self.threads}
-        totals |= {"weight_bytes": self.weight_bytes, "added_bytes": self.added_bytes, "notes": self.notes}
-        return totals | {"layers": layers}
+        return totals | sizes | {"notes": self.notes, "layers": layers}
 
     def to_json(self) -> str:
         """[`AccelerationReport.to_dict`] as text."""

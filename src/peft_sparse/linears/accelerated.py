@@ -1,8 +1,8 @@
 """A linear that computes with another form of its weight where there are enough zeros, or few enough tokens.
 
-The weight stays where it is, under its name: a state dict, tied weights, saving, copying and training are those of the
-linear that it was. What is added is an `Acceleration`: for each number of tokens, the operand (operands.py) to multiply
-with, or none. None is used, and the linear computes as it always did,
+The weight stays where it is, under its name: a state dict, tied weights, saving, copying and training are those of
+the linear that it was. What is added is an `Acceleration`: for each number of tokens, the operand (operands.py) to
+multiply with, or none. None is used, and the linear computes as it always did,
 
 - where autograd records, since the kernels have no backward; in autocast and in compiled or traced graphs;
 - for inputs of another dtype or device than the weight, and for numbers of tokens that nobody chose for;
@@ -29,8 +29,8 @@ from peft_sparse.ops.blocks import matmul_dtype
 
 SAMPLED = 128
 CHANGED = (
-    "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they are computed densely "
-    "from now on; call `accelerate_sparse(model)` again when they are final."
+    "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they compute in their "
+    "own way from now on; call `accelerate_sparse(model)` again when they are final."
 )
 
 
@@ -74,7 +74,10 @@ class Acceleration:
     """
 
     def __init__(
-        self, linear: nn.Module | None = None, operands: Mapping[int, Operand | None] | None = None, packed: bool = False
+        self,
+        linear: nn.Module | None = None,
+        operands: Mapping[int, Operand | None] | None = None,
+        packed: bool = False,
     ) -> None:
         self.operands = dict(sorted((operands or {}).items()))
         self.packed = packed
@@ -134,8 +137,11 @@ class Acceleration:
         warnings.warn(CHANGED, stacklevel=2)
 
     def __repr__(self) -> str:
-        used = {tokens: operand.name for tokens, operand in self.operands.items() if operand is not None}
-        return ", ".join(f"{name} for {tokens} tokens" for tokens, name in used.items()) or "dense"
+        used: dict[str, list[str]] = {}
+        for tokens, operand in self.operands.items():
+            if operand is not None:
+                used.setdefault(operand.name, []).append(str(tokens))
+        return "; ".join(f"{name} for {', '.join(tokens)} tokens" for name, tokens in used.items()) or "no longer"
 
 
 class _Accelerated(nn.Module):
@@ -164,6 +170,9 @@ class AcceleratedLinear(_Accelerated, nn.Linear):
 
 class AcceleratedConv1D(_Accelerated, Conv1D):
     """A Conv1D with an [`Acceleration`]."""
+
+    def __repr__(self) -> str:  # Conv1D has one of its own
+        return f"{super().__repr__().removesuffix(')')}, accelerated: {self._acceleration!r})"
 
 
 class AcceleratedPackedLinear(_Accelerated, PackedLinear):

@@ -164,4 +164,3 @@ def is_two_of_four(weight: torch.Tensor) -> bool:
     """Whether each four consecutive weights along the rows have two zeros at least."""
     groups = weight.shape[1] // 4
     return weight.shape[1] % 4 == 0 and int((weight != 0).reshape(-1, groups, 4).sum(-1).max()) <= 2
-

@@ -125,9 +125,7 @@ def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]
     """The ids of those linears of a model that [`pack_model`] would pack."""
     owners = _owners(model)
     return {
-        id(linear)
-        for linear in linears
-        if _is_plain(linear) and len(owners[id(linear.weight)]) == 1 and _pays(linear)
+        id(linear) for linear in linears if _is_plain(linear) and len(owners[id(linear.weight)]) == 1 and _pays(linear)
     }
 
 
