@@ -45,14 +45,11 @@ def ratios(monkeypatch):
     said: dict[str, float | list[float]] = {"csr": 0.5, "packed": 2.0}
     calls = []
 
-    def measured(runs, baseline, device):
-        assert baseline == "dense" and all(run().shape for run in runs.values())
-        calls.append(set(runs))
-        found = {"dense": 1.0}
-        for name in set(runs) - {"dense"}:
-            value = said[name]
-            found[name] = (value.pop(0) if len(value) > 1 else value[0]) if isinstance(value, list) else value
-        return found
+    def measured(layers, baseline, device):
+        assert baseline == "dense" and all(run().shape for _, ways in layers for run in ways.values())
+        calls.append(layers)
+        value = {name: v.pop(0) if isinstance(v, list) and name == "csr" else v for name, v in said.items()}
+        return {group: {name: value.get(name, 1.0) for name in ways} for group, ways in layers}
 
     monkeypatch.setattr(choose, "measure_ratios", measured)
     said["calls"] = calls
@@ -121,11 +118,14 @@ def test_a_gain_that_does_not_hold_is_none(ratios):
     assert not accelerate_sparse(model, tokens=1).accelerated and type(model[0]) is nn.Linear
 
 
-def test_the_worst_layer_counts(ratios):
+def test_layers_are_timed_in_the_order_of_the_model(ratios, monkeypatch):
     model = prune_magnitude(tiny_llama(), sparsity=0.75)
-    ratios["csr"] = [0.5, 0.95] * 20  # the two blocks take turns
-    report = accelerate_sparse(model, tokens=1, target_modules=["q_proj"])
-    assert [layer.choices[0].chosen for layer in report.layers] == ["dense", "dense"]
+    accelerate_sparse(model, tokens=1)
+    groups = [group for group, _ in ratios["calls"][0]]
+    assert len(groups) == 14 and groups[:7] == groups[7:] and len(set(groups)) == 4
+    monkeypatch.setattr(choose, "SAMPLED_BYTES", 1)  # as if the layers were large: one of each kind will do
+    accelerate_sparse(model, tokens=1)
+    assert [group for group, _ in ratios["calls"][2]] == [0, 1, 2, 3]
 
 
 def test_what_loses_clearly_is_not_tried_with_more_tokens(ratios):
@@ -281,7 +281,7 @@ def nbytes(model):
 
 def test_a_layer_that_would_lose_keeps_its_dense_weight(ratios):
     model = prune_magnitude(tiny_llama(), sparsity=0.75)
-    ratios |= {"csr": [0.5, 0.5, 1.3], "packed": 2.0}
+    ratios |= {"csr": [0.5, 1.3, 0.5, 1.3], "packed": 2.0}
     report = accelerate_sparse(model, tokens=(1, 64), target_modules=["up_proj"], keep_dense=False)
     assert not used(model) and all(type(linear) is nn.Linear for linear in block_linears(model).values())
     assert "kept dense: at a token count of 64 csr takes 1.30 of the dense time" in report.layers[0].reason

@@ -19,18 +19,24 @@ def waits(seconds):
     return run
 
 
-def test_ratios_are_to_the_baseline():
-    found = probe.measure_ratios({"a": waits(2e-3), "b": waits(1e-3), "c": waits(4e-3)}, "a", CPU)
-    assert found["a"] == 1
-    assert found["b"] < 0.8 and found["c"] > 1.3
+def test_ratios_are_to_the_baseline_of_the_group():
+    layers = [(7, {"a": waits(2e-3), "b": waits(1e-3)}), (9, {"a": waits(1e-3), "c": waits(4e-3)})]
+    found = probe.measure_ratios(layers, "a", CPU)
+    assert found[7].keys() == {"a", "b"} and found[9].keys() == {"a", "c"} and found[7]["a"] == found[9]["a"] == 1
+    assert found[7]["b"] < 0.8 and found[9]["c"] > 1.3
 
 
-def test_ways_take_turns_and_short_ones_are_called_several_times():
+def test_a_pass_goes_through_all_layers_and_short_ones_are_repeated():
     order = []
-    probe.measure_ratios({name: lambda n=name: order.append(n) for name in "ab"}, "a", CPU)
-    assert order[:3] == ["a", "b", "a"]  # warm-up, and a look at how long it takes
-    calls = probe.MAX_CALLS
-    assert order[3 : 3 + 4 * calls] == ["a"] * calls + ["b"] * calls + ["b"] * calls + ["a"] * calls
+    layers = [
+        (0, {name: lambda n=name: order.append(f"{n}0") for name in "ab"}),
+        (1, {"a": lambda: order.append("a1")}),
+    ]
+    probe.measure_ratios(layers, "a", CPU)
+    a, b = ["a0", "a1"], ["b0", "a1"]  # the second layer has no other way
+    assert order[:6] == a + b + a  # warm-up, and a look at how long it takes
+    passes = probe.MAX_PASSES
+    assert order[6 : 6 + 8 * passes] == a * passes + b * passes + b * passes + a * passes
 
 
 def test_a_slow_way_is_timed_a_few_times_only(monkeypatch):
@@ -41,7 +47,7 @@ def test_a_slow_way_is_timed_a_few_times_only(monkeypatch):
         order.append(None)
         waits(5e-3)()
 
-    probe.measure_ratios({"a": run}, "a", CPU)
+    probe.measure_ratios([(0, {"a": run})], "a", CPU)
     assert len(order) == 2 + probe.MIN_ROUNDS
 
 

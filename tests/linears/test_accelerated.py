@@ -26,7 +26,7 @@ from peft_sparse.linears import (
     refuses_acceleration,
     uninstall,
 )
-from peft_sparse.linears.accelerated import SAMPLED
+from peft_sparse.linears.accelerated import KEPT, SAMPLED
 from peft_sparse.linears.operands import CsrOperand, is_two_of_four
 from peft_sparse.sparsity import PackedWeight
 
@@ -192,9 +192,10 @@ def test_a_changed_weight_is_noticed(change, size):
 
 def test_the_sample_is_small():
     """It is compared in every forward."""
-    for size in (3, 128, 129, 1000):
-        tracked = Acceleration(nn.Linear(size, 2))._tracked[0]
-        assert min(2 * size, SAMPLED) <= tracked.sample.numel() < 2 * SAMPLED + 2
+    for size, zeros in [(3, 0), (3, 1), (128, 0.5), (129, 0.99), (1000, 1), (3000, 0), (3000, 0.9)]:
+        tracked = Acceleration(pruned(nn.Linear(size, 2, bias=False), zeros))._tracked[0]
+        assert 0 < len(tracked.places) <= SAMPLED and len(tracked.places.unique()) == len(tracked.places)
+        assert int((tracked.content != 0).sum()) >= min(KEPT, 2 * size) * (zeros in (0, 0.5))
 
 
 @torch.no_grad()

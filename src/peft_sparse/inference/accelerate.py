@@ -5,14 +5,14 @@ The weights stay what they are, and so does all that is done with them: state di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.inference.choose import Decision, choose_ways, slower_than_dense
+from peft_sparse.inference.choose import Decision, Group, choose_ways, slower_than_dense
 from peft_sparse.inference.report import AccelerationReport, TokenChoice
 from peft_sparse.inference.rows import layer_choice, notes
 from peft_sparse.linears import (
@@ -175,40 +175,45 @@ def _decide(
     """
     giving_up, to_pack = to_pack is not None, set() if to_pack is None else to_pack
     found: dict[int, Decision] = {}
-    groups: dict[tuple[Any, ...], list[nn.Module]] = {}
-    for linear in linears:
+    groups: dict[tuple[Any, ...], Group] = {}
+    for place, linear in enumerate(linears):
         refused = refuses_acceleration(linear) or _too_few_zeros(linear, kernel)
         if refused is None and giving_up and not isinstance(linear, PackedLinear) and id(linear) not in to_pack:
             refused = "kept dense: its weight is shared, or hooks are attached"
-        if refused is not None:
-            found[id(linear)] = Decision([], [refused])
-            continue
-        refusals = {kind: kind.refusal(linear) for kind in OPERANDS.values() if kernel in (None, kind.name)}
+        refusals = {} if refused else {k: k.refusal(linear) for k in OPERANDS.values() if kernel in (None, k.name)}
         kinds = tuple(kind for kind, reason in refusals.items() if reason is None)
-        if not kinds:
-            device = weight_parameter(linear).device.type
-            relevant = [r for kind, r in refusals.items() if r and (kind.device_type == device or kernel)]
-            found[id(linear)] = Decision([], relevant or [f"there is nothing for {device}"])
-            continue
         weight, (in_features, out_features) = weight_parameter(linear), in_out_features(linear)
+        if not kinds:
+            device = weight.device.type
+            relevant = [r for kind, r in refusals.items() if r and (kind.device_type == device or kernel)]
+            found[id(linear)] = Decision([], [refused] if refused else relevant or [f"there is nothing for {device}"])
+            continue
+        form = "packed" if isinstance(linear, PackedLinear) or id(linear) in to_pack else "dense"
         share = round(num_zeros(linear) / (in_features * out_features), 2)
-        kept = (plain_class(linear), id(linear) in to_pack, linear.bias is None)
-        groups.setdefault((out_features, in_features, weight.dtype, weight.device, share, kinds, kept), []).append(
-            linear
-        )
-    for key, group in groups.items():
-        packed = isinstance(group[0], PackedLinear) or id(group[0]) in to_pack
-        form, kinds = "packed" if packed else "dense", key[-2]
-        if kernel is not None:
-            decision = Decision([TokenChoice(c, kernel, {}, None, "as `kernel` says") for c in counts])
-        else:
-            decision = choose_ways(group, kinds, form, counts)
-            slower = slower_than_dense(decision.choices) if id(group[0]) in to_pack else None
-            if slower is not None:
-                to_pack.difference_update(map(id, group))
-                decision = Decision([], [slower])
-        found.update((id(linear), decision) for linear in group)
+        key = (plain_class(linear), form, linear.bias is None, out_features, in_features, weight.dtype, share, kinds)
+        group = groups.setdefault((weight.device, *key), Group([], kinds, form, []))
+        group.linears.append(linear)
+        group.places.append(place)
+    for group, decision in _decided(list(groups.values()), counts, kernel):
+        giving = id(group.linears[0]) in to_pack and kernel is None
+        slower = slower_than_dense(decision.choices) if giving else None
+        if slower is not None:
+            to_pack.difference_update(map(id, group.linears))
+            decision = Decision([], [slower])
+        found.update((id(linear), decision) for linear in group.linears)
     return found
+
+
+def _decided(groups: Sequence[Group], counts: tuple[int, ...], kernel: str | None) -> Iterator[tuple[Group, Decision]]:
+    """Each group with what is to be done with it; those of one device are timed together."""
+    if kernel is not None:
+        for group in groups:
+            yield group, Decision([TokenChoice(count, kernel, {}, None, "as `kernel` says") for count in counts])
+        return
+    devices = {weight_parameter(group.linears[0]).device for group in groups}
+    for device in sorted(devices, key=str):
+        together = [group for group in groups if weight_parameter(group.linears[0]).device == device]
+        yield from zip(together, choose_ways(together, counts), strict=True)
 
 
 def _too_few_zeros(linear: nn.Module, kernel: str | None) -> str | None:

@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.ops.blocks import matmul_dtype
 
-SAMPLED = 128
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+SAMPLED, KEPT, LOOKED_THROUGH = 16, 12, 4096
 CHANGED = (
     "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they compute in their "
     "own way from now on; call `accelerate_sparse(model)` again when they are final."
@@ -35,26 +35,46 @@ CHANGED = (
 
 
 class _Tracked:
-    """What is remembered of a tensor, to tell whether it is still the same."""
+    """What is remembered of a tensor, to tell whether it is still the same.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    Args:
+        sampled: whether its content is looked at as well.
+    """
+
+    def __init__(self, tensor: torch.Tensor, sampled: bool) -> None:
         self.alias = tensor.detach()  # keeps the memory, so that its address is not given to another tensor
-        self.address, self.version = tensor.data_ptr(), _version(tensor)
-        flat = self.alias.reshape(-1) if self.alias.is_contiguous() else self.alias.T.reshape(-1)
-        self.sample = flat[:: max(1, flat.numel() // SAMPLED)] if tensor.device.type == "cpu" else None
-        self.content = None if self.sample is None else self.sample.clone()
+        self.address, self.version, self.contiguous = tensor.data_ptr(), _version(tensor), tensor.is_contiguous()
+        self.dtype, self.rows = tensor.dtype, tensor.shape[0]
+        self.flat = self.alias.view(-1) if sampled and self.contiguous and tensor.device.type == "cpu" else None
+        if self.flat is not None:
+            self.places = _sample(self.flat)
+            self.content = self.flat.index_select(0, self.places)
 
     def matches(self, tensor: torch.Tensor | None) -> bool:
         if tensor is None or tensor.data_ptr() != self.address or _version(tensor) != self.version:
             return False
-        alias = self.alias
-        if tensor.dtype != alias.dtype or tensor.shape != alias.shape or tensor.stride() != alias.stride():
+        if tensor.dtype != self.dtype or tensor.is_contiguous() != self.contiguous or tensor.size(0) != self.rows:
             return False
-        return self.sample is None or torch.equal(self.sample, cast(torch.Tensor, self.content))
+        return self.flat is None or torch.equal(self.flat.index_select(0, self.places), self.content)
+
+
+def _sample(flat: torch.Tensor) -> torch.Tensor:
+    """Up to `SAMPLED` places, most of them not zero as far as there are so many: what is zero may stay so."""
+    spread = torch.arange(0, flat.numel(), max(1, flat.numel() // LOOKED_THROUGH))
+    zero = flat[spread] == 0
+    kept, zeros = spread[~zero], spread[zero]
+    return torch.cat(
+        [kept[:: max(1, len(kept) // KEPT)][:KEPT], zeros[:: max(1, len(zeros) // KEPT)][: SAMPLED - KEPT]]
+    )
 
 
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _records(linear: nn.Module, x: torch.Tensor) -> bool:
+    tensors = (x, linear._parameters.get("bias"), *_tensors(linear))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
@@ -82,7 +102,12 @@ class Acceleration:
         self.operands = dict(sorted((operands or {}).items()))
         self.packed = packed
         self._tokens, self._chosen = list(self.operands), list(self.operands.values())
-        self._tracked = tuple(_Tracked(cast(torch.Tensor, t)) for t in _tensors(linear)) if linear is not None else ()
+        # the values of a packed weight are shared, so that what is written into them is seen
+        sampled = not isinstance(linear, PackedLinear)
+        tensors = () if linear is None else _tensors(linear)
+        self._tracked = tuple(_Tracked(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
+        self._device = self._tracked[0].alias.device if self._tracked else None
+        self._autocast = "cpu" if self._device is None else self._device.type
         self._to_the_end = isinstance(linear, PackedLinear)
         self._in_features = 0 if linear is None else in_features_of(linear)
 
@@ -110,22 +135,17 @@ class Acceleration:
         """What to multiply `x` with, None for the linear's own way."""
         if torch.compiler.is_compiling() or not self._chosen or torch.jit.is_tracing():
             return None
-        if type(x) not in (torch.Tensor, nn.Parameter) or x.dim() == 0 or x.shape[-1] != self._in_features:
+        if type(x) not in _PLAIN_TENSORS or x.dim() == 0 or x.size(-1) != self._in_features:
             return None
         found = self.by_tokens(x.numel() // self._in_features)
-        if found is None:
+        if found is None or x.dtype != self._tracked[0].dtype or x.device != self._device:
             return None
-        weight, bias = self._tracked[0].alias, linear._parameters.get("bias")
-        if x.dtype != weight.dtype or x.device != weight.device or matmul_dtype(x) != x.dtype:
-            return None
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(t is not None and t.requires_grad for t in (*_tensors(linear), bias))
-        ):
+        if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
             return None
         if not self.matches(linear):
             self.drop()
             return None
-        return found if found.takes(x, bias) else None
+        return found if found.takes(x, linear._parameters.get("bias")) else None
 
     def matches(self, linear: nn.Module) -> bool:
         """Whether the weight is still the one that the operands were made from."""
@@ -203,7 +223,7 @@ def refuses_acceleration(linear: nn.Module) -> str | None:
         return f"{type(linear).__name__} has a forward of its own"
     if "forward" in linear.__dict__:
         return "its forward was replaced, as offloading does it"
-    if any(t is None or type(t) not in (torch.Tensor, nn.Parameter) for t in _tensors(linear)):
+    if any(t is None or type(t) not in _PLAIN_TENSORS for t in _tensors(linear)):
         return "its weight is no plain tensor"
     return None
 

@@ -28,13 +28,13 @@ def csr_linear(x: torch.Tensor, csr: torch.Tensor, bias: torch.Tensor | None) ->
     if reference.reference_in_use():
         return reference.csr_linear(x, csr, bias)
     out_features, in_features = csr.shape
-    tokens = x.reshape(-1, in_features)
-    count = tokens.shape[0]
-    if count == 1:
-        vector = tokens.view(-1)
+    if x.numel() == in_features:
+        vector = x.reshape(-1)
         y = torch.mv(csr, vector) if bias is None else torch.addmv(bias, csr, vector)
         return y.view(*x.shape[:-1], out_features)
     y = x.new_empty(*x.shape[:-1], out_features)
+    tokens = x.reshape(-1, in_features)
+    count = tokens.shape[0]
     rows = y.view(-1, out_features)
     if count <= FEW:
         torch.mm(csr, tokens.T, out=rows.T)
