@@ -14,6 +14,7 @@ from peft_sparse.pruning import prune_magnitude
 
 from models import tiny_llama
 
+
 class Odd(nn.Module):
     """Blocks whose second linear has a width that 4 does not divide."""
 

@@ -152,8 +152,8 @@ class PstModel(SparseTuner):
             if not 0 <= int(pruned) < size:
                 raise ValueError(
                     f"`pst_pruned` counts the pruned weights of each {size}, from 0 up to {size - 1}, got "
-                    f"{int(pruned)} in `{name}`; the checkpoint is damaged, or its adapter has another pattern. Nothing "
-                    "was loaded."
+                    f"{int(pruned)} in `{name}`; the checkpoint is damaged, or its adapter has another pattern. "
+                    "Nothing was loaded."
                 )
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
