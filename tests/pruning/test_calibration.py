@@ -48,7 +48,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import pruning
 from peft_sparse.linears import block_linears, find_block_lists
-from peft_sparse.pruning.calibration import check_batches, evaluation_mode
+from peft_sparse.pruning.calibration import evaluation_mode
+from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.targets import prune_by_scores
 from peft_sparse.pruning.walk import Walk
 from peft_sparse.sparsity import ColumnNorms
@@ -248,7 +249,10 @@ def test_a_module_tree_that_is_no_transformers_model():
     """torch's own encoder, whose fast path calls no linear at all; its attention keeps weights that are no linears."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2).eval()
     dense = state_of(model)
-    pruning.prune_wanda(model, [{"src": torch.randn(2, 7, 32)} for _ in range(3)], sparsity=0.5, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"2 parameters .* stay dense, \d+% .*`layers.0.self_attn.in_proj_weight` \(96 x 32"
+    ):
+        pruning.prune_wanda(model, [{"src": torch.randn(2, 7, 32)} for _ in range(3)], sparsity=0.5, progress=False)
     for name, tensor in model.state_dict().items():
         if name.endswith(("linear1.weight", "linear2.weight")):
             assert ((tensor == 0).sum(1) == tensor.shape[1] // 2).all()
@@ -350,6 +354,15 @@ def blocks() -> list[str]:
         ({"input_ids": torch.ones(2, 3)}, "several batches, got one dict"),
         (7, "several batches, got one int"),
         ([{"inputs_embeds": torch.tensor([[[float("nan")]]])}], "NaN or infinity in `inputs_embeds` of batch 0"),
+        ([{"input_ids": torch.tensor([3, 4])}], r"integers of shape .*, got torch.int64 of \(2,\) in `input_ids`"),
+        ([{"input_ids": torch.rand(1, 4)}], r"got torch.float32 of \(1, 4\) in `input_ids` of batch 0"),
+        ([{"input_ids": torch.ones(0, 4, dtype=torch.int64)}], r"got torch.int64 of \(0, 4\) in `input_ids`"),
+        ([{"input_ids": torch.tensor([[3, 96]])}], "from 0 to 95, the vocabulary of Llama.*, got 3 to 96 in batch 0"),
+        ([{"input_ids": torch.tensor([[-100, 3]])}], "from 0 to 95, .* got -100 to 3 in batch 0; tokenize"),
+        (
+            [{"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 3)}],
+            r"one entry for each token, .* got `attention_mask` of \(1, 3\) beside tokens of \(1, 2\) in batch 0",
+        ),
     ],
 )
 def test_calibration_sets_that_are_refused(tiny_llama, batches, message: str):
