@@ -21,6 +21,8 @@ from transformers import (
     BloomForCausalLM,
     DebertaV2Config,
     DebertaV2Model,
+    FunnelConfig,
+    FunnelModel,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -41,6 +43,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -130,6 +134,19 @@ def whisper():
     special = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     limits = {"max_source_positions": 20, "max_target_positions": 16}
     return WhisperForConditionalGeneration(WhisperConfig(vocab_size=96, **sizes, **heads, **special, **limits))
+
+
+def wav2vec2():
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    sizes = SIZES | {"vocab_size": 32, "num_hidden_layers": 2}
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, num_attention_heads=4, **convolutions, **positions))
+
+
+def funnel():
+    """Two lists of two blocks, the second on half of the tokens, and a decoder, which has no tokens of its own."""
+    sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "num_decoder_layers": 2}
+    return FunnelModel(FunnelConfig(vocab_size=models.VOCAB_SIZE, block_sizes=[2, 2], **sizes))
 
 
 def albert():
@@ -229,11 +246,15 @@ def test_same_masks_as_a_naive_walk(architecture: str):
     assert changed > 1000
 
 
-@pytest.mark.parametrize("architecture", [vit, whisper])
-def test_images_and_sounds(architecture):
+@pytest.mark.parametrize("architecture", [vit, whisper, wav2vec2, funnel])
+def test_images_sounds_and_lists_of_lists(architecture):
     model = architecture().eval()
     if architecture is vit:
         batches = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(3)]
+    elif architecture is wav2vec2:
+        batches = [{"input_values": torch.randn(2, 400)} for _ in range(3)]
+    elif architecture is funnel:
+        batches = batches_for(model)
     else:
         ids = torch.randint(3, 96, (2, 7))
         batches = [{"input_features": torch.randn(2, 8, 40), "decoder_input_ids": ids} for _ in range(3)]

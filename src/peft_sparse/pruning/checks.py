@@ -119,9 +119,11 @@ def _check_tokens(model: nn.Module, batches: list[Batch]) -> None:
                 )
 
 
-def _vocabulary_size(model: nn.Module) -> int | None:
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embeddings = None if get_embeddings is None else get_embeddings()
+def _vocabulary_size(model: Any) -> int | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a module with a config, a model of sounds
+        return None
     get_text_config = getattr(model.config, "get_text_config", None)
     # Models of images and text may have numbers outside of the vocabulary where an image belongs.
     only_text = get_text_config is None or get_text_config() is model.config

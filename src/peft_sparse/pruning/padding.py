@@ -32,10 +32,10 @@ class TokenMasks:
         """A batch begins."""
         self.batch, self._encoder_states, self._rows, self._routed = batch, [], None, None
 
-    def enter_block(self, in_first_list: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter_block(self, in_decoder: bool, args: tuple, kwargs: dict[str, Any]) -> None:
         """A block is called; in a decoder, one of its arguments is what the encoder returned."""
         self._encoder_states = []
-        if not in_first_list:
+        if in_decoder:
             others = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
             self._encoder_states = [value for value in others if isinstance(value, torch.Tensor) and value.dim() == 3]
 
@@ -77,7 +77,7 @@ class TokenMasks:
             self._told = True
             warnings.warn(
                 f"The inputs of `{name}` are {tuple(x.shape[:-1])} and the mask is {tuple(mask.shape)}, so padding "
-                "among them cannot be told and counts; calibrate with batches without padding.",
+                "among them cannot be told and counts; if these are the mask's tokens, calibrate without padding.",
                 stacklevel=2,
             )
         return None

@@ -96,7 +96,8 @@ class Walk:
         self.spare: dict[str, Any] = {}  # by list: what the blocks before that one answer with in the running forward
         self.index = 0  # of the batch that is running
         self.output: Any = None
-        self.first_list = ""
+        self.first_list = ""  # of an encoder-decoder, the encoder's
+        self.has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
         self.answers = True
         self.masks = TokenMasks()
 
@@ -222,7 +223,7 @@ class Walk:
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
         def see(*args: Any, **kwargs: Any) -> Any:
-            self.masks.enter_block(step.list_name == self.first_list, args, kwargs)
+            self.masks.enter_block(self.has_decoder and step.list_name != self.first_list, args, kwargs)
             return forward(*args, **kwargs)
 
         return see
