@@ -1,0 +1,164 @@
+"""What a pruner asks of its calibration data, checked before anything is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sparse.pruning.data import Batch, collate, sequences_of
+
+WAY_OUT = "pass an iterable of dicts as the model's forward takes them, such as [{'input_ids': ...}]"
+
+
+def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Module | None = None) -> list[Batch]:
+    """Read the whole calibration set, which may be a generator or a tokenized `datasets` dataset.
+
+    Args:
+        batches: dicts of tensors; of a dataset every row is a batch of one sequence.
+        model: whose inputs the columns of a dataset are; others are left out, as by transformers' Trainer.
+
+    Returns:
+        The batches as plain dicts.
+
+    Raises:
+        ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, if its mask is
+            not of the shape of its tokens, or if its tokens are none that the model takes, or more of them than it
+            takes. In an additive attention mask infinity is meant, so tensors whose name ends in "mask" may hold it.
+    """
+    if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
+        raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {WAY_OUT}.")
+    if _is_dataset(batches):
+        batches = _of_dataset(batches, model)
+    checked = []
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or not batch:
+            raise ValueError(f"A calibration batch is a dict of tensors, got {type(batch).__name__}; {WAY_OUT}.")
+        for key, value in batch.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"A calibration batch is a dict of tensors, got {type(value).__name__} for `{key}` in batch "
+                    f"{index}; {WAY_OUT}, or make them with `calibration_batches`."
+                )
+            if value.is_floating_point() and not key.endswith("mask") and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"Calibration needs finite inputs, got NaN or infinity in `{key}` of batch {index}; leave that "
+                    "batch out."
+                )
+        checked.append(dict(batch))
+    if not checked:
+        raise ValueError(
+            f"Calibration needs at least one batch, got none (a generator is used up by one loop); {WAY_OUT}."
+        )
+    for index, batch in enumerate(checked):
+        _check_masks(batch, index)
+    if model is not None:
+        check_tokens(model, checked)
+        _check_lengths(model, checked)
+    return checked
+
+
+def _is_dataset(source: Any) -> bool:
+    """A `datasets.Dataset` or `IterableDataset`, without importing that package."""
+    return hasattr(source, "column_names") and hasattr(source, "features")
+
+
+def _of_dataset(dataset: Any, model: nn.Module | None) -> Iterable[Batch]:
+    taken = None if model is None else set(inspect.signature(model.forward).parameters)
+    rows = ({key: value for key, value in row.items() if taken is None or key in taken} for row in dataset)
+    first = next(rows, None)
+    if first is None:
+        return []
+    if not sequences_of(first):
+        raise ValueError(
+            f"A dataset for calibration has columns of numbers that the model's forward takes, such as `input_ids`, "
+            f"got {list(dataset.column_names or first)}; tokenize it, or pass "
+            "`calibration_batches(dataset, tokenizer)`."
+        )
+    return (collate([sequences_of(row)], 0) for row in chain([first], rows))
+
+
+def _check_masks(batch: Batch, index: int) -> None:
+    for side in ("", "decoder_"):
+        mask = batch.get(f"{side}attention_mask")
+        tokens = batch.get(f"{side}input_ids", batch.get(f"{side}inputs_embeds"))
+        if mask is not None and tokens is not None and mask.dim() == 2 and mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"A mask has one entry for each token, (sequences, tokens), got `{side}attention_mask` of "
+                f"{tuple(mask.shape)} beside tokens of {tuple(tokens.shape[:2])} in batch {index}; leave it out where "
+                "nothing is padding."
+            )
+
+
+# What the model takes
+
+
+def check_tokens(model: nn.Module, batches: list[Batch]) -> None:
+    """Of models by a config. An index beyond the vocabulary would end in the middle of a forward, and on a GPU take
+    the process along."""
+    if getattr(model, "config", None) is None:
+        return
+    size = _vocabulary_size(model)
+    for index, batch in enumerate(batches):
+        for key, ids in batch.items():
+            if not key.endswith("input_ids"):
+                continue
+            if ids.is_floating_point() or ids.dim() < 2 or not ids.numel():
+                raise ValueError(
+                    f"Token ids are integers, got {ids.dtype} of shape {tuple(ids.shape)} in `{key}` of batch "
+                    f"{index}; take what the tokenizer gives, of shape (sequences, tokens): for one sequence `{key}[None]`."
+                )
+            if key == "input_ids" and size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+                wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+                raise ValueError(
+                    f"Token ids are those of the model's vocabulary, from 0 to {size - 1}, got {wrong} in batch "
+                    f"{index}; take the model's own tokenizer, or call `model.resize_token_embeddings`."
+                )
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a module with a config, a model of sounds
+        return None
+    get_text_config = getattr(model.config, "get_text_config", None)
+    # Models of images and text may have numbers outside of the vocabulary where an image belongs.
+    only_text = get_text_config is None or get_text_config() is model.config
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) and only_text else None
+
+
+def _check_lengths(model: nn.Module, batches: list[Batch]) -> None:
+    limit = context_length(model)
+    if limit is None:
+        return
+    for index, batch in enumerate(batches):
+        for key, value in batch.items():
+            of_tokens = key.endswith(("input_ids", "inputs_embeds")) or (key == "labels" and value.dim() == 2)
+            if of_tokens and value.dim() > 1 and value.shape[1] > limit:
+                raise ValueError(
+                    f"Calibration sequences fit into the model's context of {limit} tokens, got {value.shape[1]} in "
+                    f"`{key}` of batch {index}; cut them, for example with `calibration_batches(..., length={limit})`."
+                )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence that a model takes, by its config; None: it has no limit, or does not say."""
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    text_config = config if get_text_config is None else get_text_config()
+    names = ("max_position_embeddings", "max_target_positions")
+    found = [getattr(one, name, None) for one in (text_config, config) for name in names]
+    limits = [int(limit) for limit in found if isinstance(limit, int) and limit > 0]
+    if not limits:
+        return None
+    # RoBERTa and its kin count positions from behind the index of the padding token.
+    learned = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min([limits[0], *learned])
