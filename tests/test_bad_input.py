@@ -688,7 +688,7 @@ DATA = {
     ),
     "no inputs": Case(llama, call(prune_wanda, [{"labels": torch.ones(1, 4, dtype=torch.int64)}]), "input_ids"),
     "a mask of another length": Case(
-        llama, call(prune_wanda, to_ids(attention_mask=torch.ones(1, 5))), r"got `attention_mask` of \(1, 5\) beside"
+        llama, call(prune_wanda, to_ids(attention_mask=torch.ones(1, 5))), r"shape \(1, 5\) beside `input_ids` of"
     ),
     "perplexity of one token": Case(
         llama, call(perplexity, torch.tensor([1])), r"at least 2 token ids.*got shape \(1,\)"

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sparse.pruning.calibration import evaluation_mode
-from peft_sparse.pruning.checks import check_tokens
+from peft_sparse.pruning.token_inputs import check_token_inputs
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         raise ValueError(
             f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."
         )
-    check_tokens(model, [{"input_ids": input_ids[None]}])
+    check_token_inputs(model, [{"input_ids": input_ids}])
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     with evaluation_mode(model):

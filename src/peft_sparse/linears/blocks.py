@@ -129,7 +129,7 @@ def matches(names: Names, name: str) -> bool:
     if isinstance(names, str):
         try:
             return re.fullmatch(names, name) is not None
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"Modules are named in a list, or by one regex for full names, got {names!r}, which is no valid regex "
                 f"({error})."

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft_sparse.pruning.data import Batch, collate, sequences_of
+from peft_sparse.pruning.token_inputs import check_token_inputs
 
 WAY_OUT = "pass an iterable of dicts as the model's forward takes them, such as [{'input_ids': ...}]"
 
@@ -27,8 +28,8 @@ def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Modul
 
     Raises:
         ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, if its mask is
-            not of the shape of its tokens, or if its tokens are none that the model takes, or more of them than it
-            takes. In an additive attention mask infinity is meant, so tensors whose name ends in "mask" may hold it.
+            not of the shape of its tokens, or if its sequences are longer than the model takes or have tokens that it
+            has not. In an additive attention mask infinity is meant, so tensors whose name ends in "mask" may hold it.
     """
     if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
         raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {WAY_OUT}.")
@@ -54,11 +55,9 @@ def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Modul
         raise ValueError(
             f"Calibration needs at least one batch, got none (a generator is used up by one loop); {WAY_OUT}."
         )
-    for index, batch in enumerate(checked):
-        _check_masks(batch, index)
     if model is not None:
-        check_tokens(model, checked)
         _check_lengths(model, checked)
+        check_token_inputs(model, checked)
     return checked
 
 
@@ -82,53 +81,7 @@ def _of_dataset(dataset: Any, model: nn.Module | None) -> Iterable[Batch]:
     return (collate([sequences_of(row)], 0) for row in chain([first], rows))
 
 
-def _check_masks(batch: Batch, index: int) -> None:
-    for side in ("", "decoder_"):
-        mask = batch.get(f"{side}attention_mask")
-        tokens = batch.get(f"{side}input_ids", batch.get(f"{side}inputs_embeds"))
-        if mask is not None and tokens is not None and mask.dim() == 2 and mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"A mask has one entry for each token, (sequences, tokens), got `{side}attention_mask` of "
-                f"{tuple(mask.shape)} beside tokens of {tuple(tokens.shape[:2])} in batch {index}; leave it out where "
-                "nothing is padding."
-            )
-
-
-# What the model takes
-
-
-def check_tokens(model: nn.Module, batches: list[Batch]) -> None:
-    """Of models by a config. An index beyond the vocabulary would end in the middle of a forward, and on a GPU take
-    the process along."""
-    if getattr(model, "config", None) is None:
-        return
-    size = _vocabulary_size(model)
-    for index, batch in enumerate(batches):
-        for key, ids in batch.items():
-            if not key.endswith("input_ids"):
-                continue
-            if ids.is_floating_point() or ids.dim() < 2 or not ids.numel():
-                raise ValueError(
-                    f"Token ids are integers, got {ids.dtype} of shape {tuple(ids.shape)} in `{key}` of batch "
-                    f"{index}; take what the tokenizer gives, of shape (sequences, tokens): for one sequence `{key}[None]`."
-                )
-            if key == "input_ids" and size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-                wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
-                raise ValueError(
-                    f"Token ids are those of the model's vocabulary, from 0 to {size - 1}, got {wrong} in batch "
-                    f"{index}; take the model's own tokenizer, or call `model.resize_token_embeddings`."
-                )
-
-
-def _vocabulary_size(model: Any) -> int | None:
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a module with a config, a model of sounds
-        return None
-    get_text_config = getattr(model.config, "get_text_config", None)
-    # Models of images and text may have numbers outside of the vocabulary where an image belongs.
-    only_text = get_text_config is None or get_text_config() is model.config
-    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) and only_text else None
+# The model's context
 
 
 def _check_lengths(model: nn.Module, batches: list[Batch]) -> None:
