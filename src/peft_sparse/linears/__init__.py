@@ -20,6 +20,7 @@ from peft_sparse.linears.blocks import (
     block_linears,
     find_block_lists,
     linears_inside,
+    linears_not_called,
     matches,
     select_linears,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "install",
     "is_linear",
     "linears_inside",
+    "linears_not_called",
     "matches",
     "num_zeros",
     "pack_model",

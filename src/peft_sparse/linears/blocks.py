@@ -99,6 +99,21 @@ def block_linear_names(model: nn.Module) -> set[str]:
     return paths
 
 
+def linears_not_called(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight another module computes with, by full name, and the kind of that module.
+
+    In a mixer of Mamba and its kin (it holds `A_log`) that is every linear but `in_proj`: its kernels take the weights
+    of the others, on a CPU of some of them, so that what is wrapped around such a linear has no effect.
+    """
+    return {
+        f"{name}.{child}".lstrip("."): type(mixer).__name__
+        for name, mixer in model.named_modules()
+        if isinstance(getattr(mixer, "A_log", None), nn.Parameter)
+        for child, linear in mixer.named_children()
+        if child != "in_proj" and is_linear(unwrap(linear))
+    }
+
+
 def matches(names: Names, name: str) -> bool:
     """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
     names or their last parts.
