@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
-from peft_sparse import ops
+from peft_sparse import accelerate_sparse, ops, pack_model
 from peft_sparse.ops.triton_switch import triton_takes_bitmask
 from peft_sparse.sparsity import PackedWeight
 
@@ -16,7 +17,19 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 # The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-SHAPES = [(1, 1), (5, 8), (9, 13), (70, 600), (3, 1030), (16, 512), (4, 513)]
+SHAPES = [(1, 1), (9, 13), (4, 512), (5, 600)]
+
+
+@pytest.fixture(params=["small tiles", "tiles"])
+def device(request, monkeypatch):
+    """The kernels switched on, once with tiles so small that each shape needs several; their device."""
+    from peft_sparse.ops import triton_bitmask
+
+    if request.param == "small tiles":
+        monkeypatch.setattr(triton_bitmask, "ROWS", 2)
+        monkeypatch.setattr(triton_bitmask, "COLUMNS", 128)
+    with ops.use_triton():
+        yield torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
 def packed(out, columns, zeros, device, dtype=torch.float32):
@@ -26,15 +39,14 @@ def packed(out, columns, zeros, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("zeros", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_equals_reference(use_triton, shape, zeros, dtype, bias):
+def test_equals_reference(device, shape, zeros, dtype):
     from peft_sparse.ops import triton_bitmask
 
-    weight = packed(*shape, zeros, use_triton, dtype)
-    x = torch.randn(1, 1, shape[1]).to(use_triton, dtype)
-    b = torch.randn(shape[0]).to(use_triton, dtype) if bias else None
+    weight = packed(*shape, zeros, device, dtype)
+    x = torch.randn(1, 1, shape[1]).to(device, dtype)
+    b = torch.randn(shape[0]).to(device, dtype) if zeros else None
     assert triton_takes_bitmask(x, weight, b)
     y = triton_bitmask.forward(x, weight, b)
     expected = ops.reference.packed_linear(x.float(), weight._replace(values=weight.values.float()), None)
@@ -44,23 +56,23 @@ def test_equals_reference(use_triton, shape, zeros, dtype, bias):
     torch.testing.assert_close(y.float(), expected, atol=atol, rtol=0)
 
 
-def test_strides_rows_that_are_empty_and_infinities(use_triton):
+def test_strides_rows_that_are_empty_and_infinities(device):
     from peft_sparse.ops import triton_bitmask
 
-    dense = torch.zeros(6, 20, device=use_triton)
+    dense = torch.zeros(6, 20, device=device)
     dense[1, 3], dense[4] = 2.0, torch.arange(20.0)
     weight = PackedWeight.of(dense)
-    weight = weight._replace(starts=weight.starts.to(use_triton))
-    x = torch.randn(40, device=use_triton)[::2]
+    weight = weight._replace(starts=weight.starts.to(device))
+    x = torch.randn(40, device=device)[::2]
     torch.testing.assert_close(triton_bitmask.forward(x, weight, None), dense @ x)
-    x = torch.full((20,), float("inf"), device=use_triton)
+    x = torch.full((20,), float("inf"), device=device)
     assert triton_bitmask.forward(x, weight, None).tolist()[:4] == [0, float("inf"), 0, 0]
 
 
 @pytest.mark.parametrize("case", ["two tokens", "float64", "another dtype", "compiled", "off"])
-def test_what_the_kernel_does_not_take(use_triton, case):
-    weight = packed(4, 8, 0.5, use_triton)
-    x = torch.randn(2 if case == "two tokens" else 1, 8, device=use_triton)
+def test_what_the_kernel_does_not_take(device, case):
+    weight = packed(4, 8, 0.5, device)
+    x = torch.randn(2 if case == "two tokens" else 1, 8, device=device)
     if case == "float64":
         x, weight = x.double(), weight._replace(values=weight.values.double())
     if case == "another dtype":
@@ -72,14 +84,14 @@ def test_what_the_kernel_does_not_take(use_triton, case):
         assert not takes(x, weight, None)
 
 
-def test_a_model_that_uses_it(use_triton):
+def test_a_model_that_uses_it(device):
     from torch import nn
 
     from peft_sparse import accelerate_sparse, pack_model
 
-    linear = nn.Linear(40, 24).to(use_triton, torch.bfloat16).requires_grad_(False)
-    linear.weight[torch.rand(linear.weight.shape, device=use_triton) < 0.5] = 0
-    x = torch.randn(1, 1, 40, device=use_triton).bfloat16()
+    linear = nn.Linear(40, 24).to(device, torch.bfloat16).requires_grad_(False)
+    linear.weight[torch.rand(linear.weight.shape, device=device) < 0.5] = 0
+    x = torch.randn(1, 1, 40, device=device).bfloat16()
     for make in (lambda: nn.Sequential(linear), lambda: pack_model(nn.Sequential(linear), target_modules=["0"])):
         model = make()
         expected = linear(x).float()

@@ -135,9 +135,10 @@ class BitmaskOperand(Operand):
         weight = weight_parameter(linear)
         if weight.dtype not in HALF:
             return f"bitmask is for half precision, not for {str(weight.dtype).removeprefix('torch.')}"
-        made = cls.of(linear)
-        probe = weight.new_zeros(made.weight.in_features)
-        return None if made.takes(probe, None) else f"bitmask does not run on {weight.device}"
+        tiny = PackedWeight.of(weight.new_ones(1, 8))
+        tiny = tiny._replace(starts=tiny.starts.to(weight.device))
+        runs = triton_takes_bitmask(weight.new_ones(8), tiny, None)
+        return None if runs else f"bitmask does not run on {weight.device}"
 
     @classmethod
     @torch.no_grad()
