@@ -280,7 +280,7 @@ def page(rows: list[Row], refusals: list[tuple[str, str]]) -> str:
     )
     parts = [introduction, "\n".join(lines)]
     if notes:
-        parts += ["Errors:", "\n".join(f"{number}. `{note}`" for number, note in enumerate(notes, start=1))]
+        parts += [f"[{number}]:\n\n```text\n{note}\n```" for number, note in enumerate(notes, start=1)]
     parts += ["## What does not work, and the error that you get"]
     parts += [f"**{what}.**\n\n```text\n{error}\n```" for what, error in refusals]
     return "\n\n".join(part.strip() for part in parts) + "\n"

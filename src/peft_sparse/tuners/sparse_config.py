@@ -87,7 +87,7 @@ class SparseConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, see PEFT's PeftConfig, with checksums.
 
-        That of the weights only where PeftModel saves, which writes them first and says how a model is found; models
+        That of the weights only where PeftModel saves, which writes them first (and says how a model is found). Models
         of transformers write their adapter's config first, beside weights that may be those of an earlier save.
         """
         weights = weights_crc32(save_directory) if "auto_mapping_dict" in kwargs else None
