@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
 from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
-from peft_sparse.linears import pack_model, unpack_model
+from peft_sparse.linears import dequantize_model, pack_model, quantize_model, unpack_model
 from peft_sparse.pruning import (
     calibration_batches,
     owl_sparsity,
@@ -32,6 +32,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "calibration_batches",
+    "dequantize_model",
     "load_sparse",
     "owl_sparsity",
     "pack_model",
@@ -43,6 +44,7 @@ __all__ = [
     "pst_param_groups",
     "push_sparse_to_hub",
     "save_sparse",
+    "quantize_model",
     "sparsity_report",
     "uniform_sparsity",
     "unpack_model",

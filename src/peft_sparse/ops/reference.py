@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity import PackedWeight, Weight, pack_mask, pst_importance, select_mask, unpack_mask
+from peft_sparse.sparsity import PackedWeight, Weight, dense_weight, pack_mask, pst_importance, select_mask, unpack_mask
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -66,9 +66,9 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
 
 
 def dense(weight: Weight) -> torch.Tensor:
-    """(out, in) of a weight that may be packed, differentiable in its values."""
-    if isinstance(weight, torch.Tensor):
-        return weight
+    """(out, in) of a weight that may be packed, differentiable in its values, or quantised."""
+    if not isinstance(weight, PackedWeight):
+        return dense_weight(weight)
     mask = unpack_mask(weight.bitmask, weight.in_features)
     return weight.values.new_zeros(mask.shape).masked_scatter(mask, weight.values)
 
@@ -78,22 +78,22 @@ def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) ->
 
     Args:
         x: (..., in).
-        weight: W, packed or not.
+        weight: W, dense, packed or quantised.
         bias: (out,) or None.
 
     Returns:
         (..., out), of the dtype of `x`.
     """
-    if isinstance(weight, PackedWeight):
-        return F.linear(x, dense(weight).to(x.dtype), bias)
-    return F.linear(x, weight, bias)
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight, bias)
+    return F.linear(x, dense(weight).to(x.dtype), bias)
 
 
 def spp_weight(weight: Weight, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """W_eff[i, j] = W[i, j] (1 + s B[i] A[g(i), j]), equation 5 of SPP (arXiv 2405.16057).
 
     Args:
-        weight: W, (out, in), packed or not.
+        weight: W, (out, in), dense, packed or quantised.
         A: (r, in), one row per row group.
         B: (out,).
         scaling: s.

@@ -1,0 +1,75 @@
+"""What is attached to a module: hooks that have to run when another function computes in its place.
+
+A tuner layer computes with the weight of its base layer without calling it. But calling a module is what brings in a
+weight that accelerate keeps in CPU memory or on disk (the module's own is empty until then), and what runs anybody's
+forward and backward hooks. So a base layer with hooks is called, with the other function as its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from torch import nn
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook of accelerate that brings in a module's offloaded parameters, if it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", [hook]):
+        if isinstance(candidate, AlignDevicesHook) and candidate.offload:
+            return candidate
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward."""
+    return "_hf_hook" in module.__dict__ or any(module.__dict__.get(name) for name in HOOKS)
+
+
+def call_as(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` as the forward of a module, with all that is attached to the module around it."""
+    name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's own forward calls the old one
+    before = module.__dict__.get(name)
+    setattr(module, name, function)
+    try:
+        return module(*args)
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+@contextmanager
+def weights_loaded(*modules: nn.Module) -> Iterator[None]:
+    """The weights that accelerate keeps elsewhere for these modules are in them. Changes do not last."""
+    hooked = [(hook, module) for module in modules if (hook := offload_hook(module)) is not None]
+    entered: list[tuple[AlignDevicesHook, nn.Module]] = []
+    try:
+        for hook, module in hooked:
+            hook.pre_forward(module)
+            entered.append((hook, module))
+        yield
+    finally:
+        for hook, module in entered:
+            hook.post_forward(module, torch.empty(0))
+
+
+def keep_loaded(module: nn.Module) -> None:
+    """Bring in a module's offloaded weights for good."""
+    if offload_hook(module) is not None:
+        remove_hook_from_module(module)
+
+
+def device_of(parameter: torch.Tensor, module: nn.Module) -> torch.device:
+    """Where a module's forward runs: with its weight, or where accelerate brings that."""
+    hook = offload_hook(module)
+    if not parameter.is_meta or hook is None or hook.execution_device is None:
+        return parameter.device
+    return torch.empty(0, device=hook.execution_device).device
