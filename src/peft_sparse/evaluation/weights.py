@@ -104,8 +104,13 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
     tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
-    counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
-    return (parameter for parameter in model.parameters() if id(parameter) not in adapters | counted)
+    seen = adapters | {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    for module in model.modules():
+        own = {name: id(p) for name, p in module.named_parameters(recurse=False) if id(p) not in seen}
+        seen |= set(own.values())
+        if own:
+            with weights_loaded(module):
+                yield from (module.get_parameter(name) for name in own)
 
 
 def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:

@@ -181,6 +181,4 @@ def check_float(dtype: torch.dtype) -> None:
     """Raises:
     ValueError: for a dtype that dense weights are not kept in."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            f"Dequantised weights are torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}."
-        )
+        raise ValueError(f"Dequantised weights are torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}.")

@@ -75,7 +75,7 @@ def write_quantized(module: nn.Module, weight: QuantizedWeight) -> None:
     """Overwrite the codes and scales of a quantised linear, in place, with those of a weight of the same layout."""
     now, linear = quantized_weight(module), module
     for old, new in zip(now, weight, strict=True):
-        if isinstance(old, torch.Tensor) and new is not None:
+        if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
             old.copy_(new)
     state: Any = getattr(linear, "state", None)
     if isinstance(now, EightBitWeight) and state.CB is not None and state.CB.data_ptr() != now.codes.data_ptr():
@@ -88,7 +88,8 @@ def write_quantized(module: nn.Module, weight: QuantizedWeight) -> None:
 
 def copy_of(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight in tensors of its own."""
-    made: Any = type(weight)(*(part.clone() if isinstance(part, torch.Tensor) else part for part in weight))
+    form: Any = type(weight)
+    made: QuantizedWeight = form(*(part.clone() if isinstance(part, torch.Tensor) else part for part in weight))
     return made
 
 

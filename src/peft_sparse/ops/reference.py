@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity import PackedWeight, Weight, dense_weight, pack_mask, pst_importance, select_mask, unpack_mask
+from peft_sparse.sparsity import (
+    PackedWeight,
+    Weight,
+    dense_weight,
+    pack_mask,
+    pst_importance,
+    select_mask,
+    unpack_mask,
+)
 from peft_sparse.sparsity.importance import score_dtype
 
 

@@ -157,9 +157,7 @@ def quantize_like(like: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeigh
     """
     weight = weight.detach().float()
     quantized = _to_eight_bits(weight) if isinstance(like, EightBitWeight) else _to_four_bits(like, weight)
-    moved = sum(
-        int(((quantized.rows(rows) != 0) != (weight[rows] != 0)).sum()) for rows in _row_slices(*weight.shape)
-    )
+    moved = sum(int(((quantized.rows(rows) != 0) != (weight[rows] != 0)).sum()) for rows in _row_slices(*weight.shape))
     if moved:
         raise ValueError(
             f"Quantising keeps the place of every zero, got {moved} of {weight.numel()} that would move: their scale "

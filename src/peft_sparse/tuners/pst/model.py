@@ -137,8 +137,8 @@ class PstModel(SparseTuner):
         if peft_config.sparsity_pattern:
             sparsities_by_name("sparsity_pattern", peft_config.sparsity_pattern, list(targets), peft_config.sparsity)
 
-    def _check_all_merges(self, adapter_names: list[str] | None) -> None:
-        super()._check_all_merges(adapter_names)
+    def _check_all_merges(self, adapter_names: list[str] | None, dtype: torch.dtype | None = None) -> None:
+        super()._check_all_merges(adapter_names, dtype)
         for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
             warn_about_schedule(self.model, adapter_name, doing="Merging")
 
