@@ -94,7 +94,9 @@ def test_what_was_quantised_stays(kind):
 
 def test_small_entries_beside_large_ones_keep_their_place():
     weight = torch.tensor([[1.0, 1e-6, -1e-6, 0.0]])
-    assert quantize_like(layout("nf4", (1, 4)), weight).dense()[0].tolist() == pytest.approx([1, 0.0795803, -0.09105, 0])
+    assert quantize_like(layout("nf4", (1, 4)), weight).dense()[0].tolist() == pytest.approx(
+        [1, 0.0795803, -0.09105, 0]
+    )
     assert quantize_like(layout("int8", (1, 4)), weight).codes.tolist() == [[127, 1, -1, 0]]
 
 

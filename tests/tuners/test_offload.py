@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -36,11 +37,11 @@ def mapped(model, folder):
     top = {name: "cpu" for name, _ in model.named_children() if not prefix.startswith(name)}
     inner = prefix.split(".")[0]
     top |= {
-        f"{inner}.{name}": "cpu" for name, _ in model.get_submodule(inner).named_children() if not prefix.endswith(name)
+        f"{inner}.{name}": "cpu"
+        for name, _ in model.get_submodule(inner).named_children()
+        if not prefix.endswith(name)
     }
-    return dispatch_model(
-        model, names | top, main_device="cpu", offload_dir=str(folder / "map"), force_hooks=True
-    )
+    return dispatch_model(model, names | top, main_device="cpu", offload_dir=str(folder / "map"), force_hooks=True)
 
 
 def base_of(make):
@@ -55,6 +56,11 @@ def step(model):
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def table(model) -> list[str]:
+    """A report but for its last line: nothing tells which weights on disk are tied."""
+    return str(sparsity_report(model)).splitlines()[:-1]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -79,10 +85,12 @@ def test_training_and_merging_an_offloaded_model(config, offload, make, tmp_path
     with torch.no_grad():
         adapted = here(IDS).logits
         torch.testing.assert_close(away(IDS).logits, adapted, atol=1e-5, rtol=0)
-        assert str(sparsity_report(away)) == str(sparsity_report(here))
+        assert table(away) == table(here)
         merged = away.merge_and_unload()
         torch.testing.assert_close(merged(IDS).logits, adapted, atol=1e-4, rtol=0)
-        assert str(sparsity_report(merged)) == str(sparsity_report(here.merge_and_unload()))
+        assert table(merged) == table(here.merge_and_unload())
+    if offload is not mapped:  # transformers saves offloaded models that have a device_map
+        remove_hook_from_submodules(merged)
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(IDS).logits, adapted, atol=1e-4, rtol=0)
@@ -111,8 +119,9 @@ def test_loading_an_adapter_dispatches_the_model_anew(tmp_path):
                              "lm_head": "cpu"},
     )  # fmt: skip
     model = PeftModel.from_pretrained(
-        base, tmp_path / "adapter", is_trainable=True, offload_folder=str(tmp_path / "off2"), device_map=base.hf_device_map
-    )
+        base, tmp_path / "adapter", is_trainable=True, offload_folder=str(tmp_path / "off2"),
+        device_map={f"base_model.model.{name}": where for name, where in base.hf_device_map.items()},
+    )  # fmt: skip
     assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(model(IDS).logits, saved(IDS).logits, atol=1e-5, rtol=0)
     _, gradients = step(model)

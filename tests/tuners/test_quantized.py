@@ -107,9 +107,7 @@ def test_gradients_are_those_of_the_dequantised_model(kind, dropout):
     dense = get_peft_model(
         dequantize_model(dense, torch.float32), SppConfig(r=4, init_weights=False, spp_dropout=dropout)
     )
-    dense.load_state_dict(
-        {k: v for k, v in quantised.state_dict().items() if "spp_" in k}, strict=False
-    )
+    dense.load_state_dict({k: v for k, v in quantised.state_dict().items() if "spp_" in k}, strict=False)
     gradients = []
     for model in (quantised, dense):
         torch.manual_seed(7)

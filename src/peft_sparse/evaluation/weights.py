@@ -20,6 +20,7 @@ from peft_sparse.linears import (
     weight_parameter,
     weights_loaded,
 )
+from peft_sparse.pruning.offload import storage_key
 from peft_sparse.sparsity import dense_weight
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredModel, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -105,9 +106,13 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
     seen = adapters | {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
-    for module in model.modules():
-        own = {name: id(p) for name, p in module.named_parameters(recurse=False) if id(p) not in seen}
-        seen |= set(own.values())
+    for path, module in model.named_modules():
+        own = []
+        for name, parameter in module.named_parameters(recurse=False):
+            key = storage_key(model, f"{path}.{name}".lstrip("."), parameter)
+            if id(parameter) not in seen and key not in seen:
+                own.append(name)
+                seen.add(key)
         if own:
             with weights_loaded(module):
                 yield from (module.get_parameter(name) for name in own)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from accelerate.utils import named_module_tensors, set_module_tensor_to_device
 from torch import nn
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -61,10 +62,24 @@ def weights_loaded(*modules: nn.Module) -> Iterator[None]:
             hook.post_forward(module, torch.empty(0))
 
 
-def keep_loaded(module: nn.Module) -> None:
-    """Bring in a module's offloaded weights for good."""
-    if offload_hook(module) is not None:
-        remove_hook_from_module(module)
+def keep_loaded(module: nn.Module, stored: dict[str, torch.Tensor] | None = None) -> None:
+    """Bring in a module's offloaded weights for good.
+
+    Args:
+        stored: by name, weights that are taken as they are given here: when PEFT loads an adapter for a model on disk,
+            accelerate does not know where the adapter's file has them.
+    """
+    hook, stored = offload_hook(module), stored or {}
+    if hook is None:
+        return
+    names = [name for name, _ in named_module_tensors(module, recurse=False)]
+    if not stored.keys() >= set(names):
+        hook.pre_forward(module)
+    hook.original_devices = {}  # where removing the hook would put them, which for some on disk is nowhere
+    remove_hook_from_module(module)
+    for name in names:
+        if name in stored:
+            set_module_tensor_to_device(module, name, hook.execution_device, value=stored[name])
 
 
 def device_of(parameter: torch.Tensor, module: nn.Module) -> torch.device:

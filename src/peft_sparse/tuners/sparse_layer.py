@@ -18,7 +18,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from peft_sparse import ops
 from peft_sparse.linears import (
     as_stored,
     bits,
@@ -44,11 +43,7 @@ from peft_sparse.sparsity import (
     weight_entries,
     with_entries,
 )
-
-# Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
-# float32 allows for TF32 matmuls.
-MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-PROBE_ROWS = 4
+from peft_sparse.tuners.merging import check_finite, check_merge
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
@@ -172,10 +167,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             )
         return weights_loaded(*offloaded)
 
-    def keep_adapters_loaded(self) -> None:
-        """Bring in all adapter weights that accelerate keeps elsewhere, for good. The base weight stays where it is."""
-        for container in self._containers():
-            keep_loaded(container)
+    def keep_adapters_loaded(self, stored: dict[str, torch.Tensor] | None = None) -> None:
+        """Bring in all adapter weights that accelerate keeps elsewhere, for good. The base weight stays where it is.
+
+        Args:
+            stored: by their name in this layer, weights that accelerate may not find again.
+        """
+        for name, container in self.named_children():
+            if name != "base_layer":
+                own = {key.removeprefix(f"{name}."): tensor for key, tensor in (stored or {}).items()}
+                keep_loaded(container, own)
 
     def weights_loaded(self) -> Any:
         """A context in which the base weight and the adapters' are here, wherever accelerate keeps them; to read."""
@@ -209,9 +210,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for adapter_name in self._present(adapter_names):
             effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
             entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-            self._check_finite(entries, adapter_name)
+            check_finite(entries, adapter_name, self._module_name)
             merged = with_entries(effective, entries)
-            self._check_merge(merged, support, weight, adapter_name)
+            check_merge(self, merged, support, weight, adapter_name)
             weight = merged
         return weight
 
@@ -279,37 +280,6 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 weight_parameter(self.base_layer).copy_(self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapters.clear()
-
-    def _check_finite(self, merged: torch.Tensor, adapter_name: str) -> None:
-        if merged.isfinite().all():
-            return
-        found = int((~merged.isfinite()).sum())
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs "
-            f"finite weights, got {found} NaN or infinite ones of {merged.numel()} in `{self._module_name}`; train "
-            "with a lower learning rate, or load an earlier checkpoint. Nothing was merged."
-        )
-
-    def _check_merge(self, merged: Weight, support: torch.Tensor, weight: Weight, adapter_name: str) -> None:
-        entries = weight_entries(merged)
-        moved = int(((entries != 0) != support).sum())
-        if moved:
-            raise RuntimeError(
-                f"Merging keeps every zero of the forward, got {moved} that differ in `{self._module_name}` (adapter "
-                f"{adapter_name}). Nothing was merged; please report this with your config."
-            )
-        generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
-        probe = torch.randn(PROBE_ROWS, self.in_features, generator=generator).to(entries)
-        with torch.autocast(device_type=entries.device.type, enabled=False):
-            expected = self.adapted_linear(probe, weight, None, adapter_name).double()
-            difference = (ops.packed_linear(probe, merged, None).double() - expected).norm()
-        tolerance = MERGE_TOLERANCE[entries.dtype]
-        if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(entries.dtype).tiny):
-            raise RuntimeError(
-                f"Merging keeps the layer's function, got outputs that differ by {difference / expected.norm():.1e} "
-                f"(relative; at most {tolerance:.0e} is rounding) in `{self._module_name}` (adapter {adapter_name}). "
-                "Nothing was merged; please report this with your config."
-            )
 
     # PEFT looks for `weight`, which a PackedLinear unpacks for each look, and which may be offloaded.
 

@@ -26,7 +26,7 @@ from peft_sparse.linears import (
     unwrap,
 )
 from peft_sparse.sparsity import dense_weight
-from peft_sparse.tuners.rounding import RoundingErrors
+from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -37,6 +37,7 @@ class SparseTuner(BaseTuner):
     tuner_layer_cls: type[SparseLayer] = SparseLayer
     # Default targets are found by structure, in `_prepare_model`, so there is no table of model types.
     target_module_mapping: dict[str, list[str]] = {}
+    _just_loaded: dict[str, torch.Tensor]
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
         return peft_config
@@ -118,7 +119,13 @@ class SparseTuner(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The last thing that PEFT does when it has loaded an adapter, after it dispatched an offloaded model anew.
-        self.keep_adapters_loaded()
+        stored = self.__dict__.pop("_just_loaded", {})
+        for name, layer in self.named_modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                prefix = f"base_model.{name}."
+                layer.keep_adapters_loaded(
+                    {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+                )
         super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     # Merging
@@ -220,6 +227,9 @@ class SparseTuner(BaseTuner):
                     "was saved with. Nothing was loaded."
                 )
         config._awaits_weights = False
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
+            tuner._just_loaded = remapped  # see `_cast_adapter_dtype`
         return remapped
 
 
