@@ -33,7 +33,9 @@ OPTIONS = {
     "save_only_model": {"save_strategy": "steps", "save_steps": 4, "save_only_model": True},
     "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 2},
     "epochs": {"max_steps": -1, "num_train_epochs": 2},
-    "drop last": {"max_steps": -1, "num_train_epochs": 2, "dataloader_drop_last": True, "gradient_accumulation_steps": 2},
+    "drop last": {
+        "max_steps": -1, "num_train_epochs": 2, "dataloader_drop_last": True, "gradient_accumulation_steps": 2,
+    },
     "weight decay": {"weight_decay": 0.1},
 }  # fmt: skip
 

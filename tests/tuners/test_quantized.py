@@ -1,4 +1,4 @@
-"""SPP on a base model that bitsandbytes has quantised: every zero kept, nothing of the weight's size kept for backward."""
+"""SPP on a base model that bitsandbytes has quantised: zeros kept, nothing of the weight's size kept for backward."""
 
 import copy
 import warnings

@@ -84,7 +84,7 @@ def save_sparse(
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What to hand to `save_pretrained`; None where it finds the tensors itself, offloaded by a device_map included."""
+    """What to hand to `save_pretrained`; None where it finds the tensors itself, as it does with a device_map."""
     if packed_linears(model):
         return unpacked_state(model)
     offloaded = getattr(model, "hf_device_map", None) is None and any(p.is_meta for p in model.parameters())

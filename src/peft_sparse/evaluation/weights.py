@@ -121,8 +121,8 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
 def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:
     if (model.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
         raise ValueError(
-            f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where bitsandbytes has quantised "
-            "them; load the model with transformers and pass it instead."
+            f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where bitsandbytes has "
+            "quantised them; load the model with transformers and pass it instead."
         )
     tensors, notes = model.tensors, []
     own = model.linears()

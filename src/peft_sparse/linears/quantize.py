@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -50,8 +49,8 @@ def quantize_model(
 
     Raises:
         ImportError: without bitsandbytes.
-        ValueError: for an unknown kind, if there is nothing to quantise, or if a target is no nn.Linear with weights in
-            memory. Nothing is changed then.
+        ValueError: for an unknown kind, if there is nothing to quantise, or if a target is no nn.Linear with finite
+            weights in memory. Nothing is changed then.
 
     Example:
         >>> # prune_wanda(model, batches, pattern="2:4")
@@ -92,11 +91,11 @@ def _targets(model: nn.Module, wanted: Names | None, excluded: Names | None) -> 
     targets: dict[str, nn.Linear] = {}
     for name, linear in found.items():
         if type(linear) is not nn.Linear or linear.weight.is_meta or hasattr(linear, "_hf_hook"):
-            what = "with an adapter" if isinstance(linear, BaseTunerLayer) else "without weights in memory"
+            elsewhere = " whose weight is elsewhere" if type(linear) is nn.Linear else ""
             raise ValueError(
                 "Quantising replaces instances of torch.nn.Linear with weights in memory, got "
-                f"{type(linear).__name__}{'' if type(linear) is not nn.Linear else ' ' + what} in `{name}`; exclude it "
-                "with `exclude_modules`, or quantise before adapters are added."
+                f"{type(linear).__name__}{elsewhere} in `{name}`; exclude it with `exclude_modules`, or quantise before "
+                "adapters are added."
             )
         if not linear.weight.isfinite().all():
             raise ValueError(f"Quantising needs finite weights, got NaN or infinity in `{name}`.")

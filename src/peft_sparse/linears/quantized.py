@@ -1,5 +1,5 @@
-"""Linears that bitsandbytes has quantised: Linear4bit (NF4, FP4; QLoRA, arXiv 2305.14314) and Linear8bitLt (LLM.int8(),
-arXiv 2208.07339). This is the one file that knows how their modules hold codes and scales.
+"""Linears that bitsandbytes has quantised: Linear4bit (NF4, FP4; QLoRA, arXiv 2305.14314) and Linear8bitLt
+(LLM.int8(), arXiv 2208.07339). This is the one file that knows how their modules hold codes and scales.
 
 bitsandbytes need not be installed, and is not imported unless something is to be quantised: a model that has such
 modules has imported it.
@@ -133,6 +133,6 @@ def _state(linear: Any) -> Any:
 
 def _not_yet(linear: nn.Module) -> ValueError:
     return ValueError(
-        f"A quantised weight is read, got a {type(linear).__name__} that is not quantised yet, which bitsandbytes does "
-        "when a module is moved to a device; call `model.to(device)` first, 'cpu' included."
+        f"A quantised weight is read, got a {type(linear).__name__} that is not quantised yet, which bitsandbytes "
+        "does when a module is moved to a device; call `model.to(device)` first, 'cpu' included."
     )

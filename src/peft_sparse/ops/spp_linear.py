@@ -6,8 +6,9 @@ With G = dY^T X and H = G * W:
 
 Only X is saved. W_eff is rebuilt in the backward, block of rows by block, so that no tensor of the weight's size lives
 longer than its block. A packed W is unpacked in the same blocks; its values get their gradient at the places of the
-mask. A quantised W is frozen and is dequantised in the same blocks, once in the forward and once in the backward. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`; where
-[`peft_sparse.ops.use_triton`] is on, layers on a GPU are computed by `peft_sparse.ops.triton_spp`.
+mask. A quantised W is frozen, and dequantised in the same blocks in forward and backward. The plain twins are
+`spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`; where [`peft_sparse.ops.use_triton`] is on, layers
+on a GPU are computed by `peft_sparse.ops.triton_spp`.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def _check_plain(name: str, linear: nn.Module) -> None:
         )
     if bits(linear) is not None:
         raise ValueError(
-            f"A pruner compares the weights of a model before it is quantised, got `{name}`, a {type(linear).__name__}; "
+            f"A pruner compares weights before they are quantised, got `{name}`, a {type(linear).__name__}; "
             "load the model without `quantization_config`, prune it, and call `quantize_model(model)` then."
         )
 

@@ -243,7 +243,7 @@ def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.
 
 
 def weight_entries(weight: Weight) -> torch.Tensor:
-    """The entries of a weight: the values of a packed one, else (out, in); of a quantised one in float32, a new tensor."""
+    """The entries of a weight: the values of a packed one, else (out, in); of a quantised one a new float32 tensor."""
     return weight.values if isinstance(weight, PackedWeight) else dense_weight(weight)
 
 

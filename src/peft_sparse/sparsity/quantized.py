@@ -6,11 +6,12 @@ byte, the earlier one in its upper half, and
     W[k] = table[code[k]] * absmax[block of k],
 
 with a table of 16 numbers in [-1, 1], of which 0 is one. "Double quantisation" stores each absmax as a byte too, as
-nested_table[byte] * nested_absmax + offset. 8 bits (LLM.int8(), arXiv 2208.07339): W[i, j] = code[i, j] absmax[i] / 127.
+nested_table[byte] * nested_absmax + offset. 8 bits (LLM.int8(), arXiv 2208.07339): W[i, j] = code[i, j] absmax[i] / 127
+with integer codes.
 
-So a zero has a code of its own and is exact, whatever its scale; and what has another code is not zero unless its scale
-is. [`quantize_like`] uses that: it gives a zero the code of zero and nothing else, so that the zeros of the quantised
-weight are those of the weight.
+So a zero has a code of its own and is exact, whatever its scale; and what has another code is not zero unless its
+scale is. [`quantize_like`] uses that: it gives zeros the code of zero, and nothing else, so that the zeros of the
+quantised weight are those of the weight.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _times(entries: torch.Tensor, scales: torch.Tensor, block_size: int) -> torc
 def quantize_like(like: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
     """Quantise a weight in the layout of another one, so that exactly its zeros are zeros.
 
-    Every entry gets the nearest code; but the code of zero goes to zeros alone. An entry so small beside its block that
+    Every entry gets the nearest code, but that of zero goes to zeros alone. An entry so small beside its block that
     zero would be nearest gets the smallest code of its sign, which is off by at most that code (NF4: 0.091 of the
     largest entry of its block, int8: 1/127 of that of its row).
 
@@ -226,9 +227,9 @@ def _nearest_codes(relative: torch.Tensor, signs: torch.Tensor, table: torch.Ten
 def lost_blocks(weight: QuantizedWeight) -> int:
     """How many blocks hold the lowest code alone, in a weight whose scales are quantised too.
 
-    It is what bitsandbytes' CUDA kernel makes of a block of zeros in NF4 (it divides by their largest magnitude, and
-    0 / 0 ends at the lowest code). With a scale of 0 that is zero all the same, but a quantised scale is not exactly 0,
-    so these blocks have lost their zeros.
+    It is what bitsandbytes' CUDA kernel makes of a block of zeros in NF4: it divides by their largest magnitude, and
+    0 / 0 ends at the lowest code. With a scale of 0 that is zero all the same, but a quantised scale is not exactly
+    0, so these blocks have lost their zeros.
     """
     if not isinstance(weight, FourBitWeight) or weight.nested_absmax is None:
         return 0

@@ -175,8 +175,8 @@ class SparseTuner(BaseTuner):
         check_float(dequantize_to)
         if not any(bits(module) is not None for module in self.model.modules()):
             raise ValueError(
-                "`dequantize_to` is for a model that bitsandbytes has quantised, got one without such layers; leave it "
-                "out, and cast the merged model with `.to(dtype)`."
+                "`dequantize_to` is for a model that bitsandbytes has quantised, got one without such layers; leave "
+                "it out, and cast the merged model with `.to(dtype)`."
             )
         self._check_all_merges(adapter_names, dequantize_to)
         for name, layer in list(self.model.named_modules()):
