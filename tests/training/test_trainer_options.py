@@ -97,6 +97,7 @@ def test_pst_reaches_its_sparsity(options, tmp_path):
             assert int((parameter == 0).sum()) == int(0.75 * parameter.numel())
 
 
+@pytest.mark.slow  # the quick suite has SPP in test_trainer.py
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_spp_keeps_its_zeros(options, tmp_path):
     torch.manual_seed(0)

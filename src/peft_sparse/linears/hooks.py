@@ -16,8 +16,6 @@ from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from accelerate.utils import named_module_tensors, set_module_tensor_to_device
 from torch import nn
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook of accelerate that brings in a module's offloaded parameters, if it has one."""
@@ -30,7 +28,8 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward."""
-    return "_hf_hook" in module.__dict__ or any(module.__dict__.get(name) for name in HOOKS)
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
 def call_as(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

@@ -137,10 +137,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         adapter_names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
         if not adapter_names:
             return self.base_layer(x, *args, **kwargs)
-        with self._adapters_loaded():
-            if has_hooks(self.base_layer):
-                return call_as(self.base_layer, partial(self._adapted_forward, adapter_names), x)
+        if not any(has_hooks(child) for child in self.children()):
             return self._adapted_forward(adapter_names, x)
+        with self._adapters_loaded():
+            return call_as(self.base_layer, partial(self._adapted_forward, adapter_names), x)
 
     def _adapted_forward(self, adapter_names: list[str], x: torch.Tensor) -> torch.Tensor:
         if self._bits is not None:  # as the base layer does, whose weight has no dtype to cast to
