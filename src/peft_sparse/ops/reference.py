@@ -170,7 +170,8 @@ def pst_updated_weight(weight: torch.Tensor, factors: PstFactors, scales: PstSca
     dtype = score_dtype(weight.dtype)
     updated = weight.to(dtype)
     if factors.U is not None and factors.V is not None:
-        updated = torch.addmm(updated, factors.U.to(dtype), factors.V.to(dtype), alpha=scales.beta)
+        with torch.autocast(weight.device.type, enabled=False):
+            updated = torch.addmm(updated, factors.U.to(dtype), factors.V.to(dtype), alpha=scales.beta)
     if factors.D is not None:
         updated = updated + factors.D.to(dtype)
     return updated
@@ -200,10 +201,11 @@ def pst_weight(weight: torch.Tensor, mask: torch.Tensor, factors: PstFactors, sc
     Returns:
         (out, in), at least float32.
     """
-    updated = pst_updated_weight(weight, factors, scales)
-    scores = pst_scores(updated, factors, scales)
-    straight_through = mask.to(scores.dtype) + (scores - scores.detach())
-    return straight_through.to(updated.dtype) * updated
+    with torch.autocast(weight.device.type, enabled=False):  # which would form products in half precision
+        updated = pst_updated_weight(weight, factors, scales)
+        scores = pst_scores(updated, factors, scales)
+        straight_through = mask.to(scores.dtype) + (scores - scores.detach())
+        return straight_through.to(updated.dtype) * updated
 
 
 def pst_linear(

@@ -115,7 +115,8 @@ class _SppLinear(torch.autograd.Function):
             (rows, partial(build, groups, rows, size))
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0])
         )
-        return linear_by_blocks(x, bias, weight.shape[0], blocks)
+        with autocast_off(x):
+            return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
     @once_differentiable
