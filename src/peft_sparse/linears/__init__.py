@@ -2,9 +2,17 @@
 
 The rest of the package sees every weight as (out_features, in_features). This is the one place that knows that
 transformers' Conv1D, GPT-2's linear, stores the transpose, where a linear is packed: stored without its zeros, or
-quantised by bitsandbytes, and where accelerate keeps its weight elsewhere.
+quantised by bitsandbytes, or accelerated: computing with another form of its weight, and where accelerate keeps it.
 """
 
+from peft_sparse.linears.accelerated import (
+    Acceleration,
+    acceleration_of,
+    install,
+    plain_class,
+    refuses_acceleration,
+    uninstall,
+)
 from peft_sparse.linears.blocks import (
     BlockList,
     Names,
@@ -12,10 +20,13 @@ from peft_sparse.linears.blocks import (
     block_linears,
     find_block_lists,
     linears_inside,
+    linears_not_called,
     matches,
+    select_linears,
 )
 from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
-from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
+from peft_sparse.linears.operands import OPERANDS, Operand
+from peft_sparse.linears.pack import pack_model, packable_linears, refuse_save_pretrained, replace_module, unpack_model
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.quantize import check_float, dequantize_model, quantize_model
 from peft_sparse.linears.quantized import (
@@ -40,9 +51,13 @@ from peft_sparse.linears.weights import (
 )
 
 __all__ = [
+    "OPERANDS",
+    "Acceleration",
     "BlockList",
     "Names",
+    "Operand",
     "PackedLinear",
+    "acceleration_of",
     "as_stored",
     "bits",
     "block_linear_names",
@@ -58,19 +73,27 @@ __all__ = [
     "get_weight",
     "has_hooks",
     "in_out_features",
+    "install",
     "is_foreign",
     "is_linear",
     "keep_loaded",
     "linears_inside",
+    "linears_not_called",
     "matches",
     "num_zeros",
     "offload_hook",
     "pack_model",
+    "packable_linears",
+    "plain_class",
     "quantize_model",
     "quantized_weight",
     "refuse_save_pretrained",
+    "refuses_acceleration",
+    "replace_module",
+    "select_linears",
     "set_weight",
     "stored_weight",
+    "uninstall",
     "unpack_model",
     "unwrap",
     "weight_parameter",

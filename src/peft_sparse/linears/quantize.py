@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -94,11 +95,12 @@ def _targets(model: nn.Module, wanted: Names | None, excluded: Names | None) -> 
             elsewhere = " whose weight is elsewhere" if type(linear) is nn.Linear else ""
             raise ValueError(
                 "Quantising replaces instances of torch.nn.Linear with weights in memory, got "
-                f"{type(linear).__name__}{elsewhere} in `{name}`; exclude it with `exclude_modules`, or quantise before "
-                "adapters are added."
+                f"{type(linear).__name__}{elsewhere} in `{name}`; exclude it with `exclude_modules`, or quantise "
+                "before adapters are added."
             )
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"Quantising needs finite weights, got NaN or infinity in `{name}`.")
+        if linear.weight.element_size() > 4 or not linear.weight.isfinite().all():
+            found = linear.weight.dtype if linear.weight.element_size() > 4 else "NaN or infinity"
+            raise ValueError(f"Quantising takes finite weights in at most 32 bits, got {found} in `{name}`.")
         targets[name] = linear
     return targets
 
@@ -155,8 +157,18 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
 
     Returns:
         `model`.
+
+    Raises:
+        ValueError: for a dtype that is not floating, or if a quantised linear carries an adapter. Nothing is changed
+            then.
     """
     check_float(dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and bits(module.get_base_layer()) is not None:
+            raise ValueError(
+                f"Dequantising replaces plain layers, got `{name}`, which carries an adapter "
+                f"({type(module).__name__}); call `model.merge_and_unload(dequantize_to=...)`."
+            )
     for name, module in list(model.named_modules()):
         if bits(module) is not None:
             dense = quantized_weight(module).dense()

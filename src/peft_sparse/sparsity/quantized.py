@@ -6,8 +6,8 @@ byte, the earlier one in its upper half, and
     W[k] = table[code[k]] * absmax[block of k],
 
 with a table of 16 numbers in [-1, 1], of which 0 is one. "Double quantisation" stores each absmax as a byte too, as
-nested_table[byte] * nested_absmax + offset. 8 bits (LLM.int8(), arXiv 2208.07339): W[i, j] = code[i, j] absmax[i] / 127
-with integer codes.
+nested_table[byte] * nested_absmax + offset. 8 bits (LLM.int8(), arXiv 2208.07339): with integer codes,
+W[i, j] = code[i, j] * absmax[i] / 127.
 
 So a zero has a code of its own and is exact, whatever its scale; and what has another code is not zero unless its
 scale is. [`quantize_like`] uses that: it gives zeros the code of zero, and nothing else, so that the zeros of the

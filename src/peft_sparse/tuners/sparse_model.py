@@ -23,9 +23,11 @@ from peft_sparse.linears import (
     dequantize_model,
     is_foreign,
     is_linear,
+    linears_not_called,
     unwrap,
 )
 from peft_sparse.sparsity import dense_weight
+from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -46,8 +48,11 @@ class SparseTuner(BaseTuner):
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        not_called = linears_not_called(model)
         if peft_config.target_modules is None:
-            peft_config.target_modules = block_linear_names(model)  # type: ignore[assignment] # PEFT's habit
+            names = block_linear_names(model)
+            called = {name for name in names if not any(f".{full}".endswith(f".{name}") for full in not_called)}
+            peft_config.target_modules = called  # type: ignore[assignment] # PEFT's habit
         _include_all_linear(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -61,6 +66,11 @@ class SparseTuner(BaseTuner):
         }
         for name, module in targets.items():
             self._check_target(name, module)
+            if name in not_called:
+                raise ValueError(
+                    f"An adapter works where its linear is called, got `{name}`, whose weight {not_called[name]} "
+                    "takes without calling it; leave it out of `target_modules`, or exclude it with `exclude_modules`."
+                )
         self._check_targets(targets, peft_config)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
@@ -107,8 +117,8 @@ class SparseTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's also moves adapters to the device of `weight`, which a PackedLinear has not, and which of an offloaded
-        # layer is no place to be. They are where the forward runs since `update_layer`.
+        # PEFT's also moves adapters to the device of `weight`, which a PackedLinear and a RoBERTa's classification head
+        # have not, and which of an offloaded layer is no place to be. They are in place since `update_layer`.
         setattr(parent, child_name, new_module)
 
     def keep_adapters_loaded(self) -> None:
@@ -191,7 +201,16 @@ class SparseTuner(BaseTuner):
 
         Args:
             dtype: of what quantised layers become; None: they are quantised again.
+
+        Raises:
+            ValueError, RuntimeError: see [`SparseLayer.merged_weight`]; or for an adapter that the model has not.
         """
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"`adapter_names` is a list of the model's adapters, got {adapter_names!r}; it has "
+                f"{', '.join(map(repr, self.peft_config))}. Nothing was merged."
+            )
         errors = RoundingErrors()
         for layer in self.sparse_layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
@@ -213,24 +232,25 @@ class SparseTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """PEFT's remapping, with all shapes checked before the first tensor is loaded."""
+        """PEFT's remapping, with all tensors checked before the first one is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         current = model.state_dict()
-        for key, tensor in remapped.items():
-            expected = current.get(key)
-            if expected is not None and expected.shape != tensor.shape:
-                _take_back(model, config, adapter_name)
-                raise ValueError(
-                    "The shapes of an adapter checkpoint fit the model that it was trained on, got "
-                    f"{tuple(tensor.shape)} for `{key}`, which has shape {tuple(expected.shape)} here; load it onto "
-                    "its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it "
-                    "was saved with. Nothing was loaded."
-                )
+        try:
+            check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
+            cls._check_loaded(model, adapter_name, remapped)
+        except ValueError:
+            _take_back(model, config, adapter_name)
+            raise
         config._awaits_weights = False
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
             tuner._just_loaded = remapped  # see `_cast_adapter_dtype`
         return remapped
+
+    @classmethod
+    def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
+        """What a method wants of the tensors that are about to be loaded, by their key in the model; raises
+        ValueError."""
 
 
 def _include_all_linear(config: Any, model: nn.Module) -> None:
