@@ -117,8 +117,8 @@ class SparseTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's also moves adapters to the device of `weight`, which a PackedLinear and a RoBERTa's classification head
-        # have not, and which of an offloaded layer is no place to be. They are in place since `update_layer`.
+        # PEFT's also moves adapters to the device of `weight`, which a PackedLinear and a RoBERTa's classification
+        # head have not, and which of an offloaded layer is no place to be. They are in place since `update_layer`.
         setattr(parent, child_name, new_module)
 
     def keep_adapters_loaded(self) -> None:
