@@ -9,7 +9,7 @@ from importlib.metadata import version
 from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
 from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
 from peft_sparse.inference import AccelerationReport, accelerate_sparse, remove_acceleration
-from peft_sparse.linears import pack_model, unpack_model
+from peft_sparse.linears import dequantize_model, pack_model, quantize_model, unpack_model
 from peft_sparse.pruning import (
     calibration_batches,
     owl_sparsity,
@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "accelerate_sparse",
     "calibration_batches",
+    "dequantize_model",
     "load_sparse",
     "owl_sparsity",
     "pack_model",
@@ -45,6 +46,7 @@ __all__ = [
     "prune_wanda",
     "pst_param_groups",
     "push_sparse_to_hub",
+    "quantize_model",
     "remove_acceleration",
     "save_sparse",
     "sparsity_report",
