@@ -139,8 +139,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     where = {name: sorted({str(row.columns[name]) for row in rows if row.columns.get(name)}) for name in WHERE_FROM}
     text = "; ".join(f"{name} {', '.join(values)}" for name, values in where.items() if values)
     return [
-        f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a CPU "
-        "(which others on the machine lengthen less), by the clock on a GPU. Peak: tensors in the first steps beyond "
+        f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a CPU"
+        " (which others on the machine lengthen less), by the clock on a GPU. Peak: tensors in the first steps beyond "
         "the model's own. (edge): the best rate was the highest or lowest tried, so a better one may lie beyond.",
         "",
         f"Measured with {text}." if text else "",
