@@ -22,6 +22,7 @@ from benchmarks.leaderboard.methods import METHODS
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget, Trial
 from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.variants import VARIANTS
 from peft_sparse import calibration_batches, perplexity, verify_sparsity
 from peft_sparse.pruning import prune_magnitude, prune_sparsegpt, prune_wanda
 
@@ -35,6 +36,7 @@ SETTINGS = {
 CASES = tuple(f"{pruner} {setting}" for pruner in ("wanda", "sparsegpt") for setting in ("50%", "75%", "2:4"))
 DENSE_CASE = "dense"  # of the rows that start from the dense model, which are the same for all cases
 VALIDATION_SHARE = 0.1
+ALL = {**METHODS, **VARIANTS}
 TRAIN_TEXT, TEST_TEXT, CALIBRATION = "wikitext2/valid.txt", "wikitext2/test_a.txt", "c4_calibration/c4_300.jsonl"
 
 
@@ -52,7 +54,7 @@ class CausalLm:
     name = "causal-lm"
     metric, better = "perplexity", "lower"
     ours = methods.OURS
-    titles: Mapping[str, str] = {name: method.title for name, method in METHODS.items()}
+    titles: Mapping[str, str] = {name: method.title for name, method in ALL.items()}
     rivals = (*(name for name, method in METHODS.items() if method.keeps and name != methods.OURS), "full")
 
     def __init__(
@@ -75,11 +77,11 @@ class CausalLm:
             if pruner not in PRUNERS or setting not in SETTINGS:
                 raise SystemExit(f"A case is a pruner of {list(PRUNERS)} and one of {list(SETTINGS)}, got {case!r}.")
         for row in rows:
-            if row not in METHODS:
-                raise SystemExit(f"A row of {self.name} is one of {list(METHODS)}, got {row!r}.")
-        pairs = [(DENSE_CASE, row) for row in rows if METHODS[row].dense]
-        pairs += [(case, row) for case in cases for row in rows if not METHODS[row].dense]
-        return [Line(self.name, self.model, case, row, METHODS[row].start, seeds, self.budget) for case, row in pairs]
+            if row not in ALL:
+                raise SystemExit(f"A row of {self.name} is one of {list(ALL)}, got {row!r}.")
+        pairs = [(DENSE_CASE, row) for row in rows if ALL[row].dense]
+        pairs += [(case, row) for case in cases for row in rows if not ALL[row].dense]
+        return [Line(self.name, self.model, case, row, ALL[row].start, seeds, self.budget) for case, row in pairs]
 
     # The text
 
@@ -153,7 +155,7 @@ class CausalLm:
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Train, merge, verify and measure."""
-        method, folder = METHODS[trial.row], self.checkpoint(trial.case)
+        method, folder = ALL[trial.row], self.checkpoint(trial.case)
         model = self.load(folder)
         found: dict[str, Any] = {"fingerprint": methods.fingerprint(model)}
         if method.adapt is not None:

@@ -61,9 +61,9 @@ def _is_transposed(model: nn.Module) -> bool:
     return any(isinstance(linear, Conv1D) for linear in block_linears(model).values())
 
 
-def spp(model: nn.Module, r: int = ROW_GROUPS, **options) -> Tuned:
+def spp(model: nn.Module, r: int = ROW_GROUPS, scaling: float = 2.0) -> Tuned:
     """Ours."""
-    return _peft(model, SppConfig(r=r, spp_alpha=2 * r, task_type=TaskType.CAUSAL_LM, **options))
+    return _peft(model, SppConfig(r=r, spp_alpha=scaling * r, task_type=TaskType.CAUSAL_LM))
 
 
 def hira(model: nn.Module, r: int = RANK) -> Tuned:
