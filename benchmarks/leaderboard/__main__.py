@@ -46,6 +46,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--data", type=Path, default=check_pruning.SHARED / "data", help="default: shared/data")
     found.add_argument("--store", type=Path, default=STORE, help="where runs are kept (default: .leaderboard)")
     found.add_argument("--out", type=Path, default=OUT, help="tables and charts (default: results/leaderboard)")
+    found.add_argument("--name", default=None, help="added to the files' names, for a table of some --rows")
     found.add_argument("--render", action="store_true", help="make no runs, only the tables and charts")
     found.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
     return found
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             status = int(any(worker.exitcode for worker in workers))
     records = Store(args.store).records()
     for part, several in lines.items():
-        path = render.render(part, several, records, args.out)
+        path = render.render(part, several, records, args.out, args.name)
         print(f"No result of {part.name} yet." if path is None else f"\n{path.read_text(encoding='utf-8')}\n{path}")
     return status
 

@@ -55,7 +55,9 @@ class CausalLm:
     metric, better = "perplexity", "lower"
     ours = methods.OURS
     titles: Mapping[str, str] = {name: method.title for name, method in ALL.items()}
-    rivals = (*(name for name, method in METHODS.items() if method.keeps and name != methods.OURS), "full")
+    rivals = tuple(
+        name for name, method in ALL.items() if name != methods.OURS and name != "pruned" and not method.dense
+    )
 
     def __init__(
         self, folder: Path, data: Path, store: Store, budget: Budget, device: torch.device, label: str | None = None

@@ -34,14 +34,12 @@ class Method(NamedTuple):
         adapt: from a model to what is trained; None: the row is not trained.
         start: the first learning rates of the search, one for each that it searches.
         dense: it starts from the dense model: a ceiling, or what adaptation to the text alone gives.
-        keeps: it keeps the zeros and the function when merged, so it is a rival of SPP.
     """
 
     title: str
     adapt: Callable[[nn.Module], Tuned] | None
     start: tuple[float, ...] = ()
     dense: bool = False
-    keeps: bool = False
 
 
 def _peft(model: nn.Module, config) -> Tuned:
@@ -122,11 +120,11 @@ METHODS: dict[str, Method] = {
     "dense_lora": Method("dense, LoRA r=8 on the same data", lora, (5e-3,), dense=True),
     "dense_full": Method("dense, all linears on the same data", lambda m: tuned.full(m, False), (1e-3,), dense=True),
     "pruned": Method("pruned, untuned", None),
-    "spp": Method("SPP r=16 (ours)", spp, (2e-2,), keeps=True),
-    "hira": Method("HiRA r=8 (PEFT)", hira, (1e-2,), keeps=True),
-    "supertuning": Method("Super-Tuning (PEFT)", supertuning, (1e-3,), keeps=True),
-    "ia3": Method("IA3 (PEFT)", ia3, (1e-2,), keeps=True),
-    "masked_lora": Method("masked LoRA r=8", masked_lora, (5e-3,), keeps=True),
+    "spp": Method("SPP r=16 (ours)", spp, (2e-2,)),
+    "hira": Method("HiRA r=8 (PEFT)", hira, (1e-2,)),
+    "supertuning": Method("Super-Tuning (PEFT)", supertuning, (1e-3,)),
+    "ia3": Method("IA3 (PEFT)", ia3, (1e-2,)),
+    "masked_lora": Method("masked LoRA r=8", masked_lora, (5e-3,)),
     "lora_remask": Method("LoRA r=8, zeros put back after merging", lora_then_remask, (5e-3,)),
     "full": Method("full sparse fine-tuning", lambda m: tuned.full(m, True), (1e-3,)),
 }  # fmt: skip

@@ -20,12 +20,15 @@ from benchmarks.leaderboard.summary import LARGEST, WHERE_FROM, Row, rows_of, ve
 PANEL = 3.6  # inches
 
 
-def render(part: Any, lines: Sequence[Line], records: Mapping[str, Record], out: Path) -> Path | None:
+def render(
+    part: Any, lines: Sequence[Line], records: Mapping[str, Record], out: Path, name: str | None = None
+) -> Path | None:
     """Write a part's files.
 
     Args:
         part: its `name`, `model`, `metric`, `better`, `titles`, `ours`, `rivals`, `budget`.
         lines: rows that belong into the table; those without a result are left out.
+        name: added to the files' names, for a table of some rows beside that of all.
 
     Returns:
         The Markdown file; None: there is no result.
@@ -33,7 +36,7 @@ def render(part: Any, lines: Sequence[Line], records: Mapping[str, Record], out:
     rows = rows_of(lines, records, part.titles, part.metric)
     if not rows:
         return None
-    base = out / f"{part.name}-{part.model}-{part.budget.name}"
+    base = out / "-".join([part.name, part.model, part.budget.name, *([name] if name else [])])
     out.mkdir(parents=True, exist_ok=True)
     report.write([_flat(row) for row in rows], base.with_name(base.name + ".csv"))
     _write_runs(lines, records, base.with_name(base.name + "-runs.csv"))
@@ -99,7 +102,7 @@ def _budget_text(budget: Budget) -> str:
 
 def _table(rows: Sequence[Row], part: Any) -> list[str]:
     extra = [name for name in ("zeroshot", "BLEU") if any(name in row.columns for row in rows)]
-    names = {"zeroshot": "zero-shot accuracy", "BLEU": "BLEU"}
+    names = {"zeroshot": "zero-shot accuracy, %", "BLEU": "BLEU"}
     heads = ["row", part.metric, *(names[name] for name in extra), "sparsity", "zeros lost", "merge difference"]
     heads += ["trained", "s / step", "peak MB", "rate", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
