@@ -45,6 +45,7 @@ class Step:
 
     def __init__(self, tuned: Tuned, rates: Sequence[float], batches: Sequence[Batch], budget: Budget) -> None:
         self.tuned, self.batches, self.steps = tuned, batches, budget.steps
+        tuned.prepare(batches)
         self.optimizer = torch.optim.AdamW(tuned.parameter_groups(rates), weight_decay=0.0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: _rate_at(done, budget))
         self.trained = tuned.trainable

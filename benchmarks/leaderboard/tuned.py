@@ -30,12 +30,14 @@ class Tuned:
         merge: returns the plain model that the row leaves; called once, after training.
         groups: from the rates to the optimizer's parameter groups.
         after_step: called with (optimizer steps done, steps in all), once before the first step.
+        prepare: called with the training batches before the optimizer is made.
     """
 
     model: nn.Module
     merge: Callable[[], nn.Module]
     groups: Callable[[Sequence[float]], list[dict[str, Any]]] | None = None
     after_step: Callable[[int, int], None] = field(default=lambda done, total: None)
+    prepare: Callable[[Sequence[dict[str, torch.Tensor]]], None] = field(default=lambda batches: None)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ start, and the first steps of B scale rows by random signs. The variants change 
 * `spp_b4`, `spp_b16`, `spp_a4`: a higher rate for B, or for A (LoRA+ does so for LoRA's B);
 * `spp_unit`: A starts normal with deviation 1, with the scaling divided by sqrt(in), so that rates are relative to it;
 * `spp_ones`: A starts at 1, so that the first steps of B scale whole rows, in the direction of the gradient;
+* `spp_gradient`: A starts in the direction in which the loss falls fastest, see [`_gradient_start`];
 * `spp_s1`, `spp_s8`: another scaling, spp_alpha / r;
 * `spp_r4`, `spp_r32`, `spp_r64`: fewer and more row groups, which is not the same number of parameters.
 """
@@ -63,6 +64,43 @@ def _unit(layer: SppLinear, A: torch.Tensor) -> None:
     layer._scaling["default"] /= layer.in_features**0.5
 
 
+POWER_ITERATIONS, POWER_BATCHES, PROBE = 2, 2, 0.05
+
+
+def _gradient_start(model: nn.Module) -> Tuned:
+    """A[g] starts as the first right singular vector of the group's H = G * W, of the length that it has otherwise.
+
+    A row of A is what B's gradient is a projection on, dB[i] = s <H[i], A[g]>, so a random one hides nearly all of it.
+    The power iteration A <- H^T (H A) needs no H: the layer's own backward gives H A as dB, and with B set to a little
+    of it H^T (H A) as dA. That takes two backward passes for each iteration and nothing of the weight's size.
+    """
+    found = spp(model)
+    layers = [module for module in found.model.modules() if isinstance(module, SppLinear)]
+
+    def backward(batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        found.model.zero_grad()
+        for batch in batches:
+            found.model(**batch).loss.backward()
+
+    def prepare(batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        for _ in range(POWER_ITERATIONS):
+            backward(batches[:POWER_BATCHES])
+            with torch.no_grad():
+                for layer in layers:
+                    B = layer.spp_B["default"]
+                    B.copy_(PROBE * B.grad / B.grad.abs().max().clamp_min(1e-30))
+            backward(batches[:POWER_BATCHES])
+            with torch.no_grad():
+                for layer in layers:
+                    A = layer.spp_A["default"]
+                    norm = A.grad.norm(dim=1, keepdim=True)
+                    A.copy_(torch.where(norm > 0, A.grad / norm.clamp_min(1e-30) / 3**0.5, A))
+                    layer.spp_B["default"].zero_()
+        found.model.zero_grad()
+
+    return Tuned(found.model, found.merge, prepare=prepare)
+
+
 def _scaled(scaling: float) -> Callable[[nn.Module], Tuned]:
     return lambda model: spp(model, scaling=scaling)
 
@@ -77,6 +115,7 @@ VARIANTS: dict[str, Method] = {
     "spp_a4": Method("SPP, rate of A 4 times B's", _with_ratio(1 / 4), (2e-2,)),
     "spp_unit": Method("SPP, A normal and scaling / sqrt(in)", _with_start(_unit), (1e-1,)),
     "spp_ones": Method("SPP, A = 1 at the start", _with_start(lambda layer, A: A.fill_(1.0)), (1e-2,)),
+    "spp_gradient": Method("SPP, A along the gradient at the start", _gradient_start, (2e-2,)),
     "spp_s1": Method("SPP, scaling 1", _scaled(1.0), (2e-2,)),
     "spp_s8": Method("SPP, scaling 8", _scaled(8.0), (1e-2,)),
     "spp_r4": Method("SPP r=4", _groups(4), (2e-2,)),
