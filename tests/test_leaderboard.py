@@ -33,6 +33,7 @@ from benchmarks.leaderboard import (
     summary,
     training,
     tuned,
+    variants,
     zeroshot,
 )
 from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget
@@ -240,6 +241,36 @@ def test_a_row_trains_merges_and_keeps_the_zeros(name):
     if name in ("hira", "masked_lora", "supertuning", "lora_remask"):
         own = sum(p.numel() for p in methods.METHODS["spp"].adapt(models.tiny_llama()).trainable)
         assert 0.7 < size / own < 1.1
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_starts_as_the_pruned_model_and_trains(name):
+    model = prune_magnitude(models.tiny_llama(), "2:4")
+    ids = torch.randint(3, models.VOCAB_SIZE, (2, 16))
+    start = training.outputs(model, {"input_ids": ids})
+    row = variants.VARIANTS[name].adapt(model)
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    row.prepare(batches)
+    assert torch.equal(training.outputs(row.model, batches[0]), start)
+    groups = row.parameter_groups((1e-2,))
+    assert sum(len(group["params"]) for group in groups) == len(row.trainable)
+    training.train(row, (1e-2,), batches, SMOKE, CPU)
+    assert (training.outputs(row.model, batches[0]) - start).abs().max() > 1e-4
+
+
+def test_the_start_along_the_gradient_shows_more_of_it():
+    model, ids = prune_magnitude(models.tiny_llama(), "2:4"), torch.randint(3, models.VOCAB_SIZE, (2, 16))
+    row = variants.VARIANTS["spp_gradient"].adapt(model)
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    own = [parameter for name, parameter in row.model.named_parameters() if ".spp_B." in name]
+
+    def shown():
+        gradients = torch.autograd.grad(row.model(**batches[0]).loss, own)
+        return torch.stack([gradient.norm() for gradient in gradients])
+
+    before = shown()
+    row.prepare(batches)
+    assert (shown() > 2 * before).float().mean() > 0.9
 
 
 def test_masked_lora_is_the_formula():

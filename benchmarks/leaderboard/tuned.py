@@ -109,10 +109,15 @@ class MaskedLora(nn.Module):
 
 def masked_lora(model: nn.Module, r: int, alpha: float) -> Tuned:
     """Masked LoRA on every linear of the blocks."""
+    return parametrized(model, lambda weight: MaskedLora(weight, r, alpha))
+
+
+def parametrized(model: nn.Module, make: Callable[[torch.Tensor], nn.Module]) -> Tuned:
+    """A parametrization of the weight of every linear of the blocks is trained, and nothing else."""
     model.requires_grad_(False)
     linears = list(block_linears(model).values())
     for linear in linears:
-        parametrize.register_parametrization(linear, "weight", MaskedLora(linear.weight, r, alpha))
+        parametrize.register_parametrization(linear, "weight", make(linear.weight))
 
     def merge() -> nn.Module:
         for linear in linears:

@@ -8,12 +8,14 @@ start, and the first steps of B scale rows by random signs. The variants change 
 * `spp_unit`: A starts normal with deviation 1, with the scaling divided by sqrt(in), so that rates are relative to it;
 * `spp_ones`: A starts at 1, so that the first steps of B scale whole rows, in the direction of the gradient;
 * `spp_gradient`: A starts in the direction in which the loss falls fastest, see [`_gradient_start`];
+* `spp_additive`: W + M * (s B A), the update is not multiplied by the weight but by the mask, see [`AdditiveSpp`];
 * `spp_s1`, `spp_s8`: another scaling, spp_alpha / r;
 * `spp_r4`, `spp_r32`, `spp_r64`: fewer and more row groups, which is not the same number of parameters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 from benchmarks.leaderboard.methods import ROW_GROUPS, Method, spp
-from benchmarks.leaderboard.tuned import Tuned
+from benchmarks.leaderboard.tuned import Tuned, parametrized
 from peft_sparse.tuners.spp import SppLinear
 
 
@@ -101,6 +103,31 @@ def _gradient_start(model: nn.Module) -> Tuned:
     return Tuned(found.model, found.merge, prepare=prepare)
 
 
+class AdditiveSpp(nn.Module):
+    """W -> W + M * (s B[i] A[g(i), j]), M = (W != 0), s = 2 rms(W[M]): SPP's factors, groups, start and number of
+    parameters, with the mask where SPP has the weight, so that a small weight moves as far as a large one. It could be
+    computed as SPP is, with H = G * M; here it is a parametrization, which only has to be right.
+    """
+
+    def __init__(self, weight: torch.Tensor, r: int) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        groups = min(r, rows)
+        self.A, self.B = nn.Parameter(torch.empty(groups, columns)), nn.Parameter(torch.zeros(rows))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        parts = torch.arange(rows).tensor_split(groups)
+        of_row = torch.cat([torch.full((len(part),), group) for group, part in enumerate(parts)])
+        self.register_buffer("of_row", of_row)
+        self.scaling = 2 * float(weight.detach()[weight != 0].square().mean().sqrt())
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (weight != 0) * (self.scaling * self.B[:, None] * self.A[self.of_row])
+
+
+def _additive(model: nn.Module) -> Tuned:
+    return parametrized(model, lambda weight: AdditiveSpp(weight, ROW_GROUPS))
+
+
 def _scaled(scaling: float) -> Callable[[nn.Module], Tuned]:
     return lambda model: spp(model, scaling=scaling)
 
@@ -116,6 +143,7 @@ VARIANTS: dict[str, Method] = {
     "spp_unit": Method("SPP, A normal and scaling / sqrt(in)", _with_start(_unit), (1e-1,)),
     "spp_ones": Method("SPP, A = 1 at the start", _with_start(lambda layer, A: A.fill_(1.0)), (1e-2,)),
     "spp_gradient": Method("SPP, A along the gradient at the start", _gradient_start, (2e-2,)),
+    "spp_additive": Method("SPP's factors times the mask, not the weight", _additive, (6e-2,)),
     "spp_s1": Method("SPP, scaling 1", _scaled(1.0), (2e-2,)),
     "spp_s8": Method("SPP, scaling 8", _scaled(8.0), (1e-2,)),
     "spp_r4": Method("SPP r=4", _groups(4), (2e-2,)),
