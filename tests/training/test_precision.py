@@ -104,7 +104,7 @@ def load(llama_dir):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_200_steps_within_the_noise_of_half_precision(kind, way, float32_runs, llama_dir, shared):
-    """On average a loss differs by no more than twice what rounding the weights once does, and half a bfloat16 digit."""
+    """A loss differs, on average, by no more than twice what rounding the weights once does, and half a digit."""
     batches, (expected, rounded) = text_batches(llama_dir, shared), float32_runs[kind]
     model = make(load(llama_dir), kind, weights_dtype(way))
     found = run(model, way, batches, STEPS, LEARNING_RATES[kind])
