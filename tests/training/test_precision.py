@@ -86,11 +86,14 @@ def text_batches(llama_dir, shared):
 
 @pytest.fixture(scope="module")
 def float32_runs(llama_dir, shared):
-    """Losses of both methods in float32, and the same with another order of data: what another seed does to them."""
+    """Losses in float32, and those of the same float32 run from weights that were rounded to bfloat16 once: the noise
+    of bfloat16. Where a mask is chosen anew in each step, small differences grow, whatever they come from."""
     batches = text_batches(llama_dir, shared)
-    return {
-        kind: run(make(load(llama_dir), kind), "fp32", batches, STEPS, LEARNING_RATES[kind]) for kind in CONFIGS
-    }
+    runs = {}
+    for kind in CONFIGS:
+        bases = load(llama_dir), load(llama_dir).bfloat16().float()
+        runs[kind] = [run(make(base, kind), "fp32", batches, STEPS, LEARNING_RATES[kind]) for base in bases]
+    return runs
 
 
 def load(llama_dir):
@@ -101,16 +104,18 @@ def load(llama_dir):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_200_steps_within_the_noise_of_half_precision(kind, way, float32_runs, llama_dir, shared):
-    """Rounding to 8 bits of mantissa is 0.4% of a number; so much the loss may differ, at each step and on average."""
-    batches, expected = text_batches(llama_dir, shared), float32_runs[kind]
+    """A loss differs, on average, by no more than twice what rounding the weights once does, and half a digit."""
+    batches, (expected, rounded) = text_batches(llama_dir, shared), float32_runs[kind]
     model = make(load(llama_dir), kind, weights_dtype(way))
     found = run(model, way, batches, STEPS, LEARNING_RATES[kind])
-    difference = (found - expected) / expected
+    difference, noise = ((other - expected).abs() / expected for other in (found, rounded))
     first, last, own = expected[:16].mean(), expected[-16:].mean(), found[-16:].mean()
-    print(f"{kind}, {way}: off by {difference.abs().mean():.4%} on average, {difference.abs().max():.4%} at most")
+    print(f"{kind}, {way}: off by {difference.mean():.3%} on average, {difference.max():.2%} at most")
+    print(f"rounding the weights alone: {noise.mean():.3%}, {noise.max():.2%}")
     print(f"loss {first:.3f} -> {last:.3f} in float32, {own:.3f} here")
-    assert expected[-16:].mean() < expected[:16].mean() or kind == "pst"  # it learned; PST loses half of its weights
-    assert difference.mean().abs() < 2**-8 and difference.abs().max() < 0.05
+    assert last < first or kind == "pst"  # it learned; PST loses half of its weights meanwhile
+    assert difference.mean() <= 2 * noise.mean() + 2**-9
+    assert abs(own - last) / last <= 2 * abs(rounded[-16:].mean() - last) / last + 2 * noise.mean() + 2**-9
 
 
 # What is computed in float32

@@ -99,8 +99,8 @@ def _targets(model: nn.Module, wanted: Names | None, excluded: Names | None) -> 
                 "before adapters are added."
             )
         if linear.weight.element_size() > 4 or not linear.weight.isfinite().all():
-            met = linear.weight.dtype if linear.weight.element_size() > 4 else "NaN or infinity"
-            raise ValueError(f"Quantising takes finite weights in at most 32 bits, got {met} in `{name}`.")
+            what = linear.weight.dtype if linear.weight.element_size() > 4 else "NaN or infinity"
+            raise ValueError(f"Quantising takes finite weights in at most 32 bits, got {what} in `{name}`.")
         targets[name] = linear
     return targets
 
