@@ -18,7 +18,7 @@ from peft_sparse.pruning import (
     prune_wanda,
     uniform_sparsity,
 )
-from peft_sparse.training import SparsityCallback, pst_param_groups
+from peft_sparse.training import SparsityCallback, finetune, load_recipe, pst_param_groups
 from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
 
@@ -32,6 +32,8 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "calibration_batches",
+    "finetune",
+    "load_recipe",
     "load_sparse",
     "owl_sparsity",
     "pack_model",

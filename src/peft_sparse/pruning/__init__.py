@@ -4,11 +4,22 @@ from peft_sparse.pruning.budgets import owl_sparsity, resolve_sparsities, unifor
 from peft_sparse.pruning.data import calibration_batches
 from peft_sparse.pruning.magnitude import prune_magnitude
 from peft_sparse.pruning.ria import prune_ria
+from peft_sparse.pruning.sources import load_rows
 from peft_sparse.pruning.sparsegpt import prune_sparsegpt
 from peft_sparse.pruning.wanda import prune_wanda
 
+# By name, as command line and recipes call them.
+PRUNERS = {
+    "magnitude": prune_magnitude,
+    "wanda": prune_wanda,
+    "sparsegpt": prune_sparsegpt,
+    "ria": prune_ria,
+}
+
 __all__ = [
+    "PRUNERS",
     "calibration_batches",
+    "load_rows",
     "owl_sparsity",
     "prune_magnitude",
     "prune_ria",
