@@ -64,7 +64,8 @@ class Converted:
         lines = [
             f"{self.source}: {verb}",
             f"to        {self.folder}",
-            f"zeros     {self.zeros:,} of {self.weights:,} weights in the linears, {self.sparsity:.2%}, {self.pattern}",
+            f"zeros     {self.zeros:,} of {self.weights:,} weights in the linears, {self.sparsity:.2%} "
+            f"({self.pattern})",
         ]
         if self.bytes_before and self.bytes_after:
             share = self.bytes_after / self.bytes_before

@@ -70,7 +70,8 @@ def prune_checkpoint(
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        arguments["batches"] = calibration_batches(rows, tokenizer, **settings)
+        documents = _whole(rows, settings.get("text_column", "text"))
+        arguments["batches"] = calibration_batches(documents, tokenizer, **settings)
     if dry_run:
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
@@ -80,6 +81,13 @@ def prune_checkpoint(
     report = sparsity_report(folder)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     return Converted("pruned", str(source), str(folder), True, *counts)
+
+
+def _whole(rows: Any, column: str) -> Any:
+    """A single document as a string, whose sequences are drawn from all over it; other rows as they are."""
+    if hasattr(rows, "__len__") and len(rows) == 1 and isinstance(rows[0].get(column), str):
+        return rows[0][column]
+    return rows
 
 
 def _plan(

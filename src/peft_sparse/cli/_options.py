@@ -86,14 +86,17 @@ def positive(text: str) -> int:
 
 
 @contextlib.contextmanager
-def bars_hidden() -> Iterator[None]:
-    """Without progress bars of tqdm, transformers and datasets."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # read whenever a bar is made
+def nothing_shown() -> Iterator[None]:
+    """Without progress bars, without what transformers logs below errors, and without what anything prints."""
+    names = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)  # the first is read whenever a bar is made, the others when their library is imported
     try:
-        yield
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
     finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

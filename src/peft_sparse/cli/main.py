@@ -137,7 +137,7 @@ def _quiet_streams(quiet: bool) -> Iterator[None]:
             yield
             return
         warnings.simplefilter("ignore")
-        with shared.bars_hidden():
+        with shared.nothing_shown():
             yield
 
 

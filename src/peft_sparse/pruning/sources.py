@@ -32,8 +32,9 @@ def load_rows(
     """Rows, as a `datasets.Dataset` or, if they are streamed, an `IterableDataset`.
 
     Args:
-        path: a file (its ending tells the format; it is the whole split whatever its name), the name of a reader
-            ("json", "text", "csv", "parquet") together with `files`, or a data set on the Hub or in a folder.
+        path: a file (its ending tells the format; it is the whole split whatever its name, and a .txt one document);
+            the name of a reader ("json", "csv", "parquet"; "text", a row for each line) together with `files`; or a
+            data set on the Hub or in a folder.
         split: such as "train", or "validation[:100]" where rows are not streamed.
         name: the data set's configuration, such as "wikitext-2-raw-v1".
         files: split to file or files.
@@ -53,6 +54,8 @@ def load_rows(
         reader = READERS[file.suffix.lower()]
         if file.suffix.lower() == ".tsv":
             options = {"sep": "\t"} | options
+        elif reader == "text":
+            options = {"sample_by": "document"} | options
         files, path = {split.partition("[")[0]: str(file)}, reader
     for listed in _flat(files):
         if "://" not in listed and not any(sign in listed for sign in "*?[") and not Path(listed).is_file():

@@ -23,6 +23,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     settings = dict(recipe.training)
     if recipe.data.validation_split is not None:
         settings.setdefault("label_names", ["labels"])  # PEFT's wrapper hides the forward's signature
+    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # warns where there is nothing to pin for
     try:
         return TrainingArguments(**settings)
     except (TypeError, ValueError, ImportError) as error:

@@ -76,8 +76,8 @@ class PerplexityCallback(TrainerCallback):
 
 
 def log_before_reporters(trainer: Trainer, *callbacks: TrainerCallback) -> None:
-    """Put callbacks first in a Trainer, those it has already too, so that what they add to a log reaches every reporter
-    (TensorBoard, Weights & Biases, ...).
+    """Put callbacks first in a Trainer, so that what they add to a log reaches every reporter (TensorBoard, Weights &
+    Biases, ...); ones that it has already move there.
 
     Example:
         >>> # trainer = Trainer(..., callbacks=[callback := SparsityCallback()])

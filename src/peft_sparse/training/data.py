@@ -186,7 +186,7 @@ def _windows(rows: Iterable[Row], data: DataPart, tokenizer: Any) -> Iterator[Ro
     ids: list[int] = []
     for batch in _batches(rows):
         texts = [_text(row, str(data.text)) for row in batch]
-        for document in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        for document in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             ids += document + between
         full = len(ids) // data.max_length * data.max_length
         for start in range(0, full, data.max_length):
@@ -197,7 +197,9 @@ def _windows(rows: Iterable[Row], data: DataPart, tokenizer: Any) -> Iterator[Ro
 
 def _separator(data: DataPart, tokenizer: Any) -> list[int]:
     if data.separator is not None:
-        return tokenizer(data.separator, add_special_tokens=False)["input_ids"] if data.separator else []
+        return (
+            tokenizer(data.separator, add_special_tokens=False, verbose=False)["input_ids"] if data.separator else []
+        )
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
@@ -205,28 +207,33 @@ def token_stream(rows: Iterable[Row], data: DataPart, tokenizer: Any) -> list[in
     """All tokens of a text in one row, for [`peft_sparse.perplexity`]."""
     between, ids = _separator(data, tokenizer), []
     for batch in _batches(rows):
-        for document in tokenizer([_text(r, str(data.text)) for r in batch], add_special_tokens=False)["input_ids"]:
+        for document in tokenizer([_text(r, str(data.text)) for r in batch], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]:
             ids += document + between
     return ids
 
 
 def calibration_texts(data: DataPart) -> Iterable[str]:
-    """The texts of the training rows, for pruners."""
+    """The texts of the training rows, for pruners; a single one as a string, which is drawn from all over."""
     rows = read_split(data, data.train_split, data.streaming)
     if data.text is None:
         texts = ("".join(_pair(row, data)) for row in rows)
     else:
         columns = [data.text] if isinstance(data.text, str) else data.text
         texts = (" ".join(_text(row, column) for column in columns) for row in rows)
-    return texts if data.streaming else list(texts)
+    if data.streaming:
+        return texts
+    documents = list(texts)
+    return documents[0] if len(documents) == 1 else documents
 
 
 def _completions(rows: Iterable[Row], data: DataPart, tokenizer: Any) -> Iterator[Row]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in _batches(rows):
         pairs = [_pair(row, data) for row in batch]
-        prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+        prompts = tokenizer([prompt for prompt, _ in pairs], verbose=False)["input_ids"]
+        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False, verbose=False)["input_ids"]
         for prompt, answer in zip(prompts, answers, strict=True):
             prompt = prompt[:-1] if end and prompt[-1:] == end else prompt
             ids = (prompt + answer + end)[: data.max_length]

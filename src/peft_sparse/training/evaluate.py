@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,9 @@ def evaluate_recipe(
     found: dict[str, Any] = {"model": str(path or part.path)}
     whole_text = part.task == "causal_lm" and data.text is not None and not metrics
     if whole_text:
-        rows = islice(read_split(data, data.validation_split), data.validation_examples)
-        ids = torch.tensor(token_stream(rows, data, tokenizer), dtype=torch.int64)
+        limit = None if data.validation_examples is None else data.validation_examples * data.max_length
+        rows = read_split(data, data.validation_split)
+        ids = torch.tensor(token_stream(rows, data, tokenizer)[:limit], dtype=torch.int64)
         model = model_of(recipe, path).eval()
         found |= {"sparsity": sparsity_report(model).total_sparsity, "tokens": len(ids)}
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
@@ -65,7 +65,7 @@ def evaluate_recipe(
         settings: dict[str, Any] = {
             "output_dir": folder, "report_to": [], "disable_tqdm": not progress, "label_names": ["labels"],
             "per_device_eval_batch_size": batch_size or recipe.training.get("per_device_eval_batch_size", 8),
-            "use_cpu": not torch.cuda.is_available(),
+            "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(),
         }  # fmt: skip
         trainer = Trainer(
             model=model,

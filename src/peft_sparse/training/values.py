@@ -7,6 +7,7 @@ Here 4e-3 is a number, and a key that is there twice is an error.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import types
@@ -17,7 +18,7 @@ from typing import Any, Union
 
 import yaml
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(package:)?(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -118,10 +119,12 @@ def _copy(value: Any) -> Any:
 
 
 def with_environment(value: Any, where: str = "") -> Any:
-    """A copy in which `${VARIABLE}` and `${VARIABLE:-default}` are replaced in all strings.
+    """A copy in which `${VARIABLE}` and `${VARIABLE:-default}` are replaced in all strings, and `${package:name}` by
+    the folder of an installed Python package, which is not imported.
 
     Raises:
-        ValueError: for a variable that is not set and has no default; `where` is the key's path so far.
+        ValueError: for a variable that is not set or a package that is not installed, and no default; `where` is the
+            key's path so far.
 
     Example:
         >>> with_environment({"path": "${NOT_SET_ANYWHERE:-models}/llama"})
@@ -135,15 +138,27 @@ def with_environment(value: Any, where: str = "") -> Any:
         return value
 
     def replaced(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1]) or match[2]
+        found = _package_folder(match[2]) if match[1] else os.environ.get(match[2])
+        found = found or match[3]
+        if found is None and match[1]:
+            raise ValueError(
+                f"`{where}` is {value!r}, got no package {match[2]}; install it, or replace the whole value with "
+                f"`--set {where}=...`."
+            )
         if found is None:
             raise ValueError(
-                f"`{where}` is {value!r}, got no environment variable {match[1]}; set it, or replace the whole value "
+                f"`{where}` is {value!r}, got no environment variable {match[2]}; set it, or replace the whole value "
                 f"with `--set {where}=...`."
             )
         return found
 
     return _VARIABLE.sub(replaced, value)
+
+
+def _package_folder(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    places = (spec.submodule_search_locations if spec else None) or []
+    return next(iter(places), None)
 
 
 def check_keys(where: str, keys: Iterable[Any], known: Iterable[str]) -> None:
