@@ -85,7 +85,9 @@ def test_writers_have_a_dry_run():
         assert make_parser().parse_args([command, *options, "--dry-run"]).dry_run
 
 
-@pytest.mark.parametrize("arguments", [[], ["bogus"], ["prune"], ["report"], ["prune", "a", "b", "--num-sequences", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["bogus"], ["prune"], ["report"], ["prune", "a", "b", "--num-sequences", "0"]]
+)
 def test_a_wrong_command_line(arguments, cli):
     assert cli(*arguments)[0] == USAGE
 
@@ -94,7 +96,9 @@ def test_help_needs_neither_torch_nor_transformers():
     """As the console script runs it; also that pyproject.toml names it."""
     module, function = re.search(r'^peft-sparse = "(\w+):(\w+)"', (ROOT / "pyproject.toml").read_text(), re.M).groups()
     code = f"import sys; sys.argv = ['peft-sparse', 'prune', '--help']\nfrom {module} import {function}\n"
-    code += f"status = {function}()\nassert not {{'torch', 'transformers', 'peft'}} & sys.modules.keys()\nsys.exit(status)"
+    code += (
+        f"status = {function}()\nassert not {{'torch', 'transformers', 'peft'}} & sys.modules.keys()\nsys.exit(status)"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -223,12 +227,14 @@ def test_finetune_and_evaluate_by_a_recipe(cli, pruned, text, tmp_path):
 model: {{path: {pruned}}}
 adapter: {{method: spp, r: 4}}
 data: {{path: {text}, validation_split: train, text: text, max_length: 16}}
-training: {{output_dir: {tmp_path / "run"}, max_steps: 3, learning_rate: 1e-2, use_cpu: true, per_device_train_batch_size: 2}}
+training: {{output_dir: {tmp_path / "run"}, max_steps: 3, learning_rate: 1e-2, use_cpu: true}}
 output: {{merge: true}}
 """)
     status, out, _ = cli("finetune", path, "--dry-run", "--json")
     assert status == DONE and json.loads(out)["trainable"] > 0 and not (tmp_path / "run").exists()
-    status, out, err = cli("finetune", path, "--json", "--set", "training.max_steps=2", "--set", "training.save_steps=1")
+    status, out, _ = cli(
+        "finetune", path, "--json", "--set", "training.max_steps=2", "--set", "training.save_steps=1"
+    )
     result = json.loads(out)
     assert status == DONE and result["steps"] == 2 and result["zeros_lost"] == 0
     assert cli("finetune", path)[0] == FAILED  # there is a run

@@ -1,6 +1,7 @@
 """`finetune` from end to end on tiny models: data of every kind, resuming, metrics, what is logged, what is saved."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
-from peft_sparse.pruning import prune_magnitude
 from peft_sparse.training import evaluate_recipe, finetune, make_recipe, plan_finetune
 from peft_sparse.training.build import load_tokenizer
 from peft_sparse.training.data import make_examples
-from peft_sparse.training.recipe import DataPart, ModelPart
+from peft_sparse.training.parts import DataPart, ModelPart
 
 from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 
@@ -189,9 +189,11 @@ def test_scores_with_a_rate_of_their_own_and_names_for_labels(tmp_path, sentence
 
 def test_a_number_as_the_target(tmp_path, sentences):
     asked = classifier(
-        tmp_path, sentences, model={"num_labels": 1}, data={"text": "text", "label": "score"},
+        tmp_path, sentences, model={"num_labels": 1, "new_head": True}, data={"text": "text", "label": "score"},
         evaluation={"metrics": ["pearsonr", "spearmanr", "mse"]},
     )  # fmt: skip
+    with pytest.raises(ValueError, match="another number of labels"):
+        finetune(replace(asked, model=replace(asked.model, new_head=False)))
     metrics = finetune(asked).metrics
     assert metrics["eval_mse"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
 
@@ -211,7 +213,7 @@ def test_a_plan_trains_and_writes_nothing(tmp_path, sentences):
         ({"text": "text", "label": "name", "labels": ["low"]}, "got 'high' in column 'name' besides"),
         ({"text": "text", "label": "score"}, "from 0 to 1, got 0.125"),
         ({"text": "text", "label": "label", "path": "nowhere.jsonl"}, "got 'nowhere.jsonl', which is none"),
-        ({"text": "text", "label": "label", "validation_split": "test"}, "could not be loaded"),
+        ({"text": "text", "label": "label", "validation_split": "test"}, "A file is one split"),
     ],
 )
 def test_data_that_does_not_fit_is_an_error_before_anything_is_written(tmp_path, sentences, data, message):

@@ -83,6 +83,11 @@ def load_model(
         return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if "ignore_mismatched_sizes" in reason:
+            raise ValueError(
+                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
+                "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
+            ) from error
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
 
 

@@ -14,7 +14,8 @@ from peft_sparse.evaluation.metrics import compares_numbers
 from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
 from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
-from peft_sparse.training.recipe import METHODS, ModelPart, Recipe
+from peft_sparse.training.parts import ModelPart
+from peft_sparse.training.recipe import METHODS, Recipe
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -95,6 +96,8 @@ def model_of(recipe: Recipe, path: str | Path | None = None) -> Any:
         config = {"num_labels": num_labels(recipe)} | config
         if num_labels(recipe) == 1:
             config = {"problem_type": "regression"} | config
+    if part.new_head and path is None:
+        config = config | {"ignore_mismatched_sizes": True}
     return load_model(
         part.path if path is None else path,
         part.task,

@@ -10,13 +10,13 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from peft_sparse.pruning import load_rows
-from peft_sparse.training.recipe import DataPart, ModelPart
+from peft_sparse.training.parts import DataPart, ModelPart
 
 Row = dict[str, Any]
 BATCH = 256  # rows that are tokenised together
@@ -203,9 +203,15 @@ def _separator(data: DataPart, tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def token_stream(rows: Iterable[Row], data: DataPart, tokenizer: Any) -> list[int]:
-    """All tokens of a text in one row, for [`peft_sparse.perplexity`]."""
+def token_stream(data: DataPart, split: str, tokenizer: Any) -> list[int]:
+    """All tokens of a split's text in one row, for [`peft_sparse.perplexity`]."""
     between, ids = _separator(data, tokenizer), []
+    rows = iter(read_split(data, split))
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}.")
+    _check_columns(data, first, split)
+    rows = chain([first], rows)
     for batch in _batches(rows):
         for document in tokenizer([_text(r, str(data.text)) for r in batch], add_special_tokens=False, verbose=False)[
             "input_ids"

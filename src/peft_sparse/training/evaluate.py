@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.training.build import Metrics, load_tokenizer, model_of, most_likely
-from peft_sparse.training.data import make_examples, read_split, token_stream
+from peft_sparse.training.data import make_examples, token_stream
 from peft_sparse.training.recipe import Recipe, make_recipe
 
 
@@ -50,8 +50,7 @@ def evaluate_recipe(
     whole_text = part.task == "causal_lm" and data.text is not None and not metrics
     if whole_text:
         limit = None if data.validation_examples is None else data.validation_examples * data.max_length
-        rows = read_split(data, data.validation_split)
-        ids = torch.tensor(token_stream(rows, data, tokenizer)[:limit], dtype=torch.int64)
+        ids = torch.tensor(token_stream(data, data.validation_split, tokenizer)[:limit], dtype=torch.int64)
         model = model_of(recipe, path).eval()
         found |= {"sparsity": sparsity_report(model).total_sparsity, "tokens": len(ids)}
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
@@ -102,7 +101,8 @@ def evaluate_model(
         task, **model: of its model part.
         metrics, batch_size, progress: see [`evaluate_recipe`].
     """
-    given = {"model": {"path": str(path), "task": task} | model, "data": dict(data)}
+    data = dict(data) | {"train_split": data.get("validation_split")}
+    given = {"model": {"path": str(path), "task": task} | model, "data": data}
     parts = {part: {k: v for k, v in values.items() if v is not None} for part, values in given.items()}
     # Nothing is trained: the parts that say how have what they need to be a recipe's.
     unused = {"adapter": {"method": "spp"}, "training": {"output_dir": "unused"}}

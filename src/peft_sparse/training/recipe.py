@@ -23,80 +23,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from peft_sparse.checkpoint.models import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
+from peft_sparse.training.parts import DataPart, EvaluationPart, ModelPart, OutputPart, check_data, check_model
 from peft_sparse.training.values import check_keys, check_type, read_yaml, with_environment, with_overrides
 from peft_sparse.tuners.pst import PstConfig
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.spp import SppConfig
 
 METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
-TEMPLATES = ("alpaca",)
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """`path` is a folder, dense or packed, or a name on the Hub; `config` changes fields of the model's config."""
-
-    path: str
-    task: str = "causal_lm"
-    tokenizer: str | None = None
-    dtype: str | None = None
-    num_labels: int | None = None
-    gguf_file: str | None = None
-    packed: bool = False
-    trust_remote_code: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """Rows, and what of them is used: `text` (a column, or two for pairs) and `label`; or templates such as
-    "{question}" for `prompt` and `completion`; or a named `template`.
-
-    `path` is a file, a loader's name ("json", "text", "csv", "parquet") with `files`, or a name on the Hub; `options`
-    are further arguments of `load_dataset`. `separator` stands between documents in a causal language model's text
-    (None: the end-of-sequence token).
-    """
-
-    path: str
-    name: str | None = None
-    files: dict[str, Any] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    train_split: str = "train"
-    validation_split: str | None = None
-    streaming: bool = False
-    shuffle_buffer: int = 1000
-    text: str | list[str] | None = None
-    label: str | None = None
-    labels: list[Any] | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    template: str | None = None
-    train_on_prompt: bool = False
-    separator: str | None = None
-    max_length: int = 128
-    train_examples: int | None = None
-    validation_examples: int | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationPart:
-    """Metrics, ours or those of the package `evaluate`, computed whenever Trainer evaluates and at the end."""
-
-    metrics: list[str] = field(default_factory=list)
-    at_end: bool = True
-
-
-@dataclass(frozen=True)
-class OutputPart:
-    """Whether the adapter is merged at the end, and where that model goes (None: `merged` in training.output_dir)."""
-
-    merge: bool = False
-    packed: bool = False
-    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +118,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         calibration=calibration,
         score_learning_rate=score_learning_rate,
     )
-    _check_model(recipe.model)
+    check_model(recipe.model)
     check_data(recipe.data, recipe.model.task)
     _check_training(recipe)
     return recipe
@@ -229,45 +165,6 @@ def _prune(values: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str
 
 def _names(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters) - _OF_FINETUNE
-
-
-def _check_model(model: ModelPart) -> None:
-    if model.task not in TASKS:
-        raise ValueError(f"`model.task` is one of {', '.join(TASKS)}, got {model.task!r}.")
-    if model.num_labels is not None and (model.task != "sequence_classification" or model.num_labels < 1):
-        raise ValueError(
-            "`model.num_labels` is for task sequence_classification, 1 for a number as the target and from 2 up for "
-            f"classes, got {model.num_labels} for {model.task}."
-        )
-    if model.packed and model.gguf_file:
-        raise ValueError("`model.packed` keeps a packed checkpoint packed, got a gguf_file beside it; leave one out.")
-
-
-def check_data(data: DataPart, task: str) -> None:
-    """Raises:
-    ValueError: if the columns do not suit the task, or a number is out of its range."""
-    for name in ("max_length", "train_examples", "validation_examples", "shuffle_buffer"):
-        value, least = getattr(data, name), 2 if name == "max_length" else 1
-        if value is not None and value < least:
-            raise ValueError(f"`data.{name}` is from {least} up, got {value}.")
-    if task == "sequence_classification":
-        if not data.text or not data.label or data.prompt or data.completion or data.template:
-            raise ValueError(
-                "`data` names the columns `text` (one, or two for pairs) and `label` for sequence_classification, got "
-                f"text={data.text!r}, label={data.label!r}, prompt={data.prompt!r}."
-            )
-        if isinstance(data.text, list) and len(data.text) > 2:
-            raise ValueError(f"`data.text` is one column, or two for pairs, got {data.text!r}.")
-        return
-    if data.template is not None and data.template not in TEMPLATES:
-        raise ValueError(f"`data.template` is one of {', '.join(TEMPLATES)}, got {data.template!r}.")
-    pair = data.prompt is not None and data.completion is not None
-    chosen = [bool(data.text), data.prompt is not None or data.completion is not None, data.template is not None]
-    if sum(chosen) != 1 or (chosen[1] and not pair) or isinstance(data.text, list):
-        raise ValueError(
-            "`data` names one column of `text`, or `prompt` and `completion`, or a `template` for causal_lm, got "
-            f"text={data.text!r}, prompt={data.prompt!r}, completion={data.completion!r}, template={data.template!r}."
-        )
 
 
 def _check_training(recipe: Recipe) -> None:
