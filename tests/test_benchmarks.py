@@ -464,3 +464,16 @@ def test_plot_over_sparsity(tmp_path):
     measure(sparse_step, path)
     assert plot.main([str(path)]) == 0
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_plot_of_many_cases(tmp_path):
+    """Cases that no line joins share a chart, named by what differs between them."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.csv"
+    origin = {"tokens": 2, "date": "1", "hardware": "h", "threads": 1, "dtype": "d", "torch": "t", "commit": "c"}
+    cases = [(out, peer) for out in (8, 16, 24, 32) for peer in ("lora", "spp")]
+    report.write([{"out": out, "peer": peer, "ratio_lora": 1.0, **origin} for out, peer in cases], path)
+    figure = plot.figure_of(path)
+    [axis] = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["8", "16", "24", "32"]
+    assert len(axis.patches) == len(cases)

@@ -9,6 +9,7 @@ BERT's "dense" may also belong to the pooler.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -98,6 +99,21 @@ def block_linear_names(model: nn.Module) -> set[str]:
     return paths
 
 
+def linears_not_called(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight another module computes with, by full name, and the kind of that module.
+
+    In a mixer of Mamba and its kin (it holds `A_log`) that is every linear but `in_proj`: its kernels take the weights
+    of the others, on a CPU of some of them, so that what is wrapped around such a linear has no effect.
+    """
+    return {
+        f"{name}.{child}".lstrip("."): type(mixer).__name__
+        for name, mixer in model.named_modules()
+        if isinstance(getattr(mixer, "A_log", None), nn.Parameter)
+        for child, linear in mixer.named_children()
+        if child != "in_proj" and is_linear(unwrap(linear))
+    }
+
+
 def matches(names: Names, name: str) -> bool:
     """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
     names or their last parts.
@@ -109,3 +125,34 @@ def matches(names: Names, name: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def select_linears(
+    model: nn.Module,
+    wanted: Names | None,
+    excluded: Names | None,
+    doing: str,
+    *,
+    default: Callable[[nn.Module], dict[str, nn.Module]] = block_linears,
+) -> dict[str, nn.Module]:
+    """The linears that `target_modules` and `exclude_modules` mean, by full name.
+
+    Args:
+        wanted: None: those of `default`.
+        doing: what is done with them, to begin the message of an error with.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    candidates = default(model) if wanted is None else linears_inside(model)
+    targets = {
+        name: linear
+        for name, linear in candidates.items()
+        if (wanted is None or matches(wanted, name)) and (excluded is None or not matches(excluded, name))
+    }
+    if not targets:
+        raise ValueError(
+            f"{doing} needs at least one linear, got none in {type(model).__name__} for target_modules={wanted!r}, "
+            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}."
+        )
+    return targets

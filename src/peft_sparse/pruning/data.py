@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from peft_sparse.pruning.token_inputs import check_token_inputs
+
 Batch = dict[str, torch.Tensor]
 
 # What tokenizers and collators put beside a model's inputs.
@@ -34,8 +36,8 @@ def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Modul
 
     Raises:
         ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, or if its
-            sequences are longer than the model takes. In an additive attention mask infinity is meant, so tensors
-            whose name ends in "mask" may hold it.
+            sequences are longer than the model takes or have tokens that it has not. In an additive attention mask
+            infinity is meant, so tensors whose name ends in "mask" may hold it.
     """
     if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
         raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {WAY_OUT}.")
@@ -63,6 +65,7 @@ def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Modul
         )
     if model is not None:
         _check_lengths(model, checked)
+        check_token_inputs(model, checked)
     return checked
 
 
