@@ -7,7 +7,15 @@ model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned mod
 from importlib.metadata import version
 
 from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
-from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
+from peft_sparse.evaluation import (
+    SparsityReport,
+    VerifyReport,
+    perplexity,
+    plot_schedule,
+    plot_sparsity,
+    sparsity_report,
+    verify_sparsity,
+)
 from peft_sparse.inference import AccelerationReport, accelerate_sparse, remove_acceleration
 from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import (
@@ -41,6 +49,8 @@ __all__ = [
     "owl_sparsity",
     "pack_model",
     "perplexity",
+    "plot_schedule",
+    "plot_sparsity",
     "prune_magnitude",
     "prune_ria",
     "prune_sparsegpt",
