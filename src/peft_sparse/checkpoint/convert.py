@@ -211,7 +211,7 @@ def merge_checkpoint(
     config = {} if num_labels is None else {"num_labels": num_labels}
     model = load_model(adapter, task, dtype=dtype, trust_remote_code=trust_remote_code, config=config, base=base)
     settings = next(iter(model.peft_config.values()))
-    origin = base or settings.base_model_name_or_path
+    origin = model.get_base_model().name_or_path
     keeps = str(getattr(settings.peft_type, "value", settings.peft_type)) != "PST"
     merged = model.merge_and_unload()
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None

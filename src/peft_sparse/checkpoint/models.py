@@ -136,6 +136,9 @@ def _load_adapter(
     base = base or saved.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"An adapter names its base model, got none in {str(folder)!r}; pass it as `base`.")
+    beside = folder.parent / Path(base).name  # where `finetune` keeps a pruned base, wherever it is run or moved to
+    if not Path(base).is_dir() and len(Path(base).parts) > 2 and beside.is_dir():
+        base = beside
     types = {task_type: name for name, (_, task_type) in TASKS.items()}
     task = task or types.get(saved.get("task_type") or "")
     if task == "sequence_classification" and "num_labels" not in config:

@@ -92,7 +92,8 @@ def model_of(recipe: Recipe, path: str | Path | None = None) -> Any:
     """The model of a recipe as it is loaded, or the one in another folder in the same way."""
     part = recipe.model
     config = dict(part.config)
-    if part.task == "sequence_classification":
+    known = part.num_labels is not None or recipe.data.labels is not None or path is None
+    if part.task == "sequence_classification" and known:
         config = {"num_labels": num_labels(recipe)} | config
         if num_labels(recipe) == 1:
             config = {"problem_type": "regression"} | config
@@ -102,7 +103,7 @@ def model_of(recipe: Recipe, path: str | Path | None = None) -> Any:
         part.path if path is None else path,
         part.task,
         dtype=part.dtype,
-        packed=part.packed,
+        packed=part.packed and path is None,
         gguf_file=part.gguf_file if path is None else None,
         trust_remote_code=part.trust_remote_code,
         config=config,

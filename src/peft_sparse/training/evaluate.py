@@ -54,9 +54,11 @@ def evaluate_recipe(
         model = model_of(recipe, path).eval()
         found |= {"sparsity": sparsity_report(model).total_sparsity, "tokens": len(ids)}
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
-    examples = make_examples(data, part, tokenizer, seed=0, train=False)
     model = model_of(recipe, path).eval()
-    if model.config.pad_token_id is None:
+    if part.task == "sequence_classification":
+        part = replace(part, num_labels=model.config.num_labels)
+    examples = make_examples(data, part, tokenizer, seed=0, train=False)
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
     language_model = part.task == "causal_lm"

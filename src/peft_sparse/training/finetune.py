@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import get_peft_model
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_sparse.checkpoint.convert import check_new_folder, copy_tokenizer, new_folder, save_model
@@ -92,7 +94,7 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
-    model = _pruned_model(recipe, tokenizer, resumed=checkpoint is not None)
+    model = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
     model = get_peft_model(model, adapter_config(recipe))
     trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
@@ -110,12 +112,10 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
         adapter=str(recipe.output_dir / "adapter"),
         log=trainer.state.log_history,
     )
-    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(result.adapter)  # with the tokenizer; gathers what is sharded
     if trainer.is_world_process_zero():
-        model.save_pretrained(result.adapter)
-        tokenizer.save_pretrained(result.adapter)
         if recipe.output.merge:
-            _merge(recipe, model, tokenizer, result)
+            _merge(recipe, model, result)
         result.seconds = time.perf_counter() - start
         written = json.dumps(result.to_dict(), indent=2, default=str)
         (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
@@ -135,7 +135,10 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     for name in recipe.evaluation.metrics:
         load_metric(name)
     examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
-    model = get_peft_model(model_of(recipe), adapter_config(recipe))
+    with warnings.catch_warnings():
+        if recipe.pruner is not None:  # which would have been done before
+            warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
+        model = get_peft_model(model_of(recipe), adapter_config(recipe))
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": recipe.method,
@@ -174,32 +177,36 @@ def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
     return None
 
 
-def _pruned_model(recipe: Recipe, tokenizer: Any, resumed: bool) -> Any:
+def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> Any:
+    """The model to adapt. Of several processes the first one prunes, and the others read what it saved."""
     pruned = recipe.output_dir / "pruned"
-    if recipe.pruner is not None and resumed:
-        model = model_of(recipe, pruned)
-    else:
+    if recipe.pruner is not None and not resumed and arguments.process_index == 0:
+        model = _prune(recipe, tokenizer, pruned)
+    if recipe.pruner is not None and not resumed:
+        PartialState().wait_for_everyone()
+    if recipe.pruner is None:
         model = model_of(recipe)
-    if model.config.pad_token_id is None:
+    elif resumed or arguments.process_index != 0:
+        model = model_of(recipe, pruned)
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if recipe.pruner is None or resumed:
-        return model
-    arguments = dict(recipe.prune)
-    if recipe.pruner != "magnitude":
-        arguments["batches"] = calibration_batches(
-            calibration_texts(recipe.data),
-            tokenizer,
-            **({"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration),
-        )
-    PRUNERS[recipe.pruner](model, **arguments)
-    # The adapter belongs to these weights: they are kept, and its config names them.
-    model.save_pretrained(pruned)
-    tokenizer.save_pretrained(pruned)
-    model.config._name_or_path = model.name_or_path = str(pruned)
     return model
 
 
-def _merge(recipe: Recipe, model: Any, tokenizer: Any, result: FinetuneResult) -> None:
+def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
+    model, arguments = model_of(recipe), dict(recipe.prune)
+    if recipe.pruner != "magnitude":
+        settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
+        arguments["batches"] = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+    PRUNERS[str(recipe.pruner)](model, **arguments)
+    # The adapter belongs to these weights: they are kept, and its config names them.
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = str(folder)
+    return model
+
+
+def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
     merged, folder = model.merge_and_unload(), recipe.merged_folder
     with new_folder(folder) as temporary:
         save_model(merged, temporary, recipe.output.packed, result.adapter)
