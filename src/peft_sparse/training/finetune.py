@@ -155,7 +155,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
 
 
 def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
-    folder = recipe.output_dir
+    folder, named = recipe.output_dir, None
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`training.output_dir` is a folder, got {str(folder)!r}, which is a file.")
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -166,15 +166,14 @@ def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
                 f"A run is resumed from a checkpoint, got none in {str(named or folder)!r}; leave `resume` out to "
                 "start one."
             )
-        return named
-    if found is not None or (folder / "result.json").is_file():
+    elif found is not None or (folder / "result.json").is_file():
         raise ValueError(
             f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
             "choose another `training.output_dir`."
         )
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)
-    return None
+    return named
 
 
 def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> Any:
