@@ -232,9 +232,7 @@ output: {{merge: true}}
 """)
     status, out, _ = cli("finetune", path, "--dry-run", "--json")
     assert status == DONE and json.loads(out)["trainable"] > 0 and not (tmp_path / "run").exists()
-    status, out, _ = cli(
-        "finetune", path, "--json", "--set", "training.max_steps=2", "--set", "training.save_steps=1"
-    )
+    status, out, _ = cli("finetune", path, "--json", "--set", "training.max_steps=2", "--set", "training.save_steps=1")
     result = json.loads(out)
     assert status == DONE and result["steps"] == 2 and result["zeros_lost"] == 0
     assert cli("finetune", path)[0] == FAILED  # there is a run

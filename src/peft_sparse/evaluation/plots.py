@@ -1,13 +1,14 @@
 """Pictures of sparsity: where a model keeps its weights, and how a mask changed while it was trained.
 
-A pruner that compares all weights of a layer leaves some rows and columns nearly empty and others nearly full, which
-is what PST's R and C learn directly (arXiv 2205.11005). Colours are for the colour-blind too. matplotlib is an optional
+A pruner that compares all weights of a layer leaves some rows and columns nearly empty and others nearly full, and
+that is what PST's R and C learn directly (arXiv 2205.11005). Colours are for the colour-blind too. matplotlib is an optional
 dependency and imported when a picture is made; no global state of it is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) ->
     """Sparsity and mask churn over the steps of a run.
 
     Args:
-        log: `trainer.state.log_history` of a run with `SparsityCallback`, or `log` of a `FinetuneResult` or result.json.
+        log: `trainer.state.log_history` of a run with `SparsityCallback`; `log` of a `FinetuneResult`, or of result.json.
         title: of the picture.
 
     Returns:
@@ -120,7 +121,7 @@ def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) ->
     left.plot(steps, [100 * entry["sparsity"] for entry in entries], color="#0072b2", linewidth=2)
     right.bar(
         steps, [100 * entry.get("mask_churn", 0.0) for entry in entries], color="#e69f00", alpha=0.6,
-        width=0.8 * min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1),
+        width=0.8 * min((b - a for a, b in pairwise(steps)), default=1),
     )  # fmt: skip
     left.set_zorder(right.get_zorder() + 1)  # the line in front of the bars
     left.patch.set_visible(False)
