@@ -1,8 +1,8 @@
 """Pictures of sparsity: where a model keeps its weights, and how a mask changed while it was trained.
 
 A pruner that compares all weights of a layer leaves some rows and columns nearly empty and others nearly full, and
-that is what PST's R and C learn directly (arXiv 2205.11005). Colours are for the colour-blind too. matplotlib is an optional
-dependency and imported when a picture is made; no global state of it is touched.
+that is what PST's R and C learn directly (arXiv 2205.11005). Colours are for the colour-blind too. matplotlib is an
+optional dependency and imported when a picture is made; no global state of it is touched.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) ->
     """Sparsity and mask churn over the steps of a run.
 
     Args:
-        log: `trainer.state.log_history` of a run with `SparsityCallback`; `log` of a `FinetuneResult`, or of result.json.
+        log: `trainer.state.log_history` of a run with `SparsityCallback`; or `log` of a `FinetuneResult` or of
+            result.json.
         title: of the picture.
 
     Returns:

@@ -1,5 +1,8 @@
 """From dense to sparse: pruners, which change a model in place and hand it back."""
 
+from collections.abc import Callable
+from typing import Any
+
 from peft_sparse.pruning.budgets import owl_sparsity, resolve_sparsities, uniform_sparsity
 from peft_sparse.pruning.data import calibration_batches
 from peft_sparse.pruning.magnitude import prune_magnitude
@@ -9,7 +12,7 @@ from peft_sparse.pruning.sparsegpt import prune_sparsegpt
 from peft_sparse.pruning.wanda import prune_wanda
 
 # By name, as command line and recipes call them.
-PRUNERS = {
+PRUNERS: dict[str, Callable[..., Any]] = {
     "magnitude": prune_magnitude,
     "wanda": prune_wanda,
     "sparsegpt": prune_sparsegpt,

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -201,7 +201,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _fits(value: Any, hint: Any) -> bool:
     for option in _options(hint):
-        plain = typing.get_origin(option) or option
+        plain: Any = typing.get_origin(option) or option
         if plain is Any or (plain is type(None) and value is None) or (plain is bool and isinstance(value, bool)):
             return True
         if plain in (int, float):
