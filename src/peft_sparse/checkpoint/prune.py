@@ -13,7 +13,7 @@ from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
 from peft_sparse.pruning.budgets import resolve_sparsities
-from peft_sparse.pruning.data import context_length
+from peft_sparse.pruning.checks import context_length
 from peft_sparse.pruning.run import plan_run
 from peft_sparse.pruning.targets import find_targets
 from peft_sparse.sparsity import Pattern, pattern_with_group
