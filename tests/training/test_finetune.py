@@ -1,6 +1,7 @@
 """`finetune` from end to end on tiny models: data of every kind, resuming, metrics, what is logged, what is saved."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,14 +122,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, sentences):
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        make = __import__("peft_sparse.training.finetune", fromlist=["make_trainer"]).make_trainer
+        module = sys.modules[finetune.__module__]  # of the same name as the function
+        make = module.make_trainer
 
         def interrupted(*arguments):
             trainer = make(*arguments)
             trainer.add_callback(Stop())
             return trainer
 
-        patch.setattr("peft_sparse.training.finetune.make_trainer", interrupted)
+        patch.setattr(module, "make_trainer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(first)
     with pytest.raises(ValueError, match="an earlier run in it; resume it"):

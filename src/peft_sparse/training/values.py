@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Union, cast
 
 import yaml
 
@@ -209,10 +209,10 @@ def _fits(value: Any, hint: Any) -> bool:
             if isinstance(value, numbers) and not isinstance(value, bool):
                 return True
         elif isinstance(plain, type) and plain not in (bool, type(None)) and isinstance(value, plain):
-            inner = typing.get_args(option)
-            if plain is list and inner and not all(_fits(item, inner[0]) for item in value):
+            inner, members = typing.get_args(option), cast(Any, value)
+            if plain is list and inner and not all(_fits(item, inner[0]) for item in members):
                 continue
-            if plain is dict and inner and not all(_fits(item, inner[1]) for item in value.values()):
+            if plain is dict and inner and not all(_fits(item, inner[1]) for item in members.values()):
                 continue
             return True
     return False
