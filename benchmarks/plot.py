@@ -25,6 +25,7 @@ CASE_COLUMNS = ("case", "model", "out", "in", "tokens", "method", "setting", "pa
 # what lines run over, with the axis's label and the fewest values that make a line
 LINE_COLUMNS = {"sparsity": ("zeros in the weight", 5), "tokens": ("tokens in a step", 3)}
 MOST_CHART_ROWS = 3  # cases; more share a chart
+MOST_ACROSS = 3  # charts of ratios or settings beside each other
 MOST_SHOWN = 3.0  # ratio in a chart of lines; what is above does not matter
 BAR_HEIGHT, CHART_WIDTH, LEAST_WIDTH = 0.28, 5.0, 8.0  # inches
 
@@ -120,23 +121,27 @@ def _draw_bars(figure: Figure, rows: Sequence[dict[str, str]]) -> None:
     cases = charts(rows)
     columns = list(dict.fromkeys(column for ratios in cases.values() for column in ratios))
     most_bars = max(len(bars) for ratios in cases.values() for bars in ratios.values())
-    _set_size(figure, CHART_WIDTH * len(columns), len(cases) * (BAR_HEIGHT * most_bars + 1.0) + 0.8)
-    axes = figure.subplots(len(cases), len(columns), squeeze=False)
-    for line, (case, ratios) in zip(axes, cases.items(), strict=True):
-        for axis, column in zip(line, columns, strict=True):
-            bars = ratios.get(column, {})
-            if not bars:
-                axis.set_axis_off()
-                continue
-            drawn = axis.barh(list(bars), list(bars.values()), color="#4c72b0")
-            axis.bar_label(drawn, fmt="%.2f" if "ratio_" in column else "%.4g", padding=3)
-            if "ratio_" in column:
-                axis.axvline(1.0, color="black", linewidth=0.8)
-            else:
-                axis.set_xscale("log")
-            axis.margins(x=0.15)
-            axis.invert_yaxis()  # the first row of the CSV on top
-            axis.set_title(f"{column.replace('_', ' ')}\n{case}", fontsize=9)
+    panels = [(case, column, ratios.get(column)) for case, ratios in cases.items() for column in columns]
+    across = min(len(columns), MOST_ACROSS)
+    lines = -(-len(panels) // across)
+    _set_size(figure, CHART_WIDTH * across, lines * (BAR_HEIGHT * most_bars + 1.0) + 0.8)
+    axes = figure.subplots(lines, across, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (case, column, bars) in zip(axes, panels, strict=False):
+        if not bars:
+            axis.set_axis_off()
+            continue
+        drawn = axis.barh(list(bars), list(bars.values()), color="#4c72b0")
+        axis.bar_label(drawn, fmt="%.2f" if "ratio_" in column else "%.4g", padding=3)
+        if "ratio_" in column:
+            axis.axvline(1.0, color="black", linewidth=0.8)
+        else:
+            axis.set_xscale("log")
+            axis.minorticks_off()  # their labels overlap
+        axis.margins(x=0.15 if "ratio_" in column else 0.3)
+        axis.invert_yaxis()  # the first row of the CSV on top
+        axis.set_title(f"{column.replace('_', ' ')}\n{case}", fontsize=9)
 
 
 def _draw_grouped_bars(figure: Figure, rows: Sequence[dict[str, str]]) -> None:

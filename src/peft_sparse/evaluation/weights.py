@@ -11,7 +11,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import as_stored, block_linears, linears_inside, stored_weight, unwrap, weight_parameter
+from peft_sparse.linears import (
+    as_stored,
+    block_linears,
+    linears_inside,
+    stored_weight,
+    unwrap,
+    weight_parameter,
+    weights_loaded,
+)
+from peft_sparse.pruning.offload import storage_key
 from peft_sparse.sparsity import dense_weight
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredModel, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -71,6 +80,14 @@ def linear_weights(
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
     they are disabled."""
+    if isinstance(linear, SparseLayer):
+        with linear.weights_loaded():
+            return _weight_with_adapters(linear)
+    with weights_loaded(unwrap(linear)):
+        return _weight_with_adapters(linear)
+
+
+def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
     weight = stored_weight(unwrap(linear))
     if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
         return dense_weight(weight)
@@ -88,11 +105,25 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
     tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
-    counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
-    return (parameter for parameter in model.parameters() if id(parameter) not in adapters | counted)
+    seen = adapters | {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    for path, module in model.named_modules():
+        own = []
+        for name, parameter in module.named_parameters(recurse=False):
+            key = storage_key(model, f"{path}.{name}".lstrip("."), parameter)
+            if id(parameter) not in seen and key not in seen:
+                own.append(name)
+                seen.add(key)
+        if own:
+            with weights_loaded(module):
+                yield from (module.get_parameter(name) for name in own)
 
 
 def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:
+    if (model.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        raise ValueError(
+            f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where bitsandbytes has "
+            "quantised them; load the model with transformers and pass it instead."
+        )
     tensors, notes = model.tensors, []
     own = model.linears()
     if own is None and linears is not None:

@@ -1,9 +1,18 @@
 """How a module stores its weight, and which linears a model's transformer blocks have.
 
 The rest of the package sees every weight as (out_features, in_features). This is the one place that knows that
-transformers' Conv1D, GPT-2's linear, stores the transpose, and where a linear is packed: stored without its zeros.
+transformers' Conv1D, GPT-2's linear, stores the transpose, where a linear is packed: stored without its zeros, or
+quantised by bitsandbytes, or accelerated: computing with another form of its weight, and where accelerate keeps it.
 """
 
+from peft_sparse.linears.accelerated import (
+    Acceleration,
+    acceleration_of,
+    install,
+    plain_class,
+    refuses_acceleration,
+    uninstall,
+)
 from peft_sparse.linears.blocks import (
     BlockList,
     Names,
@@ -11,10 +20,24 @@ from peft_sparse.linears.blocks import (
     block_linears,
     find_block_lists,
     linears_inside,
+    linears_not_called,
     matches,
+    select_linears,
 )
-from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
+from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
+from peft_sparse.linears.operands import OPERANDS, Operand
+from peft_sparse.linears.pack import pack_model, packable_linears, refuse_save_pretrained, replace_module, unpack_model
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.quantize import check_float, dequantize_model, quantize_model
+from peft_sparse.linears.quantized import (
+    bits,
+    compute_dtype,
+    copy_of,
+    dequantized_linear,
+    is_foreign,
+    quantized_weight,
+    write_quantized,
+)
 from peft_sparse.linears.weights import (
     as_stored,
     get_weight,
@@ -28,24 +51,52 @@ from peft_sparse.linears.weights import (
 )
 
 __all__ = [
+    "OPERANDS",
+    "Acceleration",
     "BlockList",
     "Names",
+    "Operand",
     "PackedLinear",
+    "acceleration_of",
     "as_stored",
+    "bits",
     "block_linear_names",
     "block_linears",
+    "call_as",
+    "check_float",
+    "compute_dtype",
+    "copy_of",
+    "dequantize_model",
+    "dequantized_linear",
+    "device_of",
     "find_block_lists",
     "get_weight",
+    "has_hooks",
     "in_out_features",
+    "install",
+    "is_foreign",
     "is_linear",
+    "keep_loaded",
     "linears_inside",
+    "linears_not_called",
     "matches",
     "num_zeros",
+    "offload_hook",
     "pack_model",
+    "packable_linears",
+    "plain_class",
+    "quantize_model",
+    "quantized_weight",
     "refuse_save_pretrained",
+    "refuses_acceleration",
+    "replace_module",
+    "select_linears",
     "set_weight",
     "stored_weight",
+    "uninstall",
     "unpack_model",
     "unwrap",
     "weight_parameter",
+    "weights_loaded",
+    "write_quantized",
 ]

@@ -8,7 +8,7 @@ from peft_sparse.sparsity.budgets import (
     sparsities_by_name,
     uniform_sparsities,
 )
-from peft_sparse.sparsity.csr import CsrMatrix, to_csr
+from peft_sparse.sparsity.csr import CsrMatrix, csr_tensor, to_csr
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import (
@@ -17,7 +17,9 @@ from peft_sparse.sparsity.packing import (
     dense_weight,
     pack_mask,
     pack_values,
+    put_together,
     row_starts,
+    take_apart,
     unpack_mask,
     unpack_values,
     weight_entries,
@@ -33,6 +35,7 @@ from peft_sparse.sparsity.patterns import (
     parse_pattern,
     pattern_with_group,
 )
+from peft_sparse.sparsity.quantized import EightBitWeight, FourBitWeight, QuantizedWeight, lost_blocks, quantize_like
 from peft_sparse.sparsity.reconstruction import InputFactor, factorize_, fit_block_size, prune_and_reconstruct
 from peft_sparse.sparsity.schedules import SCHEDULES, sparsity_at
 from peft_sparse.sparsity.sketch import OutputSketch
@@ -43,20 +46,25 @@ __all__ = [
     "SCHEDULES",
     "ColumnNorms",
     "CsrMatrix",
+    "EightBitWeight",
+    "FourBitWeight",
     "Hessian",
     "InputFactor",
     "LayerSize",
     "OutputSketch",
     "PackedWeight",
     "Pattern",
+    "QuantizedWeight",
     "Unstructured",
     "Weight",
     "check_sparsity",
     "check_sparsity_mapping",
+    "csr_tensor",
     "dense_weight",
     "factorize_",
     "find_pattern",
     "fit_block_size",
+    "lost_blocks",
     "magnitude_importance",
     "matching_key",
     "owl_sparsities",
@@ -66,12 +74,15 @@ __all__ = [
     "pattern_with_group",
     "prune_and_reconstruct",
     "pst_importance",
+    "put_together",
+    "quantize_like",
     "ria_importance",
     "round_keeping_support",
     "row_starts",
     "select_mask",
     "sparsities_by_name",
     "sparsity_at",
+    "take_apart",
     "to_csr",
     "uniform_sparsities",
     "unpack_mask",

@@ -1,6 +1,22 @@
-"""What happens as training steps go by: the sparsity schedule, and learning rates of their own for scores."""
+"""What happens as training steps go by: recipes, the sparsity schedule, and learning rates of their own for scores."""
 
-from peft_sparse.training.callbacks import SparsityCallback
+from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.evaluate import evaluate_model, evaluate_recipe
+from peft_sparse.training.finetune import FinetuneResult, finetune, plan_finetune
 from peft_sparse.training.param_groups import pst_param_groups
+from peft_sparse.training.recipe import Recipe, load_recipe, make_recipe
 
-__all__ = ["SparsityCallback", "pst_param_groups"]
+__all__ = [
+    "FinetuneResult",
+    "PerplexityCallback",
+    "Recipe",
+    "SparsityCallback",
+    "evaluate_model",
+    "evaluate_recipe",
+    "finetune",
+    "load_recipe",
+    "log_before_reporters",
+    "make_recipe",
+    "plan_finetune",
+    "pst_param_groups",
+]

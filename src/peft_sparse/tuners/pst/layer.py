@@ -128,9 +128,13 @@ class PstLinear(SparseLayer):
         """Whether `set_sparsity_step` was called for the adapter in this process."""
         return adapter_name in self._driven
 
+    def group_size(self, adapter_name: str) -> int:
+        """Weights that compete with each other: all of the layer for unstructured, M for N:M."""
+        return self._settings[adapter_name].group_size
+
     def num_groups(self, adapter_name: str) -> int:
         """Number of comparison groups: 1 for unstructured, one per M weights for N:M."""
-        return self.in_features * self.out_features // self._settings[adapter_name].group_size
+        return self.in_features * self.out_features // self.group_size(adapter_name)
 
     def _count(self, adapter_name: str, sparsity: float) -> int:
         settings = self._settings[adapter_name]
@@ -171,6 +175,12 @@ class PstLinear(SparseLayer):
         """
         weight = self.base_weight if weight is None else weight
         return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
+
+    def get_scores(self, adapter_name: str) -> torch.Tensor:
+        """S of the base weight as it is now, (out, in) in at least float32: what the mask was selected from."""
+        factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
+        updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
+        return ops.reference.pst_scores(updated, factors, scales)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
