@@ -194,8 +194,6 @@ def _draw_case(axis: Any, case: str, rows: Sequence[Row], part: Any, colours: Ma
                 marker="*" if row.row == part.ours else "o", markersize=12 if row.row == part.ours else 6, capsize=3,
             )  # fmt: skip
     axis.set_xscale("log")
-    if part.better == "lower" and part.metric == "perplexity":
-        axis.set_yscale("log")
     axis.set_title(case, fontsize=10)
     axis.set_xlabel("trained parameters", fontsize=9)
     axis.set_ylabel(f"{part.metric} ({part.better} is better)", fontsize=9)
