@@ -85,9 +85,7 @@ def test_what_the_kernel_does_not_take(device, case):
 
 
 def test_a_model_that_uses_it(device):
-    from torch import nn
 
-    from peft_sparse import accelerate_sparse, pack_model
 
     linear = nn.Linear(40, 24).to(device, torch.bfloat16).requires_grad_(False)
     linear.weight[torch.rand(linear.weight.shape, device=device) < 0.5] = 0
