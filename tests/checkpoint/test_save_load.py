@@ -11,10 +11,13 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -229,6 +232,37 @@ def test_tokenizer_and_generation_config(llama_dir, tmp_path):
     assert torch.equal(ids, tokenizer(text, return_tensors="pt").input_ids)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "device_map", "dtpye", "allow_patterns"])
+def test_arguments_that_nobody_takes(name, tiny_llama, tmp_path):
+    """`torch_dtype` among the arguments of a download would be passed over in silence."""
+    save_sparse(prune_magnitude(tiny_llama), tmp_path)
+    with pytest.raises(TypeError, match=rf"got `{name}`; .* are `dtype` and `device` here"):
+        load_sparse(tmp_path, **{name: "auto"})
+    load_sparse(tmp_path, revision="main", token=False, local_files_only=True)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_auto_classes_and_other_heads(packed, tmp_path):
+    model = prune_magnitude(models.tiny_llama(), sparsity=0.6)
+    save_sparse(model, tmp_path)
+    assert type(load_sparse(tmp_path, packed=packed, model_cls=AutoModelForCausalLM)) is LlamaForCausalLM
+    headless = load_sparse(tmp_path, packed=packed, model_cls=AutoModel)
+    assert type(headless) is LlamaModel
+    with torch.no_grad():
+        ids = torch.arange(8)[None]
+        torch.testing.assert_close(headless(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    with pytest.warns(UserWarning, match=r"new and random, and has to be trained: \['score.weight'\]"):
+        classifier = load_sparse(tmp_path, packed=packed, model_cls=AutoModelForSequenceClassification)
+    assert sparsity_report(classifier).total_zeros == sparsity_report(model).total_zeros
+    save_sparse(headless, tmp_path / "headless")
+    with pytest.warns(UserWarning, match=r"new and random, and has to be trained: \['lm_head.weight'\]"):
+        again = load_sparse(tmp_path / "headless", packed=packed, model_cls=LlamaForCausalLM)
+    assert sparsity_report(again).total_zeros == sparsity_report(model).total_zeros
+    for wrong in (BertModel, AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=r"missing keys|An Auto class knows the model"):
+            load_sparse(tmp_path, packed=packed, model_cls=wrong)
 
 
 class OwnLlama(LlamaForCausalLM):

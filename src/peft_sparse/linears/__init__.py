@@ -7,14 +7,16 @@ transformers' Conv1D, GPT-2's linear, stores the transpose, and where a linear i
 from peft_sparse.linears.blocks import (
     BlockList,
     Names,
+    block_experts,
     block_linear_names,
     block_linears,
     find_block_lists,
     linears_inside,
     matches,
 )
-from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
+from peft_sparse.linears.pack import pack_model, unpack_model
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.saving import check_saves_unpacked, refuse_save_pretrained
 from peft_sparse.linears.weights import (
     as_stored,
     get_weight,
@@ -32,8 +34,10 @@ __all__ = [
     "Names",
     "PackedLinear",
     "as_stored",
+    "block_experts",
     "block_linear_names",
     "block_linears",
+    "check_saves_unpacked",
     "find_block_lists",
     "get_weight",
     "in_out_features",

@@ -73,6 +73,22 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def block_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters inside the model's repeated blocks that hold the weights of several experts, (experts, ., .), by full
+    name: no linears, and most of a model that has them."""
+    return {
+        f"{block_list.name}.{index}.{name}": parameter
+        for block_list in find_block_lists(model)
+        for index, block in enumerate(block_list.blocks)
+        for name, parameter in block.named_parameters()
+        if parameter.dim() == 3 and parameter.is_floating_point() and not _is_convolution(block, name)
+    }
+
+
+def _is_convolution(block: nn.Module, name: str) -> bool:
+    return isinstance(block.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+
+
 def block_linear_names(model: nn.Module) -> set[str]:
     """What to write into PEFT's `target_modules` to match the linears of [`block_linears`] and no others.
 

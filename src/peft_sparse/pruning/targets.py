@@ -15,8 +15,8 @@ from torch import nn
 from peft_sparse.linears import (
     Names,
     PackedLinear,
+    block_experts,
     block_linears,
-    find_block_lists,
     get_weight,
     in_out_features,
     linears_inside,
@@ -121,13 +121,7 @@ def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
 
 def _tell_what_stays_dense(model: nn.Module) -> None:
     """Experts whose weights are one parameter for all of them are no linears, and most of the model they are in."""
-    fused = {
-        f"{block_list.name}.{index}.{name}": parameter
-        for block_list in find_block_lists(model)
-        for index, block in enumerate(block_list.blocks)
-        for name, parameter in block.named_parameters()
-        if parameter.dim() == 3 and parameter.is_floating_point() and not _is_convolution(block, name)
-    }
+    fused = block_experts(model)
     if not fused:
         return
     (name, first), numel = next(iter(fused.items())), sum(parameter.numel() for parameter in fused.values())
@@ -139,10 +133,6 @@ def _tell_what_stays_dense(model: nn.Module) -> None:
         "are pruned.",
         stacklevel=4,
     )
-
-
-def _is_convolution(block: nn.Module, name: str) -> bool:
-    return isinstance(block.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
 
 
 def _check_plain(name: str, linear: nn.Module) -> None:

@@ -6,6 +6,7 @@ fails at one layer would leave the others merged. Both loops are therefore run d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, unwrap
+from peft_sparse.storage import record_facts
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
+
+# What rooms above do with each merged model of transformers before its user gets it.
+AFTER_MERGE: list[Callable[[PreTrainedModel], None]] = []
 
 
 class SparseTuner(BaseTuner):
@@ -118,8 +123,12 @@ class SparseTuner(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if merge and isinstance(unloaded, PreTrainedModel):
-            # transformers puts these into the model card when it pushes, and so does `save_sparse`
-            unloaded.add_model_tags(["sparse", "pruned", self.prefix.removesuffix("_")])
+            method = self.prefix.removesuffix("_")
+            # transformers puts these into the model card when it pushes
+            unloaded.add_model_tags(["sparse", "pruned", method])
+            record_facts(unloaded, method=method)
+            for action in AFTER_MERGE:
+                action(unloaded)
         return unloaded
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
