@@ -51,7 +51,7 @@ assert loaded.name_or_path == "me/sparse-llama"
 
 HfApi().upload_file(path_or_fileobj=b"my own words", path_in_repo="README.md", repo_id="me/sparse-llama", token="hf_x")
 push_sparse_to_hub(model, "me/sparse-llama", token="hf_x")
-assert ModelCard.load("me/sparse-llama").content == "my own words"
+assert ModelCard.load("me/sparse-llama").text.strip() == "my own words"
 
 merged = get_peft_model(prune_magnitude(models.tiny_llama(), "2:4"), SppConfig(r=4)).merge_and_unload()
 merged.save_pretrained({folder!r}, push_to_hub=True, repo_id="me/dense-llama", token="hf_x")

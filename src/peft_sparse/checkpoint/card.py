@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import transformers
 from huggingface_hub import ModelCardData
 
 from peft_sparse.evaluation import LayerSparsity, sparsity_report
 from peft_sparse.evaluation.tables import shape_cell
 from peft_sparse.storage import CONFIG_KEY, StoredModel, facts_of, open_model
+from peft_sparse.storage.model import transformers_class
 from peft_sparse.storage.origin import BASE_MODEL, METHOD
 
 # A README.md without this is somebody's own and stays as it is, unless it is the empty form of transformers and PEFT.
@@ -135,7 +135,7 @@ def _size_table(stored: StoredModel) -> str:
 
 def _how_to_load(stored: StoredModel) -> str:
     name = (stored.config.get("architectures") or ["AutoModel"])[0]
-    known = hasattr(transformers, name)
+    known = transformers_class(name) is not None or name.startswith("Auto")
     where = '"path or name of this repository"'
     if stored.layout == "packed":
         more = "" if known else ", trust_remote_code=True" if "auto_map" in stored.config else f", model_cls={name}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -20,6 +19,7 @@ from peft_sparse.checkpoint.packed import StandIn, packed_targets, put_packed_li
 from peft_sparse.linears import block_linears
 from peft_sparse.storage import CONFIG_KEY, StoredModel, StoredTensor, facts_of, locate, open_model
 from peft_sparse.storage.folders import packed_path
+from peft_sparse.storage.model import transformers_class
 
 _LEGACY_CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -101,8 +101,8 @@ def _config(stored: StoredModel, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _saved_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedModel]:
     name = stored.architecture
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+    found = transformers_class(name)
+    if found is not None:
         return found
     code = stored.config.get("auto_map") or {}
     places = [place for place in code.values() if isinstance(place, str) and place.split(".")[-1] == name]
@@ -117,15 +117,16 @@ def _saved_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedM
 def _of_auto_class(model_cls: Any, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that an Auto class of transformers stands for; any other is itself."""
     mapping = getattr(model_cls, "_model_mapping", None)
-    if mapping is None:
-        return model_cls
-    if type(config) not in mapping:
+    if mapping is not None and type(config) in mapping:
+        found = mapping[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    wanted = getattr(model_cls, "config_class", None)
+    if mapping is not None or (wanted is not None and not isinstance(config, wanted)):
         raise ValueError(
-            f"An Auto class knows the model, got {model_cls.__name__} for {type(config).__name__}, which it does not "
-            "know; pass the model's own class as `model_cls`."
+            f"`model_cls` is a class for the stored model, whose config is a {type(config).__name__}, got "
+            f"{model_cls.__name__}; pass another one, or None for the one that was saved."
         )
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    return model_cls
 
 
 def _build(

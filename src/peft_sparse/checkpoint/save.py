@@ -37,6 +37,9 @@ def save_sparse(
 ) -> None:
     """Save a model so that zeros take one bit each. [`load_sparse`] gives it back, bit for bit.
 
+    With one exception, which is warned of: where more than a sixteenth of a weight's entries are negative zeros, as
+    `weight * mask` leaves them, they come back as zeros without a sign.
+
     A tensor that would not become smaller is stored as it is. The folder gets what `save_pretrained` writes (config,
     generation config, code of custom models), but `sparse_model*.safetensors` in place of `model*.safetensors`, so
     that plain transformers raises instead of loading random weights. It is written beside what the folder holds, and

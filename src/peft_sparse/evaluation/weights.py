@@ -86,7 +86,7 @@ def _experts(model: nn.Module) -> dict[str, tuple[str, str]]:
     return {
         key.removesuffix(".weight"): (name, key)
         for name, parameter in block_experts(model).items()
-        for key in as_in_files(model, name, parameter.detach().to("meta"))
+        for key in sorted(as_in_files(model, name, parameter.detach().to("meta")))
     }
 
 

@@ -61,12 +61,11 @@ class StoredModel:
     def linears(self) -> dict[str, StoredLinear] | None:
         """The linears of the transformer blocks by name, and the experts of fused ones; all linears for a model
         without blocks, None if the folder does not tell, or lacks one."""
-        model_cls: Any = getattr(transformers, self.architecture, None)
-        if not isinstance(model_cls, type) or not issubclass(model_cls, PreTrainedModel):
+        model_cls: Any = transformers_class(self.architecture)
+        if model_cls is None:
             return None
-        config_cls: Any = model_cls.config_class
         with torch.device("meta"):
-            model = model_cls(config_cls.from_pretrained(self.folder))
+            model = model_cls(model_cls.config_class.from_pretrained(self.folder))
         linears: dict[str, nn.Module | None] = {
             f"{name}.weight": linear for name, linear in (block_linears(model) or linears_inside(model)).items()
         }
@@ -77,11 +76,17 @@ class StoredModel:
                 keys.setdefault(name, []).append(StoredLinear(key, None if converted else wanted[name]))
         found: dict[str, StoredLinear] = {}
         for name in wanted:
-            stored = keys.get(name, [])
+            stored = sorted(keys.get(name, []), key=lambda linear: linear.key)
             if not stored:
                 return None
             found |= {linear.key if linear.module is None else name: linear for linear in stored}
         return {name.removesuffix(".weight"): linear for name, linear in found.items()}
+
+
+def transformers_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of transformers that has this name, if any."""
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def open_model(folder: Path, verify_checksums: bool = True) -> StoredModel:
