@@ -89,10 +89,19 @@ def unpacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def packed_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight) of each packed linear as files have it, one after the other."""
+    """(name, weight) of each packed linear as files have it, one after the other.
+
+    Raises:
+        ValueError: if files have a weight together with others."""
     for name, module in packed_linears(model).items():
         weight = module.dense_weight().detach()
-        yield from as_in_files(model, f"{name}.weight", weight.T.contiguous() if module.conv1d else weight).items()
+        found = as_in_files(model, f"{name}.weight", weight.T.contiguous() if module.conv1d else weight)
+        if len(found) != 1:
+            raise ValueError(
+                f"A packed weight is a tensor of its own in files, got `{name}`, which {type(model).__name__} stores "
+                f"as {sorted(found)}; call `unpack_model(model)` first."
+            )
+        yield from found.items()
 
 
 def transposed_weights(model: PreTrainedModel) -> set[str]:
