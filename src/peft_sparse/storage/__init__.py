@@ -1,7 +1,7 @@
 """How weights lie in files: plain safetensors, our packed format v1, and the two sparse layouts of compressed-tensors.
 
-Reading only, one tensor at a time, and knowing no more of a model than the names of its tensors and which of them are
-linears. Writing files, and turning them into models, is `checkpoint/`.
+Reading only, one tensor at a time, and knowing no more of a model than the names of its tensors, which of them are
+linears, and what its config tells about it. Writing files, and turning them into models, is `checkpoint/`.
 """
 
 from peft_sparse.storage.folders import locate
