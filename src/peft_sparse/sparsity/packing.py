@@ -160,6 +160,24 @@ def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
     return ends.int() if int(ends[-1]) < 2**31 else ends  # half the memory, and it is kept for each layer
 
 
+def packed_fault(values: torch.Tensor, bitmask: torch.Tensor, rows: int, columns: int) -> str | None:
+    """What keeps two tensors from being the values and the bitmask of a weight (rows, columns); None: nothing.
+
+    Example:
+        >>> packed_fault(torch.ones(2), torch.tensor([[2], [5]], dtype=torch.uint8), rows=2, columns=3)
+        'each bit of its bitmask that is set has a value, got 3 bits and 2 values'
+    """
+    expected = (rows, (columns + 7) // 8)
+    if tuple(bitmask.shape) != expected or bitmask.dtype != torch.uint8:
+        return f"its bitmask is uint8 {expected}, got {str(bitmask.dtype)[6:]} {tuple(bitmask.shape)}"
+    bits = int(row_starts(bitmask)[-1])
+    if bits != values.numel():
+        return f"each bit of its bitmask that is set has a value, got {bits} bits and {values.numel()} values"
+    if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
+        return f"the bits after its last column ({columns}) are 0, got some that are set"
+    return None
+
+
 @functools.lru_cache(maxsize=16)
 def _popcounts(device: torch.device) -> torch.Tensor:
     return _byte_table(torch.uint8, torch.device("cpu")).sum(1, dtype=torch.int32).to(device)

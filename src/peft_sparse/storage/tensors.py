@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from peft_sparse.sparsity import packed_fault
 from peft_sparse.storage.files import SafetensorsFile, crc32
-from peft_sparse.storage.format import BITMASK, VALUES, packed_fault, read_metadata, unpack_weight
+from peft_sparse.storage.format import BITMASK, VALUES, read_metadata, unpack_weight
 
 LEGACY_PARTS = (".compressed", ".bitmask", ".shape")
 ROW_OFFSETS = ".row_offsets"
@@ -79,7 +80,8 @@ class StoredTensor:
             ValueError: as `read` does."""
         assert self.bitmask is not None, f"{self.name} is not packed"
         values, bitmask = self.data.read(), self.bitmask.read()
-        fault = packed_fault(values, bitmask, self.shape)
+        rows, columns = torch.Size(self.shape[:-1]).numel(), self.shape[-1]
+        fault = packed_fault(values, bitmask, rows, columns)
         if fault:
             raise ValueError(
                 f"`{self.name}` is damaged: {fault}, in {str(self.data.file.path)!r}; save or download it again."
