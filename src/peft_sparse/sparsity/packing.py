@@ -115,12 +115,18 @@ def unpack_values(
         tensor([[0.0000, 1.5000, 0.0000],
                 [2.0000, 0.0000, 3.0000]])
     """
+    return unpack_after_zero(torch.cat([values.new_zeros(1), values]), bitmask, in_features, out)
+
+
+def unpack_after_zero(
+    zero_first: torch.Tensor, bitmask: torch.Tensor, in_features: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[`unpack_values`] of values that have a zero before them, (1 + nnz,), which spares a copy of them."""
     rows, columns = bitmask.shape[0], bitmask.shape[1] * 8
-    zero_first = torch.cat([values.new_zeros(1), values])
-    if out is None and (torch.compiler.is_compiling() or (values.requires_grad and torch.is_grad_enabled())):
+    if out is None and (torch.compiler.is_compiling() or (zero_first.requires_grad and torch.is_grad_enabled())):
         return zero_first[_index_of_places(bitmask, in_features)[0].long()]
-    out = values.new_empty(rows, in_features) if out is None else out
-    at_once = UNPACKED_AT_ONCE if values.device.type == "cpu" else UNPACKED_AT_ONCE_GPU
+    out = zero_first.new_empty(rows, in_features) if out is None else out
+    at_once = UNPACKED_AT_ONCE if zero_first.device.type == "cpu" else UNPACKED_AT_ONCE_GPU
     step, before = max(1, at_once // max(1, columns)), None
     for start in range(0, rows, step):
         index, before = _index_of_places(bitmask[start : start + step], in_features, before)

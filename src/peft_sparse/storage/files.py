@@ -114,13 +114,21 @@ class SafetensorsFile:
             )
         return DTYPES[name]
 
-    def read(self, key: str) -> torch.Tensor:
+    def nbytes(self, key: str) -> int:
+        """Bytes of a tensor, from the header."""
+        begin, end = self.header[key]["data_offsets"]
+        return end - begin
+
+    def read(self, key: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """A copy of a tensor.
+
+        Args:
+            into: uint8 (nbytes,), where to read it to; None: new memory.
 
         Raises:
             ValueError: if the file ends before it does."""
         begin, end = self.header[key]["data_offsets"]
-        raw = torch.empty(end - begin, dtype=torch.uint8)
+        raw = torch.empty(end - begin, dtype=torch.uint8) if into is None else into
         left = raw.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data_start + begin)

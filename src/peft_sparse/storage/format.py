@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft_sparse.sparsity import pack_mask, unpack_values
+from peft_sparse.sparsity import pack_mask, unpack_after_zero
 from peft_sparse.storage.files import SafetensorsFile, crc32
 from peft_sparse.storage.origin import CONFIG_KEY, facts_of
 
@@ -88,10 +88,10 @@ def pack_matrix(matrix: torch.Tensor) -> Packed:
     return Packed(bits.masked_select(kept).view(matrix.dtype), bitmask, turned)
 
 
-def unpack_weight(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of [`pack_weight`], for parts that [`packed_fault`] finds nothing wrong with."""
-    bits = values.reshape(-1).view(_BITS[values.element_size()])
-    return unpack_values(bits, bitmask, shape[-1]).view(values.dtype).view(shape)
+def unpack_weight(zero_first: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of [`pack_weight`], for parts that fit each other; a zero is before the values."""
+    bits = zero_first.view(_BITS[zero_first.element_size()])
+    return unpack_after_zero(bits, bitmask, shape[-1]).view(zero_first.dtype).view(shape)
 
 
 def file_metadata(shapes: dict[str, list[int]], checksums: dict[str, str]) -> dict[str, str]:
