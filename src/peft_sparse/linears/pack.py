@@ -46,7 +46,7 @@ def pack_model(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_sparse.sparsity import PackedWeight
+        >>> from peft_sparse.linears import block_linears
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         ... )
