@@ -551,7 +551,9 @@ ADAPTERS = {
         then=read_adapter,
         words="whole safetensors file, got .*download it again",
     ),
-    "weights cut short": damaged(saved_spp, cut(ADAPTER, 0.9), then=read_adapter, words="cut short: save or download"),
+    "weights cut short": damaged(
+        saved_spp, cut(ADAPTER, 0.9), then=read_adapter, words="cannot be read .* damaged or cut short"
+    ),
     "weights: a bit of a name": damaged(saved_pst, flip(ADAPTER, 60), then=read_adapter, words="damaged"),
     "weights: a bit of a number": damaged(
         saved_spp, flip(ADAPTER, -7), then=read_adapter, words=r"CRC-32 .*is damaged, or"
@@ -741,7 +743,7 @@ STORED = {
         saved_sparse, remove(SPARSE), then=read_sparse(), words="cannot be read .*missing, dam"
     ),
     "load: file cut short": damaged(
-        saved_sparse, cut(SPARSE, 0.7), then=read_sparse(), words="cut short: save or download"
+        saved_sparse, cut(SPARSE, 0.7), then=read_sparse(), words="cannot be read .* damaged or cut short"
     ),
     "load: a bit of the header": damaged(
         saved_sparse, flip(SPARSE, 70), then=read_sparse(), words="(?s)damaged|cannot be"
@@ -817,7 +819,7 @@ def begin_training(world: World) -> Any:
 
 
 CALLS = {
-    "schedule: no PST": Case(spp, begin_training, "drives PST layers, got .*without an active one; make them"),
+    "schedule: no PST": Case(lora, begin_training, "drives PST layers, got .*without an active one; make them"),
     "schedule: step below 0": Case(pst, method("base_model.set_sparsity_step", -1, 4), "`step` counts .* got -1"),
     "schedule: step 0.5": Case(
         pst, method("base_model.set_sparsity_step", 0.5, 4), "in whole numbers from 0, got 0.5"

@@ -34,7 +34,9 @@ def _save_with_card(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     save(model, *args, **kwargs)
     folder, hub = Path(given["save_directory"]), given.get("kwargs", {})
     adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
-    if not given.get("is_main_process", True) or adapter_alone or not folder.is_dir():
+    # A card's numbers are counted in the files, which codes of bitsandbytes do not allow.
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    if not given.get("is_main_process", True) or adapter_alone or quantised or not folder.is_dir():
         return
     card = write_model_card(folder)
     if given.get("push_to_hub", False):  # with transformers' card, which cannot be had otherwise

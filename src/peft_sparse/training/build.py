@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from peft_sparse.checkpoint.models import TASKS, load_model
 from peft_sparse.evaluation.metrics import compares_numbers
@@ -16,6 +16,9 @@ from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.parts import ModelPart
 from peft_sparse.training.recipe import METHODS, Recipe
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -67,6 +70,8 @@ def make_trainer(
         optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
     callbacks: list[TrainerCallback] = [SparsityCallback(best_at_final_sparsity=recipe.method == "pst")]
     callbacks += [PerplexityCallback()] if language_model else []
+    from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
+
     trainer = Trainer(
         model=model,
         args=arguments,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
 from peft_sparse.tuners.pst import driven_adapters
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class SparsityCallback(TrainerCallback):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
@@ -62,6 +62,8 @@ def evaluate_recipe(
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
     language_model = part.task == "causal_lm"
+    from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
+
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
             "output_dir": folder, "report_to": [], "disable_tqdm": not progress, "label_names": ["labels"],
