@@ -18,11 +18,12 @@ from peft_sparse.pruning import (
     prune_wanda,
     uniform_sparsity,
 )
-from peft_sparse.training import SparsityCallback, pst_param_groups
+from peft_sparse.training import CheckpointCallback, SparsityCallback, last_complete_checkpoint, pst_param_groups
 from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
 
 __all__ = [
+    "CheckpointCallback",
     "PstConfig",
     "PstModel",
     "SparsityCallback",
@@ -32,6 +33,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "calibration_batches",
+    "last_complete_checkpoint",
     "load_sparse",
     "owl_sparsity",
     "pack_model",

@@ -11,7 +11,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import as_stored, block_linears, linears_inside, stored_weight, unwrap, weight_parameter
+from peft_sparse.linears import (
+    as_stored,
+    block_linears,
+    gathered,
+    linears_inside,
+    stored_weight,
+    unwrap,
+    weight_parameter,
+    whole_parameter,
+)
 from peft_sparse.sparsity import dense_weight
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredModel, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -70,7 +79,13 @@ def linear_weights(
 @torch.no_grad()
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
-    they are disabled."""
+    they are disabled. Of a sharded model it is gathered, in all processes at once."""
+    with gathered(linear) as was_sharded:
+        weight = _forward_weight(linear)
+        return weight.clone() if was_sharded else weight
+
+
+def _forward_weight(linear: nn.Module) -> torch.Tensor:
     weight = stored_weight(unwrap(linear))
     if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
         return dense_weight(weight)
@@ -89,7 +104,8 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
     counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
-    return (parameter for parameter in model.parameters() if id(parameter) not in adapters | counted)
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in adapters | counted]
+    return (whole_parameter(parameter) for parameter in outside)
 
 
 def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:

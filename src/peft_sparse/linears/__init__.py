@@ -15,6 +15,7 @@ from peft_sparse.linears.blocks import (
 )
 from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
     get_weight,
@@ -35,17 +36,22 @@ __all__ = [
     "block_linear_names",
     "block_linears",
     "find_block_lists",
+    "gathered",
     "get_weight",
     "in_out_features",
+    "is_dtensor",
     "is_linear",
+    "is_share",
     "linears_inside",
     "matches",
     "num_zeros",
     "pack_model",
     "refuse_save_pretrained",
+    "reshard",
     "set_weight",
     "stored_weight",
     "unpack_model",
     "unwrap",
     "weight_parameter",
+    "whole_parameter",
 ]

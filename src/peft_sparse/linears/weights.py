@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.sharded import gathered, is_share, whole_shape
 from peft_sparse.sparsity import PackedWeight, Weight, dense_weight, pack_values, unpack_mask
 
 
@@ -34,13 +37,17 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear module."""
     if isinstance(module, PackedLinear):
         return module.in_features, module.out_features
-    rows, columns = module.get_parameter("weight").shape
+    rows, columns = whole_shape(weight_parameter(module))
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def weight_parameter(module: nn.Module) -> nn.Parameter:
-    """The parameter with the entries of a linear's weight: `weight`, or the values of a PackedLinear."""
-    return module.get_parameter("values" if isinstance(module, PackedLinear) else "weight")
+    """The parameter with the entries of a linear's weight: `weight`, or the values of a PackedLinear.
+
+    Of a sharded model this may be a share, and within a forward of FSDP1 a tensor that is no parameter.
+    """
+    linear: Any = module
+    return linear.values if isinstance(module, PackedLinear) else linear.weight
 
 
 def stored_weight(module: nn.Module) -> Weight:
@@ -52,10 +59,19 @@ def get_weight(module: nn.Module) -> torch.Tensor:
     """The weight as (out, in): the parameter itself or its transposed view, so gradients and writes reach it.
 
     That of a PackedLinear is a new tensor, unpacked for this call: to read, while [`set_weight`] writes.
+
+    Raises:
+        RuntimeError: if this process has only a share of it.
     """
     if isinstance(module, PackedLinear):
         return module.dense_weight()
-    return as_stored(module, module.get_parameter("weight"))
+    weight = weight_parameter(module)
+    if is_share(weight):
+        raise RuntimeError(
+            f"A weight is read when it is whole, got this process's share of a {tuple(whole_shape(weight))} weight "
+            "(FSDP2 or ZeRO-3); read it inside `peft_sparse.linears.gathered(module)`, in all processes at once."
+        )
+    return as_stored(module, weight)
 
 
 def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -71,7 +87,7 @@ def set_weight(module: nn.Module, weight: Weight) -> None:
         ValueError: for a PackedLinear, if `weight` has entries where it has none. Nothing is written then.
     """
     if not isinstance(module, PackedLinear):
-        module.get_parameter("weight").copy_(as_stored(module, dense_weight(weight)))
+        get_weight(module).copy_(dense_weight(weight))
         return
     if isinstance(weight, PackedWeight) and torch.equal(weight.bitmask, module.bitmask):
         module.values.copy_(weight.values)
@@ -92,4 +108,5 @@ def set_weight(module: nn.Module, weight: Weight) -> None:
 def num_zeros(module: nn.Module) -> int:
     """How many entries of a linear's weight are zero. Nothing is unpacked for it."""
     in_features, out_features = in_out_features(module)
-    return in_features * out_features - int(torch.count_nonzero(weight_parameter(module)))
+    with gathered(module):
+        return in_features * out_features - int(torch.count_nonzero(weight_parameter(module)))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from peft_sparse.storage.files import SafetensorsFile
 
 
 @dataclass
@@ -42,7 +46,13 @@ class SparseConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> SparseConfig:
-        """Read a config from a folder or the Hub, see PEFT's PeftConfig."""
+        """Read a config from a folder or the Hub, see PEFT's PeftConfig.
+
+        Raises:
+            ValueError: if the adapter's file beside it is damaged or cut short, so that loading it ends before
+                anything is changed.
+        """
+        _check_adapter_file(*args, **kwargs)
         config = super().from_pretrained(*args, **kwargs)
         config._awaits_weights = True
         return config
@@ -63,6 +73,12 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
+
+
+def _check_adapter_file(pretrained_model_name_or_path: Any, subfolder: str | None = None, **_: Any) -> None:
+    file = Path(str(pretrained_model_name_or_path), subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    if file.is_file():
+        SafetensorsFile(file)
 
 
 def check_positive_int(name: str, value: int) -> None:

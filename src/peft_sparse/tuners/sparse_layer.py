@@ -4,6 +4,9 @@ A method says what f is ([`SparseLayer.effective_weight`]) and how to compute a 
 ([`SparseLayer.adapted_linear`]). Here is the rest: several active adapters compose in order, W -> f_b(f_a(W)); merging
 writes that weight into the base layer after checking that zeros and function are the same; unmerging puts a kept copy
 back.
+
+Of a sharded model (FSDP2, ZeRO-3) a forward sees whole weights. What is asked for outside of one is gathered first, so
+that all processes have to ask for it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from peft_sparse import ops
-from peft_sparse.linears import as_stored, in_out_features, set_weight, stored_weight, weight_parameter
+from peft_sparse.linears import (
+    as_stored,
+    gathered,
+    in_out_features,
+    is_dtensor,
+    set_weight,
+    stored_weight,
+    weight_parameter,
+)
 from peft_sparse.sparsity import Weight, dense_weight, round_keeping_support, weight_entries, with_entries
 
 # Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
@@ -104,10 +115,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """f(W) - W, as the base layer stores its weight (a Conv1D's is transposed), in the weight's dtype. Dense."""
-        weight = self.base_weight
-        entries = weight_entries(weight)
-        delta = weight_entries(self.effective_weight(adapter_name, weight)) - entries
-        return as_stored(self.base_layer, dense_weight(with_entries(weight, delta.to(entries.dtype))))
+        with gathered(self):
+            weight = self.base_weight
+            entries = weight_entries(weight)
+            delta = weight_entries(self.effective_weight(adapter_name, weight)) - entries
+            return as_stored(self.base_layer, dense_weight(with_entries(weight, delta.to(entries.dtype))))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -140,15 +152,19 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             ValueError: if it holds NaN or infinity.
             RuntimeError: if its zeros, or its outputs, would not be those of the unmerged layer.
         """
-        weight = self.base_weight
-        for adapter_name in self._present(adapter_names):
-            effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
-            entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-            self._check_finite(entries, adapter_name)
-            merged = with_entries(effective, entries)
-            self._check_merge(merged, support, weight, adapter_name)
-            weight = merged
-        return weight
+        with gathered(self):
+            weight = self.base_weight
+            for adapter_name in self._present(adapter_names):
+                weight = self._merged_into(weight, adapter_name)
+            return weight
+
+    def _merged_into(self, weight: Weight, adapter_name: str) -> Weight:
+        effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
+        entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
+        self._check_finite(entries, adapter_name)
+        merged = with_entries(effective, entries)
+        self._check_merge(merged, support, weight, adapter_name)
+        return merged
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight of the adapters into the base weight.
@@ -163,19 +179,37 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
-        merged = self.merged_weight(adapter_names)
-        if not self.merged:
-            self._weight_before_merge = weight_parameter(self.base_layer).detach().clone()
-        set_weight(self.base_layer, merged)
+        own = weight_parameter(self.base_layer).detach()
+        with gathered(self, write=[self.base_layer]):
+            merged = self.merged_weight(adapter_names)
+            if not self.merged:
+                # FSDP2's share of it is enough; ZeRO-3 has none that could be kept in this way
+                whole = weight_parameter(self.base_layer).detach()
+                self._weight_before_merge = (own if own.shape == whole.shape else whole).clone()
+            set_weight(self.base_layer, merged)
         self.merged_adapters.extend(adapter_names)
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before the first merge, bit for bit."""
-        if self._weight_before_merge is None:
+        """Put the base weight back as it was before the first merge, bit for bit.
+
+        Raises:
+            RuntimeError: in a forward of a sharded model, where it would be lost.
+        """
+        before = self._weight_before_merge
+        if before is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if is_dtensor(before) != is_dtensor(weight_parameter(self.base_layer)):
+            raise RuntimeError(
+                f"Unmerging writes into this process's share of a weight, got the whole one of `{self._module_name}`, "
+                "which lives as long as a forward; call `unmerge_adapter()` before disabling adapters."
+            )
         with torch.no_grad():
-            weight_parameter(self.base_layer).copy_(self._weight_before_merge)
+            if is_dtensor(before):
+                weight_parameter(self.base_layer).copy_(before)
+            else:
+                with gathered(self.base_layer, write=[self.base_layer]):
+                    weight_parameter(self.base_layer).copy_(before)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, unwrap
+from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, reshard, unwrap
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -105,6 +105,10 @@ class SparseTuner(BaseTuner):
         self._check_all_merges(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        reshard(self.model)
+        super().unmerge_adapter()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -124,6 +128,7 @@ class SparseTuner(BaseTuner):
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
         """Every layer's merge without writing, so that an error leaves the whole model as it was."""
+        reshard(self.model)
         for layer in self.sparse_layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             layer.merged_weight([name for name in names if name not in layer.merged_adapters])

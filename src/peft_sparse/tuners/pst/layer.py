@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from peft_sparse import ops
+from peft_sparse.linears import gathered, is_dtensor, unwrap, weight_parameter
 from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
 from peft_sparse.tuners.pst.config import PstConfig
+from peft_sparse.tuners.pst.counts import PrunedCounts
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 FACTORS = ops.PstFactors._fields
@@ -57,7 +58,7 @@ class PstLinear(SparseLayer):
         super().__init__(base_layer, name)
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict({}))
-        self.pst_pruned = BufferDict({}, persistent=True)
+        self.pst_pruned = PrunedCounts()
         self._settings: dict[str, _Settings] = {}
         self._masks: dict[str, ops.MaskCache] = {}
         self._driven: set[str] = set()  # adapters whose schedule was set in this process; for warnings only
@@ -115,6 +116,11 @@ class PstLinear(SparseLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.pst_pruned[adapter_name] = pruned.to(self.pst_pruned[adapter_name].device)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = weight_parameter(unwrap(self.base_layer))
+        self.pst_pruned.withheld = is_dtensor(weight) and weight.is_meta
+
     # The schedule
 
     def set_sparsity_step(self, adapter_name: str, step: int, total_steps: int) -> None:
@@ -169,8 +175,9 @@ class PstLinear(SparseLayer):
         Args:
             weight: W, (out, in); None: the base weight as it is now.
         """
-        weight = self.base_weight if weight is None else weight
-        return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
+        with gathered(self):
+            weight = self.base_weight if weight is None else weight
+            return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
