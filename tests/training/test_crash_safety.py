@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,20 @@ from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpo
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import train_script
+import train_script  # noqa: E402
 
 STEPS = 6
 # A server that has imported everything and has computed nothing: a new process takes a moment, and no thread is lost.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train_script", "datasets"])
+PROCESSES.set_forkserver_preload(["train_script", "datasets", "peft_sparse"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Started where it finds what it is to import: up to Python 3.12 it looks at the environment alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]))
+        forkserver.ensure_running()
 
 
 def settings(folder: Path, tuner: str, **arguments) -> dict:
@@ -87,9 +96,9 @@ def run_process(*args) -> int:
 
 
 def outcome(folder: Path) -> tuple[bytes, dict]:
-    """What a run ends with: the adapter, bit for bit, and the masks of its last forward."""
+    """What a run ends with: the adapter, bit for bit, and the masks."""
     report = json.loads((folder / "rank-0.json").read_text())
-    return (folder / "final" / "adapter_model.safetensors").read_bytes(), report["masks"][str(STEPS)]
+    return (folder / "final" / "adapter_model.safetensors").read_bytes(), report["final_masks"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,7 @@ def never_killed(tmp_path_factory) -> dict[str, tuple[bytes, dict]]:
     return outcomes
 
 
-# Of a save the files are: adapter, arguments, optimizer, scheduler, random states, state, (an old checkpoint,) manifest.
+# The files of a save: adapter, arguments, optimizer, scheduler, random states, state, (an old checkpoint,) manifest.
 KILL_POINTS = [2, 9, 13, 15, 21, 24, 30]
 
 

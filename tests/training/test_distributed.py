@@ -24,11 +24,21 @@ from peft_sparse.tuners.pst import PstLinear
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs" / "accelerate"
 sys.path.insert(0, str(HERE))
-import train_script
+import train_script  # noqa: E402
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (`pip install deepspeed`)"
 )
+
+
+# Small weights are shared out too, which DeepSpeed keeps whole by default.
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}  # fmt: skip
 
 
 def launch(engine: str, runs: list[dict], num_processes: int = 2, **config: str) -> None:
@@ -82,6 +92,7 @@ def check(folder: Path, alone: dict, engine: str, sharded: bool, num_processes: 
             assert report["losses"][step] == pytest.approx(loss, abs=tolerance), f"loss of step {step}"
         assert report["counts"] == alone["counts"]
         assert report["masks"] == found[0]["masks"]
+        assert report["final_masks"] == found[0]["final_masks"]
     assert not found[0]["warnings"]
 
 
@@ -207,9 +218,10 @@ def test_bf16_base_weights(tmp_path):
 @pytest.mark.slow
 @needs_deepspeed
 def test_zero3(tmp_path):
-    runs = []
+    settings, runs = tmp_path / "zero3.json", []
+    settings.write_text(json.dumps(ZERO3))
     for tuner in ("pst", "spp"):
-        saving = {"save_strategy": "steps", "save_steps": 3}
+        saving = {"save_strategy": "steps", "save_steps": 3, "deepspeed": str(settings)}
         whole = {"tuner": tuner, "output_dir": str(tmp_path / tuner), "arguments": saving, "merge": True}
         resume = str(tmp_path / tuner / "checkpoint-3")
         runs += [whole, whole | {"output_dir": str(tmp_path / f"{tuner}-resumed"), "resume": resume}]

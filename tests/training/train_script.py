@@ -3,13 +3,15 @@
     python train_script.py '[{"tuner": "pst", "output_dir": "out"}]'
 
 For each of the settings it trains a tiny random model with an unchanged Trainer and leaves in `output_dir` what a test
-may want to compare: `rank-0.json`, `rank-1.json`, ... (losses, the masks that the forwards used, where the schedule was) and the adapter.
+may want to compare: `rank-0.json`, `rank-1.json`, ... (losses, the masks that the forwards used, where the schedule
+was) and the adapter.
 """
 
 import hashlib
 import json
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -83,11 +85,6 @@ def wanted(engine: str) -> bool:
 
 
 def make_trainer(settings: dict, callbacks=()) -> Trainer:
-    base, config = make_model(settings)
-    model = get_peft_model(base, config)
-    callbacks = [Recorder(model), *callbacks]
-    if not settings["tuner"].startswith("spp"):
-        callbacks.append(SparsityCallback())
     arguments = TrainingArguments(
         output_dir=settings["output_dir"], max_steps=settings["steps"], learning_rate=1e-2, report_to=[], seed=1,
         per_device_train_batch_size=settings["batch_size"], disable_tqdm=True, logging_steps=1,
@@ -98,6 +95,16 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
         # processes are GPUs, it does with gloo and CPU memory all that it does with nccl.
         assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    base, config = make_model(settings)
+    if wanted("DEEPSPEED"):
+        with tempfile.TemporaryDirectory() as folder:  # `from_pretrained` is what ZeRO-3 watches to shard weights
+            base.save_pretrained(folder)
+            base = type(base).from_pretrained(folder)
+        assert all(is_share(parameter) for parameter in base.parameters())
+    model = get_peft_model(base, config)
+    callbacks = [Recorder(model), *callbacks]
+    if not settings["tuner"].startswith("spp"):
+        callbacks.append(SparsityCallback())
     data = Sentences(base)
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
@@ -124,6 +131,7 @@ def train(settings: dict, callbacks=()) -> Trainer:
         "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
         "masks": recorder.masks,
         "counts": recorder.counts,
+        "final_masks": {name: digest(layer.get_mask("default")) for name, layer in recorder.layers.items()},
         "engine": str(trainer.accelerator.distributed_type),
         "shares": sum(is_share(parameter) for parameter in trainer.model.parameters()),
         "warnings": [str(w.message) for w in caught if "peft_sparse" in str(w.filename)],

@@ -78,19 +78,19 @@ def gathered(*modules: nn.Module, write: Iterable[nn.Module] = ()) -> Iterator[b
     if not slots:
         yield False
         return
-    with _zero_gathered([_raw(*slot) for slot in slots if slot[0] not in written], modifier_rank=None):
-        with _zero_gathered([_raw(*slot) for slot in slots if slot[0] in written], modifier_rank=0):
-            shares = [(owner, name, share) for owner, name in slots if is_dtensor(share := _raw(owner, name))]
+    read, change = ([_raw(*slot) for slot in slots if (slot[0] in written) == wanted] for wanted in (False, True))
+    with _zero_gathered(read, modifier_rank=None), _zero_gathered(change, modifier_rank=0):
+        shares = [(owner, name, share) for owner, name in slots if is_dtensor(share := _raw(owner, name))]
+        for owner, name, share in shares:
+            owner._parameters[name] = nn.Parameter(_whole(share), share.requires_grad)
+        try:
+            yield True
             for owner, name, share in shares:
-                owner._parameters[name] = nn.Parameter(_whole(share), share.requires_grad)
-            try:
-                yield True
-                for owner, name, share in shares:
-                    if owner in written:
-                        _scatter(owner._parameters[name], share)
-            finally:
-                for owner, name, share in shares:
-                    owner._parameters[name] = share
+                if owner in written:
+                    _scatter(owner._parameters[name], share)
+        finally:
+            for owner, name, share in shares:
+                owner._parameters[name] = share
 
 
 def _raw(owner: nn.Module, name: str) -> Any:

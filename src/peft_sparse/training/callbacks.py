@@ -79,7 +79,8 @@ class CheckpointCallback(TrainerCallback):
             enough space for it. Older checkpoints stay as they are.
 
     Example:
-        >>> callback = CheckpointCallback()  # Trainer(model, args, callbacks=[callback]).train(resume_from_checkpoint=True)
+        >>> callback = CheckpointCallback()  # trainer = Trainer(model, args, callbacks=[callback], ...)
+        >>> # trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     """
 
     def __init__(self) -> None:
