@@ -31,7 +31,7 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-# Small weights are shared out too, which DeepSpeed keeps whole by default.
+# As configs/accelerate/zero3.yaml, but small weights are shared out too, which DeepSpeed keeps whole by default.
 ZERO3 = {
     "zero_optimization": {
         "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True,
@@ -39,17 +39,26 @@ ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }  # fmt: skip
+ZERO3_LAUNCHER = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+num_machines: 1
+use_cpu: false
+deepspeed_config:
+  zero3_init_flag: true
+  deepspeed_config_file: {}
+"""
 
 
-def launch(engine: str, runs: list[dict], num_processes: int = 2, **config: str) -> None:
+def launch(engine: str | Path, runs: list[dict], num_processes: int = 2, **config: str) -> None:
     """Train in several processes.
 
     Args:
-        engine: name of a file in configs/accelerate/.
+        engine: name of a file in configs/accelerate/, or a path.
         runs: settings of `train_script`, one training after the other.
         config: what is different from the file.
     """
-    file = CONFIGS / f"{engine}.yaml"
+    file = engine if isinstance(engine, Path) else CONFIGS / f"{engine}.yaml"
     if config:
         text = file.read_text()
         for key, value in config.items():
@@ -218,14 +227,15 @@ def test_bf16_base_weights(tmp_path):
 @pytest.mark.slow
 @needs_deepspeed
 def test_zero3(tmp_path):
-    settings, runs = tmp_path / "zero3.json", []
+    settings, launcher, runs = tmp_path / "zero3.json", tmp_path / "zero3.yaml", []
     settings.write_text(json.dumps(ZERO3))
+    launcher.write_text(ZERO3_LAUNCHER.format(settings))
     for tuner in ("pst", "spp"):
-        saving = {"save_strategy": "steps", "save_steps": 3, "deepspeed": str(settings)}
+        saving = {"save_strategy": "steps", "save_steps": 3}
         whole = {"tuner": tuner, "output_dir": str(tmp_path / tuner), "arguments": saving, "merge": True}
         resume = str(tmp_path / tuner / "checkpoint-3")
         runs += [whole, whole | {"output_dir": str(tmp_path / f"{tuner}-resumed"), "resume": resume}]
-    launch("zero3", runs)
+    launch(launcher, runs)
     for tuner in ("pst", "spp"):
         alone = one_process(tmp_path / "alone" / tuner, tuner=tuner)
         check(tmp_path / tuner, alone, "DEEPSPEED", sharded=True)
@@ -233,6 +243,17 @@ def test_zero3(tmp_path):
         for report in reports(tmp_path / tuner):
             assert report["restored"] and report["merged"] == merged
     check_resumed(tmp_path)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_as_configured(tmp_path):
+    """With the file of configs/accelerate/, as it is."""
+    launch("zero3", [{"tuner": "pst", "output_dir": str(tmp_path / "pst")}])
+    alone = one_process(tmp_path / "alone", tuner="pst")
+    for report in reports(tmp_path / "pst"):
+        assert report["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    check_adapter(tmp_path / "pst", "pst")
 
 
 @pytest.fixture
@@ -297,8 +318,9 @@ def test_merging_shares_after_a_forward(shares, tuner):
     torch.testing.assert_close(model(ids).logits, unmerged, atol=1e-4, rtol=1e-4)
     expected.merge_adapter()
     assert train_script.base_digests(model) == train_script.base_digests(expected)
-    with pytest.raises(RuntimeError, match="unmerge_adapter"), model.disable_adapter():
-        model(ids)
     model.unmerge_adapter()
     expected.unmerge_adapter()
     assert train_script.base_digests(model) == train_script.base_digests(expected)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="unmerge_adapter"), model.disable_adapter():
+        model(ids)

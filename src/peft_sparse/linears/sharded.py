@@ -100,9 +100,12 @@ def _raw(owner: nn.Module, name: str) -> Any:
 
 @torch.no_grad()
 def _whole(share: Any) -> torch.Tensor:
-    if share.device.type != share.device_mesh.device_type:  # FSDP2's CPU offload: its collectives run on the device
-        return share.to(share.device_mesh.device_type).full_tensor().to(share.device)
-    return share.full_tensor().detach()
+    device = share.device
+    if device.type != share.device_mesh.device_type:  # FSDP2's CPU offload: its collectives run on the mesh's device
+        return share.to(share.device_mesh.device_type).full_tensor().to(device)
+    whole = share.full_tensor().detach()
+    # of a single process, or a tensor that all have whole, it is the share itself
+    return whole.clone() if whole.data_ptr() == share.to_local().data_ptr() else whole
 
 
 @torch.no_grad()
