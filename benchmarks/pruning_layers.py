@@ -45,8 +45,8 @@ def prune_layers(
         _feed(layers, {name: statistics.update for name, statistics in norms.items()})
         parsed = pattern_with_group(pattern, None, default="row")
         for name, (linear, _) in layers.items():
-            scores = wanda_importance(get_weight(linear).detach(), norms[name].norms)
-            prune_by_scores(linear, scores, parsed, sparsity)
+            # no name for the scores, which would outlive their layer
+            prune_by_scores(linear, wanda_importance(get_weight(linear).detach(), norms[name].norms), parsed, sparsity)
     else:
         shared = SharedHessians()
         statistics = {name: shared.new_statistics(linear) for name, (linear, _) in layers.items()}

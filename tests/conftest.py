@@ -19,6 +19,15 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import models
 
@@ -97,3 +106,24 @@ def tiny_gpt2() -> models.GPT2LMHeadModel:
 def tiny_bert() -> models.BertForSequenceClassification:
     """A new random BERT classifier; see models.py."""
     return models.tiny_bert()
+
+
+@pytest.fixture(scope="session")
+def hub_stand_ins(tmp_path_factory) -> dict[str, str]:
+    """Names on the Hub that guides and notebooks use, and for each a folder with a tiny model of the same class."""
+    folder = tmp_path_factory.mktemp("models")
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=64, special_tokens=list(marks.values()))
+    tokenizer.train_from_iterator(["a fine film, a dull film: what a joy and what a waste of the class"], trainer)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    llama = LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=512)
+    made = {
+        "HuggingFaceTB/SmolLM2-135M": LlamaForCausalLM(llama),
+        "google-bert/bert-base-uncased": BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=2)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in made}

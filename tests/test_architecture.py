@@ -19,6 +19,7 @@ ROOMS = (
     "__init__",
     "cli",
     "training",
+    "inference",
     "checkpoint",
     "evaluation",
     "pruning",

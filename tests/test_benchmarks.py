@@ -16,10 +16,13 @@ from benchmarks import (
     check,
     check_pruning,
     compile_step,
+    decode_step,
+    generate,
     layer_step,
     memory,
     model_step,
     models,
+    never_slower,
     packed_step,
     peers,
     plot,
@@ -32,7 +35,8 @@ from benchmarks import (
     sparse_step,
     storage,
 )
-from peft_sparse import ops
+from peft_sparse import accelerate_sparse, ops
+from peft_sparse.linears.operands import CsrOperand
 
 TIME = ["median_ms", "spread_ms"]
 COLUMNS = {
@@ -59,6 +63,17 @@ COLUMNS = {
     ],
     compile_step: [
         "model", "tokens", "backend", "variant", *TIME, "ratio_eager", "first_step_s", "loss_after_first_step",
+    ],
+    decode_step: [
+        "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_dense", "ratio_bf16", "ratio_bf16_mv", "speed_up",
+        "chosen",
+    ],
+    generate: [
+        "model", "tokens", "new_tokens", "sparsity", "variant", *TIME, "ratio_dense", "speed_up", "layers_accelerated",
+        "layers", "linears_mb", "same_tokens",
+    ],
+    never_slower: [
+        "model", "sparsity", "tokens", "variant", "chosen", "layers", "ratio_dense", "ratio_worst", "ratio_cached",
     ],
     pruning_step: [
         "case", "sequences", "tokens", "method", "pattern", "sparsity", "peer", *TIME, "ratio_authors",
@@ -313,6 +328,52 @@ def test_calibration_windows_do_not_overlap():
         pruning_quality.windows(torch.arange(103), 11, 10)
 
 
+def test_decode_step(tmp_path):
+    rows = measure(decode_step, tmp_path / "a.csv", "--sparsities", "0.5", "0.9")
+    assert list(rows[0]) == [*COLUMNS[decode_step], *report.METADATA]
+    variants = ["dense", "csr", "chosen", "dense_bf16", "dense_bf16_mv"]
+    assert [(row["sparsity"], row["variant"]) for row in rows] == [(s, v) for s in ("0.5", "0.9") for v in variants]
+    assert rows[0]["ratio_dense"] == rows[3]["ratio_bf16"] == "1" and rows[0]["chosen"] == ""
+    assert rows[2]["chosen"] in ("dense", "csr")
+
+
+def test_decode_step_of_several_tokens(tmp_path):
+    rows = measure(decode_step, tmp_path / "a.csv", "--sparsities", "0.9", "--tokens", "5")
+    assert [row["variant"] for row in rows] == ["dense", "csr", "chosen", "dense_bf16"]
+    assert {row["tokens"] for row in rows} == {"5"} and rows[0]["ratio_bf16_mv"] == ""
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch):
+    right = CsrOperand.__call__
+    monkeypatch.setattr(CsrOperand, "__call__", lambda self, x, bias: 1.01 * right(self, x, bias))
+    with pytest.raises(SystemExit, match="No benchmark is reported: csr differs from dense"):
+        measure(decode_step, tmp_path / "a.csv")
+
+
+def test_generate(tmp_path, monkeypatch):
+    rows = measure(generate, tmp_path / "a.csv", "--sparsities", "0.9")
+    assert list(rows[0]) == [*COLUMNS[generate], *report.METADATA]
+    assert [row["variant"] for row in rows] == ["dense", "accelerated", "packed"]
+    assert {row["same_tokens"] for row in rows} == {"1"} and rows[0]["ratio_dense"] == "1"
+    assert {row["new_tokens"] for row in rows} == {"3"}
+
+    def breaks(model, **options):
+        model.lm_head.weight.data *= 1.1
+        return accelerate_sparse(model, **options)
+
+    monkeypatch.setattr(generate, "accelerate_sparse", breaks)
+    with pytest.raises(SystemExit, match="the logits of accelerated differ"):
+        measure(generate, tmp_path / "b.csv", "--sparsities", "0.9")
+
+
+def test_never_slower(tmp_path):
+    rows = measure(never_slower, tmp_path / "a.csv", "--sparsities", "0.9")
+    assert list(rows[0]) == [*COLUMNS[never_slower], *report.METADATA]
+    assert len(rows) == len(never_slower.TOKENS) * (7 + 1)
+    assert [row["variant"] for row in rows[:3]] == ["q_proj", "k_proj", "v_proj"] and rows[-1]["variant"] == "0"
+    assert {row["layers"] for row in rows} == {"2", "1"} and {row["chosen"] for row in rows} <= {"dense", "csr"}
+
+
 def test_a_ratio_is_the_median_of_paired_ratios():
     times = runner.Times({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 4.0]})
     assert times.ratio("a", "b") == 2 and times.ratio("a", "c") is None
@@ -464,3 +525,16 @@ def test_plot_over_sparsity(tmp_path):
     measure(sparse_step, path)
     assert plot.main([str(path)]) == 0
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_plot_of_many_cases(tmp_path):
+    """Cases that no line joins share a chart, named by what differs between them."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.csv"
+    origin = {"tokens": 2, "date": "1", "hardware": "h", "threads": 1, "dtype": "d", "torch": "t", "commit": "c"}
+    cases = [(out, peer) for out in (8, 16, 24, 32) for peer in ("lora", "spp")]
+    report.write([{"out": out, "peer": peer, "ratio_lora": 1.0, **origin} for out, peer in cases], path)
+    figure = plot.figure_of(path)
+    [axis] = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["8", "16", "24", "32"]
+    assert len(axis.patches) == len(cases)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
 from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
+from peft_sparse.inference import AccelerationReport, accelerate_sparse, remove_acceleration
 from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import (
     calibration_batches,
@@ -24,6 +25,7 @@ from peft_sparse.tuners.spp import SppConfig, SppModel
 
 __all__ = [
     "CheckpointCallback",
+    "AccelerationReport",
     "PstConfig",
     "PstModel",
     "SparsityCallback",
@@ -32,6 +34,7 @@ __all__ = [
     "SppModel",
     "VerifyReport",
     "__version__",
+    "accelerate_sparse",
     "calibration_batches",
     "last_complete_checkpoint",
     "load_sparse",
@@ -44,6 +47,7 @@ __all__ = [
     "prune_wanda",
     "pst_param_groups",
     "push_sparse_to_hub",
+    "remove_acceleration",
     "save_sparse",
     "sparsity_report",
     "uniform_sparsity",

@@ -109,6 +109,13 @@ def test_lists_that_are_no_blocks():
         block_linear_names(model)
 
 
+def test_lists_in_a_list_are_lists_of_their_own():
+    model = nn.Module()
+    model.stages = nn.ModuleList(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3)) for _ in range(2))
+    assert [block_list.name for block_list in find_block_lists(model)] == ["stages.0", "stages.1"]
+    assert list(block_linears(model)) == [f"stages.{stage}.{index}.0" for stage in range(2) for index in range(3)]
+
+
 def test_a_list_inside_a_block_is_part_of_the_block():
     model, block = nn.Module(), nn.Module()
     block.experts = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))

@@ -14,7 +14,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 pytestmark = pytest.mark.slow
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
 SHARED_MEMORY = 99 * 1024  # of one block: the smallest limit of a capability from 8.0 on (8.6, 8.9, 12.0)
 OUT, IN, TOKENS, GROUPS = 256, 128, 64, 16
 KERNELS = ("_matmul_kernel", "_reduce_kernel")
@@ -110,3 +116,21 @@ def test_compiles_and_fits(monkeypatch, tmp_path, kind, dtype, capability):
         assert found.metadata.shared <= SHARED_MEMORY, kernel.fn.__name__
         # tensor cores, for all but float32 that is not to be rounded to tf32
         assert ("mma" in found.asm["ptx"]) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize(
+    "dtype, capability", [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.float16, 90)], ids=str
+)
+def test_the_kernel_for_one_token_compiles(monkeypatch, tmp_path, dtype, capability):
+    from peft_sparse.ops import triton_bitmask
+    from peft_sparse.sparsity import PackedWeight
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = []
+    recorder = Recorder(triton_bitmask._vector_kernel, launches)
+    monkeypatch.setattr(triton_bitmask, "_vector_kernel", recorder)
+    weight = PackedWeight.of(torch.ones(OUT, IN, dtype=dtype))
+    triton_bitmask.forward(torch.ones(IN, dtype=dtype), weight, torch.ones(OUT, dtype=dtype))
+    ((kernel, args, options),) = launches
+    found = compiled(kernel, args, options | {"num_stages": 3}, capability)
+    assert len(found.asm["cubin"]) > 0 and found.metadata.shared <= SHARED_MEMORY

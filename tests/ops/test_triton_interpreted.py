@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-TESTS = ["test_triton_spp.py", "test_triton_pst.py"]
+TESTS = ["test_triton_spp.py", "test_triton_pst.py", "test_triton_bitmask.py"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -21,6 +21,8 @@ from transformers import (
     BloomForCausalLM,
     DebertaV2Config,
     DebertaV2Model,
+    FunnelConfig,
+    FunnelModel,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -41,6 +43,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -48,7 +52,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import pruning
 from peft_sparse.linears import block_linears, find_block_lists
-from peft_sparse.pruning.calibration import check_batches, evaluation_mode
+from peft_sparse.pruning.calibration import evaluation_mode
+from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.targets import prune_by_scores
 from peft_sparse.pruning.walk import Walk
 from peft_sparse.sparsity import ColumnNorms
@@ -129,6 +134,19 @@ def whisper():
     special = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     limits = {"max_source_positions": 20, "max_target_positions": 16}
     return WhisperForConditionalGeneration(WhisperConfig(vocab_size=96, **sizes, **heads, **special, **limits))
+
+
+def wav2vec2():
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    sizes = SIZES | {"vocab_size": 32, "num_hidden_layers": 2}
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, num_attention_heads=4, **convolutions, **positions))
+
+
+def funnel():
+    """Two lists of two blocks, the second on half of the tokens, and a decoder, which has no tokens of its own."""
+    sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "num_decoder_layers": 2}
+    return FunnelModel(FunnelConfig(vocab_size=models.VOCAB_SIZE, block_sizes=[2, 2], **sizes))
 
 
 def albert():
@@ -228,11 +246,15 @@ def test_same_masks_as_a_naive_walk(architecture: str):
     assert changed > 1000
 
 
-@pytest.mark.parametrize("architecture", [vit, whisper])
-def test_images_and_sounds(architecture):
+@pytest.mark.parametrize("architecture", [vit, whisper, wav2vec2, funnel])
+def test_images_sounds_and_lists_of_lists(architecture):
     model = architecture().eval()
     if architecture is vit:
         batches = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(3)]
+    elif architecture is wav2vec2:
+        batches = [{"input_values": torch.randn(2, 400)} for _ in range(3)]
+    elif architecture is funnel:
+        batches = batches_for(model)
     else:
         ids = torch.randint(3, 96, (2, 7))
         batches = [{"input_features": torch.randn(2, 8, 40), "decoder_input_ids": ids} for _ in range(3)]
@@ -248,7 +270,10 @@ def test_a_module_tree_that_is_no_transformers_model():
     """torch's own encoder, whose fast path calls no linear at all; its attention keeps weights that are no linears."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2).eval()
     dense = state_of(model)
-    pruning.prune_wanda(model, [{"src": torch.randn(2, 7, 32)} for _ in range(3)], sparsity=0.5, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"2 parameters .* stay dense, \d+% .*`layers.0.self_attn.in_proj_weight` \(96 x 32"
+    ):
+        pruning.prune_wanda(model, [{"src": torch.randn(2, 7, 32)} for _ in range(3)], sparsity=0.5, progress=False)
     for name, tensor in model.state_dict().items():
         if name.endswith(("linear1.weight", "linear2.weight")):
             assert ((tensor == 0).sum(1) == tensor.shape[1] // 2).all()
@@ -350,6 +375,15 @@ def blocks() -> list[str]:
         ({"input_ids": torch.ones(2, 3)}, "several batches, got one dict"),
         (7, "several batches, got one int"),
         ([{"inputs_embeds": torch.tensor([[[float("nan")]]])}], "NaN or infinity in `inputs_embeds` of batch 0"),
+        ([{"input_ids": torch.tensor([3, 4])}], r"shape \(sequences, tokens\), got \(2,\) for `input_ids`"),
+        ([{"input_ids": torch.rand(1, 4)}], "integers, got torch.float32 for `input_ids` of batch 0"),
+        ([{"input_ids": torch.ones(0, 4, dtype=torch.int64)}], r"got \(0, 4\) for `input_ids` of batch 0"),
+        ([{"input_ids": torch.tensor([[3, 96]])}], "vocabulary, from 0 to 95, got 96 in `input_ids` of batch 0"),
+        ([{"input_ids": torch.tensor([[-100, 3]])}], "from 0 to 95, got -100 in `input_ids` of batch 0"),
+        (
+            [{"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 3)}],
+            r"an entry for each token, got shape \(1, 3\) beside `input_ids` of shape \(1, 2\) in batch 0",
+        ),
     ],
 )
 def test_calibration_sets_that_are_refused(tiny_llama, batches, message: str):

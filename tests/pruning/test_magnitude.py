@@ -108,7 +108,9 @@ def test_a_tied_head_is_left_alone(tiny_gpt2):
         ({"pattern": "two:four"}, "got 'two:four'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "fixes the sparsity at 0.5, got sparsity=0.6"),
         ({"pattern": "1:7"}, "divisible by 7, got 32 in `model.layers.0.self_attn.q_proj`; exclude it"),
+        ({"pattern": "2:4", "sparsity": "half"}, "fixes the sparsity at 0.5, got sparsity='half'"),
         ({"exclude_modules": ".*"}, "at least one linear, got none"),
+        ({"target_modules": "(q_proj"}, r"one regex for full names, got '\(q_proj', which is no valid regex"),
     ],
 )
 def test_errors_leave_the_model_untouched(tiny_llama, arguments, message: str):

@@ -1,6 +1,7 @@
 """Padding does not count, also where experts see rows that do not tell where they come from."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -105,6 +106,29 @@ def test_what_stands_in_padded_places_changes_nothing(deep):
     prune_wanda(other, [{"x": scrambled, "attention_mask": mask}], progress=False)
     for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
+
+
+class Pooling(nn.Module):
+    """Between its blocks two tokens become one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x, attention_mask=None):
+        x = self.blocks[0](x)
+        return self.blocks[1](x.unflatten(1, (-1, 2)).mean(2))
+
+
+def test_padding_that_cannot_be_told_is_named():
+    x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune_wanda(Pooling(), [{"x": x, "attention_mask": mask}], progress=False)
+    mask[1, 3:] = 0
+    with pytest.warns(UserWarning, match=r"inputs of `blocks.1.0` are \(2, 3\) and the mask is \(2, 6\)") as told:
+        prune_wanda(Pooling(), [{"x": x, "attention_mask": mask}] * 3, progress=False)
+    assert len(told) == 1
 
 
 def test_experts_of_a_transformers_model():

@@ -1,5 +1,6 @@
 """A run that was interrupted goes on and gives the same model, bit for bit; another run is refused."""
 
+import contextlib
 import json
 import os
 import signal
@@ -97,6 +98,20 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, error):
     assert_same(prune(model, tmp_path), expected)
     assert blocks == ["model.layers.1"]
     assert model.config.peft_sparse["pruning"]["errors"].keys() == block_linears(model).keys()
+
+
+@pytest.mark.parametrize("count", [7, 99])
+def test_errors_that_are_wanted_later_or_no_longer(tmp_path, monkeypatch, count):
+    """Of a run that was half-way or done: a block that was saved without errors is pruned again."""
+    expected = prune(models.tiny_llama())
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        interrupt_after(patch, count, KeyboardInterrupt())
+        prune(models.tiny_llama(), tmp_path, measure_error=False)
+    for measured in (True, False):
+        model = prune(models.tiny_llama(), tmp_path, measure_error=measured)
+        assert_same(model, state_of(expected))
+        errors = expected.config.peft_sparse["pruning"]["errors"] if measured else None
+        assert model.config.peft_sparse["pruning"].get("errors") == errors
 
 
 CHILD = """

@@ -55,6 +55,17 @@ def test_masks_are_nested(case, other):
     assert not (select_mask(scores, more, group_size) & ~select_mask(scores, less, group_size)).any()
 
 
+@few_examples
+@given(scores_in_groups(), st.integers(1, 20))
+def test_pieces_of_many_groups_are_selected_from_alike(case, at_once):
+    scores, group_size, num_pruned = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "MAX_COMPARED", 0)
+        patch.setattr(masks, "MAX_AT_ONCE", at_once)
+        mask = select_mask(scores, num_pruned, group_size)
+    assert torch.equal(mask, obvious_mask(scores, num_pruned, group_size))
+
+
 def test_ties_go_by_index():
     mask = select_mask(torch.ones(2, 6), num_pruned=2, group_size=3)
     assert mask.tolist() == [[False, False, True] * 2] * 2

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sparse.pruning.calibration import evaluation_mode
+from peft_sparse.pruning.token_inputs import check_token_inputs
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         A number from 1 up; the size of the vocabulary for a model that guesses.
 
     Raises:
-        ValueError: if `input_ids` is not one row of at least 2 tokens, or `window` is below 2.
+        ValueError: if `input_ids` is not one row of at least 2 tokens of the model's, or `window` is below 2.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,13 +43,21 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         >>> round(perplexity(model, torch.arange(20) % 8, window=5, progress=False), 4)
         8.0
     """
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(
+            f"`input_ids` is a tensor of token ids, got {type(input_ids).__name__}; take "
+            "`tokenizer(text, return_tensors='pt').input_ids[0]`."
+        )
     if input_ids.dim() != 1 or len(input_ids) < 2 or input_ids.is_floating_point():
         raise ValueError(
             f"`input_ids` is one row of at least 2 token ids, shape (tokens,), got shape {tuple(input_ids.shape)} of "
             f"{input_ids.dtype}; take `tokenizer(text, return_tensors='pt').input_ids[0]`."
         )
-    if window < 2:
-        raise ValueError(f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window}.")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise ValueError(
+            f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."
+        )
+    check_token_inputs(model, [{"input_ids": input_ids[None]}])
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     with evaluation_mode(model):

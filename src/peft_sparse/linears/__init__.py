@@ -1,9 +1,18 @@
 """How a module stores its weight, and which linears a model's transformer blocks have.
 
 The rest of the package sees every weight as (out_features, in_features). This is the one place that knows that
-transformers' Conv1D, GPT-2's linear, stores the transpose, and where a linear is packed: stored without its zeros.
+transformers' Conv1D, GPT-2's linear, stores the transpose, and where a linear is packed: stored without its zeros; or
+accelerated: computing with another form of its weight.
 """
 
+from peft_sparse.linears.accelerated import (
+    Acceleration,
+    acceleration_of,
+    install,
+    plain_class,
+    refuses_acceleration,
+    uninstall,
+)
 from peft_sparse.linears.blocks import (
     BlockList,
     Names,
@@ -11,9 +20,12 @@ from peft_sparse.linears.blocks import (
     block_linears,
     find_block_lists,
     linears_inside,
+    linears_not_called,
     matches,
+    select_linears,
 )
-from peft_sparse.linears.pack import pack_model, refuse_save_pretrained, unpack_model
+from peft_sparse.linears.operands import OPERANDS, Operand
+from peft_sparse.linears.pack import pack_model, packable_linears, refuse_save_pretrained, replace_module, unpack_model
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
@@ -29,9 +41,13 @@ from peft_sparse.linears.weights import (
 )
 
 __all__ = [
+    "OPERANDS",
+    "Acceleration",
     "BlockList",
     "Names",
+    "Operand",
     "PackedLinear",
+    "acceleration_of",
     "as_stored",
     "block_linear_names",
     "block_linears",
@@ -40,16 +56,24 @@ __all__ = [
     "get_weight",
     "in_out_features",
     "is_dtensor",
+    "install",
     "is_linear",
     "is_share",
     "linears_inside",
+    "linears_not_called",
     "matches",
     "num_zeros",
     "pack_model",
+    "packable_linears",
+    "plain_class",
     "refuse_save_pretrained",
     "reshard",
+    "refuses_acceleration",
+    "replace_module",
+    "select_linears",
     "set_weight",
     "stored_weight",
+    "uninstall",
     "unpack_model",
     "unwrap",
     "weight_parameter",

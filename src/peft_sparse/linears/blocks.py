@@ -1,14 +1,16 @@
 """The repeated transformer blocks of a model and the linears inside them, found by structure and not by name.
 
 A list of blocks is an outermost nn.ModuleList whose members hold linears without being linears themselves: `layers` of
-a Llama, `encoder.layer` of a BERT, `h` of a GPT-2, both `block` lists of a T5. Embeddings, pooler and heads lie
-outside of them. A linear is named by its path inside the block ("attention.output.dense"), since a last name such as
-BERT's "dense" may also belong to the pooler.
+a Llama, `encoder.layer` of a BERT, `h` of a GPT-2, both `block` lists of a T5. A list of lists, which is never called,
+is none, but each of those may be one: Funnel's stages. Embeddings, pooler and heads lie outside of them. A linear is
+named by its path inside the block ("attention.output.dense"), since a last name such as BERT's "dense" may also belong
+to the pooler.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -38,7 +40,7 @@ def find_block_lists(model: nn.Module) -> list[BlockList]:
 
 def _are_blocks(modules: nn.ModuleList) -> bool:
     members = [unwrap(module) for module in modules]
-    return not any(is_linear(member) for member in members) and all(
+    return not any(is_linear(member) or isinstance(member, nn.ModuleList) for member in members) and all(
         any(is_linear(unwrap(module)) for module in member.modules()) for member in members
     )
 
@@ -98,14 +100,69 @@ def block_linear_names(model: nn.Module) -> set[str]:
     return paths
 
 
+def linears_not_called(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight another module computes with, by full name, and the kind of that module.
+
+    In a mixer of Mamba and its kin (it holds `A_log`) that is every linear but `in_proj`: its kernels take the weights
+    of the others, on a CPU of some of them, so that what is wrapped around such a linear has no effect.
+    """
+    return {
+        f"{name}.{child}".lstrip("."): type(mixer).__name__
+        for name, mixer in model.named_modules()
+        if isinstance(getattr(mixer, "A_log", None), nn.Parameter)
+        for child, linear in mixer.named_children()
+        if child != "in_proj" and is_linear(unwrap(linear))
+    }
+
+
 def matches(names: Names, name: str) -> bool:
     """Whether a module's full name is meant, by PEFT's rule: a string is a regex for the whole name, a list holds full
     names or their last parts.
+
+    Raises:
+        ValueError: for a string that is no regex.
 
     Example:
         >>> matches(["q_proj"], "layers.0.q_proj"), matches("q_proj", "layers.0.q_proj")
         (True, False)
     """
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
+        try:
+            return re.fullmatch(names, name) is not None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"Modules are named in a list, or by one regex for full names, got {names!r}, which is no valid regex "
+                f"({error})."
+            ) from error
     return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def select_linears(
+    model: nn.Module,
+    wanted: Names | None,
+    excluded: Names | None,
+    doing: str,
+    *,
+    default: Callable[[nn.Module], dict[str, nn.Module]] = block_linears,
+) -> dict[str, nn.Module]:
+    """The linears that `target_modules` and `exclude_modules` mean, by full name.
+
+    Args:
+        wanted: None: those of `default`.
+        doing: what is done with them, to begin the message of an error with.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    candidates = default(model) if wanted is None else linears_inside(model)
+    targets = {
+        name: linear
+        for name, linear in candidates.items()
+        if (wanted is None or matches(wanted, name)) and (excluded is None or not matches(excluded, name))
+    }
+    if not targets:
+        raise ValueError(
+            f"{doing} needs at least one linear, got none in {type(model).__name__} for target_modules={wanted!r}, "
+            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}."
+        )
+    return targets

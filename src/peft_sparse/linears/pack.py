@@ -7,6 +7,7 @@ One layer at a time is in memory in both forms. A packed model still is a transf
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.linears.blocks import Names, block_linears, linears_inside, matches
+from peft_sparse.linears.accelerated import plain_class
+from peft_sparse.linears.blocks import Names, select_linears
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.weights import in_out_features, num_zeros, weight_parameter
 
@@ -57,7 +59,7 @@ def pack_model(
         >>> pack_model(model).model.layers[0].mlp.up_proj
         PackedLinear(in_features=8, out_features=16, bias=False, kept=50.0%)
     """
-    targets = _targets(model, target_modules, exclude_modules)
+    targets = select_linears(model, target_modules, exclude_modules, "Packing")
     for name, linear in targets.items():
         if isinstance(linear, BaseTunerLayer):
             raise ValueError(
@@ -69,10 +71,10 @@ def pack_model(
                 f"Packing needs weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
                 "loaded); load the model without offloading."
             )
-    owners = _owners(model)
+    packable = packable_linears(model, targets.values())
     for linear in targets.values():
-        if _is_plain(linear) and len(owners[id(linear.weight)]) == 1 and _pays(linear):
-            _replace(model, linear, PackedLinear.from_linear(linear))
+        if id(linear) in packable:
+            replace_module(model, linear, PackedLinear.from_linear(linear))
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         warnings.warn(
             f"Packing pays for linears with zeros, got {len(targets)} of which none was packed (the first is "
@@ -99,7 +101,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
                 "call `merge_and_unload()` first."
             )
     for module in [module for module in model.modules() if isinstance(module, PackedLinear)]:
-        _replace(model, module, module.to_linear())
+        replace_module(model, module, module.to_linear())
     model.__dict__.pop("save_pretrained", None)
     return model
 
@@ -119,19 +121,12 @@ def _save_adapter_only(model: Any, *args: Any, **kwargs: Any) -> Any:
     return type(model).save_pretrained(model, *args, **kwargs)
 
 
-def _targets(model: nn.Module, wanted: Names | None, excluded: Names | None) -> dict[str, nn.Module]:
-    candidates = block_linears(model) if wanted is None else linears_inside(model)
-    targets = {
-        name: linear
-        for name, linear in candidates.items()
-        if (wanted is None or matches(wanted, name)) and (excluded is None or not matches(excluded, name))
+def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]:
+    """The ids of those linears of a model that [`pack_model`] would pack."""
+    owners = _owners(model)
+    return {
+        id(linear) for linear in linears if _is_plain(linear) and len(owners[id(linear.weight)]) == 1 and _pays(linear)
     }
-    if not targets:
-        raise ValueError(
-            f"Packing needs at least one linear, got none in {type(model).__name__} for target_modules={wanted!r}, "
-            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}."
-        )
-    return targets
 
 
 def _owners(model: nn.Module) -> dict[int, set[int]]:
@@ -147,7 +142,7 @@ def _is_plain(linear: nn.Module) -> bool:
     """Whether nothing is attached to an nn.Linear or Conv1D that its packed form would not have."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     attached = any(getattr(linear, name, None) for name in hooks) or "forward" in linear.__dict__
-    return type(linear) in (nn.Linear, Conv1D) and not attached
+    return plain_class(linear) in (nn.Linear, Conv1D) and not attached
 
 
 def _pays(linear: nn.Module) -> bool:
@@ -156,8 +151,8 @@ def _pays(linear: nn.Module) -> bool:
     return num_zeros(linear) * weight_parameter(linear).element_size() > bitmask_bytes
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Wherever the model has `old`; a module may be in several places."""
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever the model has `old`; a module may be in several places."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:

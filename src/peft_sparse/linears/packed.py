@@ -5,7 +5,7 @@ packed weights: n of N weights in a dtype of d bytes take n d + N / 8 bytes. Thi
 (arXiv 2305.14314) frozen 4-bit base is for quantized ones, but lossless: the same numbers as the dense weight gives.
 
 Unpacking costs the same for one token as for a thousand. It is little beside a training step, and most of the time
-when text is generated token by token: call `unpack_model` before that.
+when text is generated token by token: call `unpack_model` or `accelerate_sparse` before that.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def is_dtensor(parameter: torch.Tensor | None) -> bool:
+def is_dtensor(parameter: Any) -> bool:
     """Whether it is a parameter as FSDP2 keeps it."""
     return hasattr(parameter, "full_tensor")  # torch.distributed is not imported for it
 

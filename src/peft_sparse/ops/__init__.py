@@ -4,6 +4,7 @@
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.csr_cache import CsrCache, use_csr
+from peft_sparse.ops.csr_linear import csr_linear
 from peft_sparse.ops.packed_linear import packed_linear
 from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
@@ -20,6 +21,7 @@ __all__ = [
     "MaskCache",
     "PstFactors",
     "PstScales",
+    "csr_linear",
     "packed_linear",
     "pst_linear",
     "pst_mask",

@@ -89,6 +89,20 @@ def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) ->
     return F.linear(x, weight, bias)
 
 
+def csr_linear(x: torch.Tensor, csr: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Y = X W^T + b, without a gradient.
+
+    Args:
+        x: (..., in).
+        csr: W, (out, in), a sparse CSR tensor of the dtype of `x`.
+        bias: (out,) or None, of the same.
+
+    Returns:
+        (..., out), of the dtype of `x`.
+    """
+    return F.linear(x, csr.to_dense(), bias)
+
+
 def spp_weight(weight: Weight, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """W_eff[i, j] = W[i, j] (1 + s B[i] A[g(i), j]), equation 5 of SPP (arXiv 2405.16057).
 

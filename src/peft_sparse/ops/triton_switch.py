@@ -14,6 +14,7 @@ from importlib import import_module
 import torch
 
 from peft_sparse.ops.reference import PstFactors
+from peft_sparse.sparsity import PackedWeight
 
 VARIABLE = "PEFT_SPARSE_TRITON"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +32,8 @@ class use_triton:
     What the kernels do not take is computed by PyTorch as before: tensors on a CPU, on an AMD GPU, or on an NVIDIA GPU
     of a compute capability below 8.0; float64; compiled graphs; the backward of a layer whose weight is trained; and
     of PST all but the default, `importance="pst"` with `weight_update="low_rank"`, at r up to 32 and score_r up to 31.
-    [`triton_takes_spp`] and [`triton_takes_pst`] decide.
+    [`triton_takes_spp`] and [`triton_takes_pst`] decide. With the kernels on, [`peft_sparse.accelerate_sparse`] also
+    tries one that multiplies a packed weight with a single token, see [`triton_takes_bitmask`].
 
     In a process with `TRITON_INTERPRET=1` the kernels run on a CPU too, under the interpreter: slowly, to test them.
 
@@ -118,3 +120,11 @@ def triton_takes_pst(x: torch.Tensor, weight: torch.Tensor, factors: PstFactors)
     if U is None or V is None or A is None or B is None or R is None or C is None or D is not None or S is not None:
         return False
     return _runs(x, weight, *factors) and max(U.shape[1], A.shape[1] + 1) <= MAX_RANK  # + 1: R and C go along
+
+
+def triton_takes_bitmask(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> bool:
+    """Whether the kernel of a packed weight computes this token; see [`use_triton`]. It has no backward."""
+    tensors = (weight.values, *(() if bias is None else (bias,)))
+    same = all(tensor.dtype == x.dtype for tensor in tensors)
+    placed = weight.bitmask.device == weight.starts.device == x.device
+    return same and placed and x.numel() == weight.in_features and _runs(x, *tensors)

@@ -11,15 +11,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from peft_sparse.linears import find_block_lists, get_weight, in_out_features
+from peft_sparse.linears import find_block_lists, in_out_features
 from peft_sparse.pruning.calibration import evaluation_mode, without_cache
-from peft_sparse.pruning.data import Batch, check_batches
+from peft_sparse.pruning.checks import check_batches
+from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.offload import Weight
 from peft_sparse.pruning.targets import Names, calibrated_targets, find_targets
-from peft_sparse.pruning.walk import Walk
+from peft_sparse.pruning.walk import Walk, empty_norms
 from peft_sparse.sparsity import (
     NM,
-    ColumnNorms,
     LayerSize,
     Pattern,
     Unstructured,
@@ -183,17 +183,14 @@ def _block_of(model: nn.Module, name: str) -> str:
 def _dense_norms(
     model: nn.Module, batches: list[Batch], targets: dict[str, nn.Module], device: torch.device | str | None
 ) -> dict[str, torch.Tensor]:
-    def new_statistics(linear: nn.Module) -> ColumnNorms:
-        return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)
-
     norms: dict[str, torch.Tensor] = {}
     with evaluation_mode(model), without_cache(model), Walk(model, batches, device) as walk:
         steps = walk.find_steps(targets)
         if device is None:
-            return {name: found.norms for name, found in walk.gather_dense(steps, new_statistics).items()}
+            return {name: found.norms for name, found in walk.gather_dense(steps, empty_norms).items()}
         for step in steps:  # each block is moved once
             with walk.mover.moved(step.block):
-                norms |= {name: found.norms.cpu() for name, found in walk.gather(step, new_statistics).items()}
+                norms |= {name: found.norms.cpu() for name, found in walk.gather(step, empty_norms).items()}
                 if walk.answers and step is not steps[-1]:
                     walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))])
     return norms

@@ -20,13 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sparse.linears import get_weight, in_out_features, set_weight
-from peft_sparse.pruning.data import check_batches
+from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.offload import Weight
 from peft_sparse.pruning.resume import Checkpoint, SavedBlock
-from peft_sparse.pruning.walk import Batch, Step, Walk
+from peft_sparse.pruning.walk import Step, Walk
 from peft_sparse.sparsity import OutputSketch
-
-__all__ = ["check_batches", "evaluation_mode", "prune_block_by_block", "without_cache"]
 
 
 @torch.no_grad()

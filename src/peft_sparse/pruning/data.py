@@ -1,127 +1,21 @@
-"""Calibration data: what pruners take, checked before anything is run, and a way to make it from text or a dataset.
+"""Calibration data from a tokenizer and text, from rows of a dataset, or from what are batches already.
 
-A batch is a dict of tensors as the model's forward takes them. [`calibration_batches`] makes such batches from a
-tokenizer and text, from rows of a dataset, or hands on what are batches already.
+A batch is a dict of tensors as the model's forward takes them; see checks.py for what a pruner asks of it.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 Batch = dict[str, torch.Tensor]
 
 # What tokenizers and collators put beside a model's inputs.
 NOT_INPUTS = {"special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "word_ids", "idx", "id"}
-WAY_OUT = "pass an iterable of dicts as the model's forward takes them, such as [{'input_ids': ...}]"
-
-
-def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Module | None = None) -> list[Batch]:
-    """Read the whole calibration set, which may be a generator or a tokenized `datasets` dataset.
-
-    Args:
-        batches: dicts of tensors; of a dataset every row is a batch of one sequence.
-        model: whose inputs the columns of a dataset are; others are left out, as by transformers' Trainer.
-
-    Returns:
-        The batches as plain dicts.
-
-    Raises:
-        ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, or if its
-            sequences are longer than the model takes. In an additive attention mask infinity is meant, so tensors
-            whose name ends in "mask" may hold it.
-    """
-    if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
-        raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {WAY_OUT}.")
-    if _is_dataset(batches):
-        batches = _of_dataset(batches, model)
-    checked = []
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping) or not batch:
-            raise ValueError(f"A calibration batch is a dict of tensors, got {type(batch).__name__}; {WAY_OUT}.")
-        for key, value in batch.items():
-            if not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    f"A calibration batch is a dict of tensors, got {type(value).__name__} for `{key}` in batch "
-                    f"{index}; {WAY_OUT}, or make them with `calibration_batches`."
-                )
-            if value.is_floating_point() and not key.endswith("mask") and not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"Calibration needs finite inputs, got NaN or infinity in `{key}` of batch {index}; leave that "
-                    "batch out."
-                )
-        checked.append(dict(batch))
-    if not checked:
-        raise ValueError(
-            f"Calibration needs at least one batch, got none (a generator is used up by one loop); {WAY_OUT}."
-        )
-    if model is not None:
-        _check_lengths(model, checked)
-    return checked
-
-
-def _is_dataset(source: Any) -> bool:
-    """A `datasets.Dataset` or `IterableDataset`, without importing that package."""
-    return hasattr(source, "column_names") and hasattr(source, "features")
-
-
-def _of_dataset(dataset: Any, model: nn.Module | None) -> Iterable[Batch]:
-    taken = None if model is None else set(inspect.signature(model.forward).parameters)
-    rows = ({key: value for key, value in row.items() if taken is None or key in taken} for row in dataset)
-    first = next(rows, None)
-    if first is None:
-        return []
-    if not _sequences(first):
-        raise ValueError(
-            f"A dataset for calibration has columns of numbers that the model's forward takes, such as `input_ids`, "
-            f"got {list(dataset.column_names or first)}; tokenize it, or pass "
-            "`calibration_batches(dataset, tokenizer)`."
-        )
-    return (_collate([_sequences(row)], 0) for row in chain([first], rows))
-
-
-# The model's context
-
-
-def _check_lengths(model: nn.Module, batches: list[Batch]) -> None:
-    limit = context_length(model)
-    if limit is None:
-        return
-    for index, batch in enumerate(batches):
-        for key, value in batch.items():
-            if key.endswith(("input_ids", "inputs_embeds")) and value.dim() > 1 and value.shape[1] > limit:
-                raise ValueError(
-                    f"Calibration sequences fit into the model's context of {limit} tokens, got {value.shape[1]} in "
-                    f"`{key}` of batch {index}; cut them, for example with `calibration_batches(..., length={limit})`."
-                )
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The longest sequence that a model takes, by its config; None: it has no limit, or does not say."""
-    config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    text_config = config if get_text_config is None else get_text_config()
-    names = ("max_position_embeddings", "max_target_positions")
-    found = [getattr(one, name, None) for one in (text_config, config) for name in names]
-    limits = [int(limit) for limit in found if isinstance(limit, int) and limit > 0]
-    if not limits:
-        return None
-    # RoBERTa and its kin count positions from behind the index of the padding token.
-    learned = [
-        module.num_embeddings - module.padding_idx - 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]
-    return min([limits[0], *learned])
-
-
-# Making batches
 
 
 def calibration_batches(
@@ -170,7 +64,10 @@ def calibration_batches(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is a positive integer, got {value!r}.")
     if isinstance(source, (Mapping, torch.Tensor)) or not isinstance(source, Iterable):
-        raise ValueError(f"A source of calibration data is text, rows or batches, got one {type(source).__name__}.")
+        raise ValueError(
+            f"A source of calibration data is text, rows or batches, got one {type(source).__name__}; put it into a "
+            "list, or take one split of a DatasetDict."
+        )
     generator = torch.Generator().manual_seed(seed)
     items = _in_random_order([source] if isinstance(source, str) else source, generator)
     first = next(items, None)
@@ -190,14 +87,14 @@ def calibration_batches(
     ):
         return _first_sequences(items, num_sequences)
     else:
-        rows = [_sequences(row, length) for row in islice(items, num_sequences)]
+        rows = [sequences_of(row, length) for row in islice(items, num_sequences)]
         if not all(rows):
             raise ValueError(
                 f"A row of calibration data has a sequence of numbers such as `input_ids`, got {list(first)}; "
                 "tokenize it, or name the column of text in `text_column` and pass a tokenizer."
             )
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    return [_collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+    return [collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
 
 
 def _in_random_order(source: Any, generator: torch.Generator) -> Iterator[Any]:
@@ -248,7 +145,7 @@ def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -
     return taken
 
 
-def _sequences(row: Mapping[str, Any], length: int | None = None) -> dict[str, torch.Tensor]:
+def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str, torch.Tensor]:
     """The columns of a row that hold sequences of numbers, as tensors without a batch dimension."""
     found = {}
     for key, value in row.items():
@@ -268,7 +165,7 @@ def _sequences(row: Mapping[str, Any], length: int | None = None) -> dict[str, t
     return found
 
 
-def _collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
+def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
     batch: Batch = {}
     for row in rows:
         if row.keys() != rows[0].keys():

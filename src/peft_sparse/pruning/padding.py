@@ -8,6 +8,7 @@ where they come from. Those rows are copies of rows of the mixture's input, so t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +25,17 @@ class TokenMasks:
         self.batch: dict[str, torch.Tensor] = {}
         self._encoder_states: list[torch.Tensor] = []
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # of a mixture's input: those that count, others
+        self._told = False
         self._routed: torch.Tensor | None = None  # bool (rows,): which rows of the running expert's input count
 
     def start(self, batch: dict[str, torch.Tensor]) -> None:
         """A batch begins."""
         self.batch, self._encoder_states, self._rows, self._routed = batch, [], None, None
 
-    def enter_block(self, in_first_list: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter_block(self, in_decoder: bool, args: tuple, kwargs: dict[str, Any]) -> None:
         """A block is called; in a decoder, one of its arguments is what the encoder returned."""
         self._encoder_states = []
-        if not in_first_list:
+        if in_decoder:
             others = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
             self._encoder_states = [value for value in others if isinstance(value, torch.Tensor) and value.dim() == 3]
 
@@ -64,6 +66,21 @@ class TokenMasks:
             if mask is None and "labels" in self.batch:
                 mask = self.batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
         return mask.to(x.device).bool() if mask is not None and mask.dim() == 2 else None
+
+    def if_it_fits(self, mask: torch.Tensor | None, x: torch.Tensor, name: str) -> torch.Tensor | None:
+        """The mask, or None if it does not fit the inputs of a linear; the first time that counts padding, a warning
+        says so."""
+        if mask is None or mask.shape == x.shape[:-1]:
+            return mask
+        of_tokens = x.dim() == 2 or x.shape[0] == mask.shape[0]  # not so what a model makes of positions alone
+        if of_tokens and not self._told and not bool(mask.all()):
+            self._told = True
+            warnings.warn(
+                f"The inputs of `{name}` are {tuple(x.shape[:-1])} and the mask is {tuple(mask.shape)}, so padding "
+                "among them cannot be told and counts; if these are the mask's tokens, calibrate without padding.",
+                stacklevel=2,
+            )
+        return None
 
     # Mixtures of experts
 

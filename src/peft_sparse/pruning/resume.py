@@ -46,13 +46,14 @@ class Checkpoint:
     Args:
         folder: made if it is not there.
         fingerprint: all that the result depends on, as plain JSON values.
+        with_errors: whether the errors of outputs are wanted; a block that was saved without them is pruned again.
 
     Raises:
         ValueError: if the folder cannot be used, or has another run in it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any], with_errors: bool = False) -> None:
+        self.folder, self.with_errors = Path(folder), with_errors
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
         try:
@@ -96,7 +97,7 @@ class Checkpoint:
         return bool(self.blocks) and all(self.load(name) is not None for name in self.blocks)
 
     def load(self, block: str) -> SavedBlock | None:
-        """What was saved of a block; None if nothing was.
+        """What was saved of a block; None if nothing was, or not all that is wanted.
 
         Raises:
             ValueError: if it is of another run.
@@ -119,7 +120,10 @@ class Checkpoint:
         if metadata.get("crc32") != _checksum(tensors):
             _warn_broken(path, "its checksum is wrong")
             return None
-        return SavedBlock(tensors, json.loads(metadata["errors"]))
+        errors = json.loads(metadata["errors"])
+        if self.with_errors and not errors:
+            return None
+        return SavedBlock(tensors, errors if self.with_errors else {})
 
     def save(self, block: str, tensors: dict[str, torch.Tensor], errors: dict[str, float]) -> None:
         """Write a block that is done."""

@@ -18,9 +18,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from peft_sparse.linears import get_weight, in_out_features
+from peft_sparse.linears import get_weight
 from peft_sparse.pruning.run import plan_run
 from peft_sparse.pruning.targets import Names, prune_by_scores
+from peft_sparse.pruning.walk import empty_norms
 from peft_sparse.sparsity import ColumnNorms, Pattern, pattern_with_group, ria_importance
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -106,11 +107,8 @@ def prune_ria(
         scores = ria_importance(get_weight(linear).detach(), statistics.norms, exponent)
         prune_by_scores(linear, scores, pattern, run.sparsities[name])
 
-    def new_statistics(linear: nn.Module) -> ColumnNorms:
-        return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)
-
     run.execute(
-        new_statistics,
+        empty_norms,
         prune,
         checkpoint_dir=checkpoint_dir,
         device=device,

@@ -120,29 +120,33 @@ def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
 
 
 def _tell_what_stays_dense(model: nn.Module) -> None:
-    """Experts whose weights are one parameter for all of them are no linears, and most of the model they are in."""
-    fused = {
-        f"{block_list.name}.{index}.{name}": parameter
+    """Weights inside the blocks that belong to no linear, such as those of all experts in one parameter, which may be
+    most of the model."""
+    dense = {
+        f"{block_list.name}.{index}.{path}.{last}".replace("..", "."): parameter
         for block_list in find_block_lists(model)
         for index, block in enumerate(block_list.blocks)
-        for name, parameter in block.named_parameters()
-        if parameter.dim() == 3 and parameter.is_floating_point() and not _is_convolution(block, name)
+        for path, module in block.named_modules()
+        for last, parameter in module.named_parameters(recurse=False)
+        if _is_fused_weight(module, parameter)
     }
-    if not fused:
+    if not dense:
         return
-    (name, first), numel = next(iter(fused.items())), sum(parameter.numel() for parameter in fused.values())
-    experts, rows, columns = first.shape
+    (name, first), numel = next(iter(dense.items())), sum(parameter.numel() for parameter in dense.values())
     share = numel / max(sum(parameter.numel() for parameter in model.parameters()), 1)
     warnings.warn(
-        f"Only linears are pruned, so {len(fused)} parameters that hold the weights of several experts at once stay "
-        f"dense, {share:.0%} of the model, such as `{name}` ({experts} x {rows} x {columns}); the linears around them "
-        "are pruned.",
+        f"Only linears are pruned, so {len(dense)} parameters that hold weights of several experts, heads or "
+        f"projections at once stay dense, {share:.0%} of the model, such as `{name}` "
+        f"({' x '.join(map(str, first.shape))}); the linears around them are pruned.",
         stacklevel=4,
     )
 
 
-def _is_convolution(block: nn.Module, name: str) -> bool:
-    return isinstance(block.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+def _is_fused_weight(module: nn.Module, parameter: nn.Parameter) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return parameter.dim() == 2
+    is_one = parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
+    return is_one and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _check_plain(name: str, linear: nn.Module) -> None:

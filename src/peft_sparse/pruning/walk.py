@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peft_sparse.linears import find_block_lists, linears_inside
+from peft_sparse.linears import find_block_lists, get_weight, in_out_features, linears_inside
+from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.offload import BlockMover, Weight, execution_device
 from peft_sparse.pruning.padding import TokenMasks, update_hook
-
-Batch = dict[str, torch.Tensor]
+from peft_sparse.sparsity import ColumnNorms
 
 
 class Statistics(Protocol):
@@ -34,6 +34,11 @@ class Statistics(Protocol):
 
     def update(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
         """Take in the inputs (sequences, tokens, in) of one batch; ValueError if they hold NaN or infinity."""
+
+
+def empty_norms(linear: nn.Module) -> ColumnNorms:
+    """The statistics of Wanda, RIA and OWL, which live where the linear's weight is."""
+    return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)
 
 
 @contextmanager
@@ -87,9 +92,12 @@ class Walk:
         self.mover = BlockMover(model, device)
         self.replaced = ExitStack()
         self.outputs: dict[str, list[Any]] = {}
+        self.last: dict[str, Step] = {}  # by list: the finished block whose outputs these are
+        self.spare: dict[str, Any] = {}  # by list: what the blocks before that one answer with in the running forward
         self.index = 0  # of the batch that is running
         self.output: Any = None
-        self.first_list = ""
+        self.first_list = ""  # of an encoder-decoder, the encoder's
+        self.has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
         self.answers = True
         self.masks = TokenMasks()
 
@@ -164,11 +172,18 @@ class Walk:
         """From now on, until `replaced` (None: the walk) is closed, a block answers with these outputs of its, one for
         each batch."""
         list_name = step.list_name
-        self.outputs[list_name] = outputs
-        # A copy, since the model may go on to change it in place.
-        (self.replaced if replaced is None else replaced).enter_context(
-            forward_replaced(step.block, lambda *_, **__: copy.deepcopy(self.outputs[list_name][self.index]))
-        )
+        self.outputs[list_name], self.last[list_name] = outputs, step
+
+        def answer(*_: Any, **__: Any) -> Any:
+            # A copy, since the model may go on to change it in place. Blocks before the last one share theirs: what
+            # becomes of it is dropped.
+            if self.last[list_name] is step:
+                return copy.deepcopy(self.outputs[list_name][self.index])
+            if list_name not in self.spare:
+                self.spare[list_name] = copy.deepcopy(self.outputs[list_name][self.index])
+            return self.spare[list_name]
+
+        (self.replaced if replaced is None else replaced).enter_context(forward_replaced(step.block, answer))
 
     def gather(self, step: Step, new_statistics: Callable[[nn.Module], Any]) -> dict[str, Any]:
         """The statistics of a block's targets over all batches, by full name."""
@@ -208,7 +223,7 @@ class Walk:
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
         def see(*args: Any, **kwargs: Any) -> Any:
-            self.masks.enter_block(step.list_name == self.first_list, args, kwargs)
+            self.masks.enter_block(self.has_decoder and step.list_name != self.first_list, args, kwargs)
             return forward(*args, **kwargs)
 
         return see
@@ -237,13 +252,13 @@ class Walk:
 
     @torch.no_grad()
     def _forward(self, index: int) -> None:
-        self.index = index
+        self.index, self.spare = index, {}
         self.masks.start(self.batches[index])
         self.model(**{key: tensor.to(self.device) for key, tensor in self.batches[index].items()})
 
     def _update(self, name: str, statistics: Statistics, x: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         try:
-            statistics.update(x, token_mask)
+            statistics.update(x, self.masks.if_it_fits(token_mask, x, name))
         except ValueError as error:
             raise ValueError(
                 f"Calibration needs finite activations, got NaN or infinity in the input of `{name}` for batch "

@@ -8,7 +8,7 @@ from peft_sparse.sparsity.budgets import (
     sparsities_by_name,
     uniform_sparsities,
 )
-from peft_sparse.sparsity.csr import CsrMatrix, to_csr
+from peft_sparse.sparsity.csr import CsrMatrix, csr_tensor, to_csr
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
 from peft_sparse.sparsity.masks import round_keeping_support, select_mask
 from peft_sparse.sparsity.packing import (
@@ -53,6 +53,7 @@ __all__ = [
     "Weight",
     "check_sparsity",
     "check_sparsity_mapping",
+    "csr_tensor",
     "dense_weight",
     "factorize_",
     "find_pattern",

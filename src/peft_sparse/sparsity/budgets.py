@@ -64,7 +64,7 @@ def check_sparsity_mapping(argument: str, mapping: Mapping[str, float]) -> None:
             raise ValueError(f"Keys of `{argument}` are names of linears or regexes for them, got {key!r}.")
         try:
             re.compile(key)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"Keys of `{argument}` are names of linears or regexes for them, got {key!r}, which is no valid regex "
                 f"({error})."

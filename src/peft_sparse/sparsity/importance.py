@@ -27,7 +27,7 @@ def wanda_importance(weight: torch.Tensor, column_norms: torch.Tensor) -> torch.
         column_norms: (in,) norms of the input columns, see [`ColumnNorms`].
     """
     magnitude = magnitude_importance(weight)
-    return magnitude * column_norms.to(device=magnitude.device, dtype=magnitude.dtype)
+    return magnitude.mul_(column_norms.to(device=magnitude.device, dtype=magnitude.dtype))
 
 
 def ria_importance(weight: torch.Tensor, column_norms: torch.Tensor, exponent: float = 0.5) -> torch.Tensor:

@@ -20,6 +20,8 @@ import torch
 MAX_WHOLE = 1 << 14
 # Up to this size, comparing each score of a group with each other one is faster than selecting in every group.
 MAX_COMPARED = 8
+# Where groups are many, so many scores at a time: finding thresholds takes a copy of them and an int64 for each.
+MAX_AT_ONCE = 1 << 20
 
 
 def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch.Tensor:
@@ -52,7 +54,8 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     elif group_size <= MAX_COMPARED and not bool(groups.isnan().any()):
         mask = _select_by_rank(groups, num_pruned)
     if mask is None:
-        mask = _select_by_threshold(groups, num_pruned)
+        pieces = groups.split(max(1, MAX_AT_ONCE // group_size))
+        mask = torch.cat([_select_by_threshold(piece, num_pruned) for piece in pieces])
     return mask.reshape(scores.shape)
 
 

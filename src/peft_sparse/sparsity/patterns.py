@@ -90,10 +90,11 @@ class NM:
     def resolve_sparsity(self, sparsity: float | None, default: float | None = None) -> float:
         """1 - N/M. Another `sparsity` is an error, since the pattern fixes it; `default` is not used."""
         fixed = 1 - self.n / self.m
-        if sparsity is not None and not math.isclose(sparsity, fixed, abs_tol=1e-6):
+        number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+        if sparsity is not None and not (number and 0 <= sparsity < 1 and math.isclose(sparsity, fixed, abs_tol=1e-6)):
             raise ValueError(
-                f"The pattern {self} fixes the sparsity at {fixed:g}, got sparsity={sparsity}; leave `sparsity` out, "
-                "or choose another pattern."
+                f"The pattern {self} fixes the sparsity at {fixed:g}, got sparsity={sparsity!r}; leave `sparsity` "
+                "out, or choose another pattern."
             )
         return fixed
 

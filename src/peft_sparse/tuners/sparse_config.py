@@ -1,15 +1,31 @@
-"""The config fields that every method of this package has: PEFT's usual ones for choosing modules."""
+"""The config fields that every method of this package has: PEFT's usual ones for choosing modules.
+
+A saved config also holds checksums, of its own fields and of the adapter's weights beside it, so that a damaged folder
+is an error and not another model: PEFT and safetensors have none.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from peft_sparse.storage.files import SafetensorsFile
+from peft_sparse.storage.files import crc32
+from peft_sparse.tuners.adapter_files import check_folder, weights_crc32
+from peft_sparse.tuners.field_checks import check_bool, check_indices, check_names
+
+# What may be edited in a file without changing what the adapter computes.
+_UNCHECKED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "checksums",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 
 
 @dataclass
@@ -41,24 +57,79 @@ class SparseConfig(PeftConfig):
         metadata={"help": "Name of the list of blocks that `layers_to_transform` counts, such as 'layers'."},
     )
 
+    checksums: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": "Written when an adapter is saved, and not by hand: CRC-32 of these settings and of "
+            "adapter_model.safetensors. Remove it from adapter_config.json to load files that were changed on purpose."
+        },
+    )
+
     # Whether PEFT read this config from a folder and has not loaded the weights beside it yet. Not a field: not saved.
     _awaits_weights = False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SparseConfig:
         """Read a config from a folder or the Hub, see PEFT's PeftConfig.
 
         Raises:
-            ValueError: if the adapter's file beside it is damaged or cut short, so that loading it ends before
-                anything is changed.
+            ValueError: if the config is not as it was saved, or the weights beside it (in a folder) are not, or are
+                pickled, which PEFT would read.
         """
-        _check_adapter_file(*args, **kwargs)
-        config = super().from_pretrained(*args, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        expected, config.checksums = (config.checksums or {}).get("weights"), None
+        check_folder(pretrained_model_name_or_path, subfolder, expected)
         config._awaits_weights = True
         return config
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, see PEFT's PeftConfig, with checksums.
+
+        That of the weights only where PeftModel saves, which writes them first (and says how a model is found). Models
+        of transformers write their adapter's config first, beside weights that may be those of an earlier save.
+        """
+        weights = weights_crc32(save_directory) if "auto_mapping_dict" in kwargs else None
+        self.checksums = {"config": self._crc32()} | ({"weights": weights} if weights else {})
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.checksums = None
+
+    def _crc32(self) -> str:
+        fields = {name: value for name, value in self.to_dict().items() if name not in _UNCHECKED}
+        plain = {
+            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()
+        }
+        if isinstance(plain["modules_to_save"], list):  # PEFT adds to it, in any order
+            plain["modules_to_save"] = sorted(plain["modules_to_save"])
+        return crc32(json.dumps(plain, sort_keys=True, default=str).encode())
+
+    def _check_checksums(self) -> None:
+        """Last in a method's `__post_init__`, when all fields have the form in which they were saved."""
+        if self.checksums is None:
+            return
+        if not isinstance(self.checksums, dict) or not {"config"} <= self.checksums.keys() <= {"config", "weights"}:
+            raise ValueError(
+                "`checksums` is what saving an adapter wrote, a dict with 'config' and 'weights', got "
+                f"{self.checksums!r}; save or download the adapter again, or remove it from adapter_config.json."
+            )
+        expected = self.checksums["config"]
+        if expected != self._crc32():
+            raise ValueError(
+                f"An adapter_config.json is as it was saved (CRC-32 {expected}), got {self._crc32()}: it is damaged; "
+                "save or download it again, or remove `checksums` from it if you changed it on purpose."
+            )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names("target_modules", self.target_modules, empty=False)
+        check_names("exclude_modules", self.exclude_modules)
+        check_names("modules_to_save", self.modules_to_save, regex=False)
+        check_names("layers_pattern", self.layers_pattern)
+        check_indices("layers_to_transform", self.layers_to_transform)
+        check_bool("inference_mode", self.inference_mode)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment] # PEFT's habit
         if isinstance(self.exclude_modules, list):
@@ -73,23 +144,3 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
-
-
-def _check_adapter_file(pretrained_model_name_or_path: Any, subfolder: str | None = None, **_: Any) -> None:
-    file = Path(str(pretrained_model_name_or_path), subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-    if file.is_file():
-        SafetensorsFile(file)
-
-
-def check_positive_int(name: str, value: int) -> None:
-    """Raises:
-    ValueError: if `value` is not an integer above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"`{name}` should be a positive integer, got {value!r}.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises:
-    ValueError: if `value` is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, reshard, unwrap
+from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, linears_not_called, reshard, unwrap
+from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -34,8 +35,11 @@ class SparseTuner(BaseTuner):
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        not_called = linears_not_called(model)
         if peft_config.target_modules is None:
-            peft_config.target_modules = block_linear_names(model)  # type: ignore[assignment] # PEFT's habit
+            names = block_linear_names(model)
+            called = {name for name in names if not any(f".{full}".endswith(f".{name}") for full in not_called)}
+            peft_config.target_modules = called  # type: ignore[assignment] # PEFT's habit
         _include_all_linear(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -49,6 +53,11 @@ class SparseTuner(BaseTuner):
         }
         for name, module in targets.items():
             self._check_target(name, module)
+            if name in not_called:
+                raise ValueError(
+                    f"An adapter works where its linear is called, got `{name}`, whose weight {not_called[name]} "
+                    "takes without calling it; leave it out of `target_modules`, or exclude it with `exclude_modules`."
+                )
         self._check_targets(targets, peft_config)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
@@ -93,8 +102,9 @@ class SparseTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if any(isinstance(unwrap(module), PackedLinear) for module in (new_module, child)):
-            # PEFT's would look for a `weight`, to share it and its device.
+        packed = any(isinstance(unwrap(module), PackedLinear) for module in (new_module, child))
+        if packed or isinstance(child, ModulesToSaveWrapper):
+            # PEFT's would look for a `weight`, to share it and its device; a RoBERTa's classification head has none.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -127,7 +137,17 @@ class SparseTuner(BaseTuner):
         return unloaded
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
-        """Every layer's merge without writing, so that an error leaves the whole model as it was."""
+        """Every layer's merge without writing, so that an error leaves the whole model as it was.
+
+        Raises:
+            ValueError, RuntimeError: see [`SparseLayer.merged_weight`]; or for an adapter that the model has not.
+        """
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"`adapter_names` is a list of the model's adapters, got {adapter_names!r}; it has "
+                f"{', '.join(map(repr, self.peft_config))}. Nothing was merged."
+            )
         reshard(self.model)
         for layer in self.sparse_layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
@@ -143,21 +163,22 @@ class SparseTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """PEFT's remapping, with all shapes checked before the first tensor is loaded."""
+        """PEFT's remapping, with all tensors checked before the first one is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         current = model.state_dict()
-        for key, tensor in remapped.items():
-            expected = current.get(key)
-            if expected is not None and expected.shape != tensor.shape:
-                _take_back(model, config, adapter_name)
-                raise ValueError(
-                    "The shapes of an adapter checkpoint fit the model that it was trained on, got "
-                    f"{tuple(tensor.shape)} for `{key}`, which has shape {tuple(expected.shape)} here; load it onto "
-                    "its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it "
-                    "was saved with. Nothing was loaded."
-                )
+        try:
+            check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
+            cls._check_loaded(model, adapter_name, remapped)
+        except ValueError:
+            _take_back(model, config, adapter_name)
+            raise
         config._awaits_weights = False
         return remapped
+
+    @classmethod
+    def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
+        """What a method wants of the tensors that are about to be loaded, by their key in the model; raises
+        ValueError."""
 
 
 def _include_all_linear(config: Any, model: nn.Module) -> None:

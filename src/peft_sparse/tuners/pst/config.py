@@ -9,12 +9,20 @@ from peft import PeftType
 from peft_sparse.sparsity import (
     NM,
     SCHEDULES,
+    Unstructured,
     check_sparsity,
     check_sparsity_mapping,
     matching_key,
     parse_pattern,
 )
-from peft_sparse.tuners.sparse_config import SparseConfig, check_choice, check_positive_int
+from peft_sparse.tuners.field_checks import (
+    check_bool,
+    check_choice,
+    check_fraction,
+    check_number,
+    check_positive_int,
+)
+from peft_sparse.tuners.sparse_config import SparseConfig
 
 DEFAULT_SPARSITY = 0.9
 IMPORTANCES = ("pst", "magnitude", "movement")
@@ -53,6 +61,7 @@ class PstConfig(SparseConfig):
             what `set_sparsity_step` is given.
         init_weights: True starts at W' = W and S = |W'| (U and A are normal, V, B, R and C zero, as the authors' are);
             False draws all of them, which only tests want.
+        checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
         ValueError: for a field outside its range, or fields that contradict each other.
@@ -96,6 +105,9 @@ class PstConfig(SparseConfig):
         self.peft_type = PeftType.PST
         check_positive_int("r", self.r)
         check_positive_int("score_r", self.score_r)
+        for name in ("beta", "alpha1", "alpha2"):
+            check_number(name, getattr(self, name))
+        check_bool("init_weights", self.init_weights)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("weight_update", self.weight_update, WEIGHT_UPDATES)
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -104,7 +116,13 @@ class PstConfig(SparseConfig):
                 'importance="magnitude" with weight_update="none" has nothing to train; prune once with '
                 "`peft_sparse.prune_magnitude`, or choose another `weight_update`."
             )
-        self.sparsity = parse_pattern(self.pattern).resolve_sparsity(self.sparsity, DEFAULT_SPARSITY)
+        pattern = parse_pattern(self.pattern)
+        if isinstance(pattern, Unstructured) and pattern.group != "layer":
+            raise ValueError(
+                f"In PST all weights of a layer compete, got the pattern {pattern!r}; take 'unstructured'."
+            )
+        self.pattern = str(pattern)  # a pattern object could not be saved
+        self.sparsity = pattern.resolve_sparsity(self.sparsity, DEFAULT_SPARSITY)
         check_sparsity("initial_sparsity", self.initial_sparsity)
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
@@ -115,6 +133,7 @@ class PstConfig(SparseConfig):
         self._check_warmups()
         if self.total_steps is not None:
             check_positive_int("total_steps", self.total_steps)
+        self._check_checksums()
 
     def _check_sparsity_pattern(self) -> None:
         if self.sparsity_pattern is None:
@@ -145,9 +164,7 @@ class PstConfig(SparseConfig):
 
     def _check_warmups(self) -> None:
         for name in ("initial_warmup", "final_warmup"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` is a fraction of the steps in [0, 1], got {value!r}.")
+            check_fraction(name, getattr(self, name), of="the steps")
         if self.initial_warmup + self.final_warmup > 1:
             raise ValueError(
                 "`initial_warmup` and `final_warmup` are fractions of the steps and sum to at most 1, got "

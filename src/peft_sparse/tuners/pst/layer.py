@@ -134,9 +134,13 @@ class PstLinear(SparseLayer):
         """Whether `set_sparsity_step` was called for the adapter in this process."""
         return adapter_name in self._driven
 
+    def group_size(self, adapter_name: str) -> int:
+        """Weights that compete with each other: all of the layer for unstructured, M for N:M."""
+        return self._settings[adapter_name].group_size
+
     def num_groups(self, adapter_name: str) -> int:
         """Number of comparison groups: 1 for unstructured, one per M weights for N:M."""
-        return self.in_features * self.out_features // self._settings[adapter_name].group_size
+        return self.in_features * self.out_features // self.group_size(adapter_name)
 
     def _count(self, adapter_name: str, sparsity: float) -> int:
         settings = self._settings[adapter_name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.pst.layer import PstLinear
 from peft_sparse.tuners.sparse_model import SparseTuner
 
+# Small layers may have factors larger than they are, as tests of tiny models do; beyond this it is a slip.
+MAX_RANK = 1024
 WAY_OUT = (
     "add `peft_sparse.SparsityCallback()` to the Trainer's `callbacks`, or call "
     "`model.base_model.set_sparsity_step(step, total_steps)` after every optimizer step"
@@ -32,11 +35,13 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
         total_steps: steps that the schedule spans; None: `PstConfig.total_steps`.
 
     Raises:
-        ValueError: if the model has no PST layer, for a negative step, or if no total is known. Nothing is set then.
+        ValueError: if the model has no PST layer, for a step that is none, or if no total is known. Nothing is set
+            then.
     """
     driven = driven_adapters(model)
-    if step < 0:
-        raise ValueError(f"`step` counts optimizer steps from 0, got {step}.")
+    for name, value in (("step", step), ("total_steps", total_steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 0):
+            raise ValueError(f"`{name}` counts optimizer steps, in whole numbers from 0, got {value!r}.")
     totals = [layer.total_steps(name) or 0 if total_steps is None else total_steps for layer, name in driven]
     if min(totals) <= 0:
         raise ValueError(
@@ -125,10 +130,31 @@ class PstModel(SparseTuner):
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: PstConfig) -> None:
         pattern = parse_pattern(peft_config.pattern)
+        rank = max(peft_config.r, peft_config.score_r)
         for name, module in targets.items():
-            pattern.check_width(in_out_features(unwrap(module))[0], name)
+            in_features, out_features = in_out_features(unwrap(module))
+            pattern.check_width(in_features, name)
+            if rank > max(MAX_RANK, in_features, out_features):  # before memory for it is asked for
+                raise ValueError(
+                    f"The factors of a layer are smaller than its weight, got rank {rank} for `{name}`, which is "
+                    f"{out_features} x {in_features}; take a smaller `r` and `score_r`, such as 8."
+                )
         if peft_config.sparsity_pattern:
             sparsities_by_name("sparsity_pattern", peft_config.sparsity_pattern, list(targets), peft_config.sparsity)
+
+    @classmethod
+    def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
+        for name, layer in model.named_modules():
+            pruned = loaded.get(f"{name}.pst_pruned.{adapter_name}")
+            if not isinstance(layer, PstLinear) or pruned is None or pruned.is_meta:
+                continue
+            size = layer.group_size(adapter_name)
+            if not 0 <= int(pruned) < size:
+                raise ValueError(
+                    f"`pst_pruned` counts the pruned weights of each {size}, from 0 up to {size - 1}, got "
+                    f"{int(pruned)} in `{name}`; the checkpoint is damaged, or its adapter has another pattern. "
+                    "Nothing was loaded."
+                )
 
     def _check_all_merges(self, adapter_names: list[str] | None) -> None:
         super()._check_all_merges(adapter_names)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftType
 
-from peft_sparse.tuners.sparse_config import SparseConfig, check_positive_int
+from peft_sparse.tuners.field_checks import check_bool, check_number, check_positive_int
+from peft_sparse.tuners.sparse_config import SparseConfig
 
 
 @dataclass
@@ -23,6 +24,7 @@ class SppConfig(SparseConfig):
         spp_alpha: scaling s = spp_alpha / r.
         spp_dropout: dropout probability on the input of the update alone; the base weight sees the whole input.
         init_weights: True starts at the identity (B = 0); False draws B too, which only tests want.
+        checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
         ValueError: for a field outside its range.
@@ -43,7 +45,11 @@ class SppConfig(SparseConfig):
         super().__post_init__()
         self.peft_type = PeftType.SPP
         check_positive_int("r", self.r)
+        check_number("spp_alpha", self.spp_alpha, "; the authors' scaling is 2 * r")
         if not self.spp_alpha > 0:
             raise ValueError(f"`spp_alpha` should be above 0, got {self.spp_alpha!r}; the authors' scaling is 2 * r.")
+        check_number("spp_dropout", self.spp_dropout, "; 0.0 drops nothing")
         if not 0 <= self.spp_dropout < 1:
             raise ValueError(f"`spp_dropout` is a probability in [0, 1), got {self.spp_dropout!r}.")
+        check_bool("init_weights", self.init_weights)
+        self._check_checksums()

@@ -1,0 +1,247 @@
+"""A linear that computes with another form of its weight where there are enough zeros, or few enough tokens.
+
+The weight stays where it is, under its name: a state dict, tied weights, saving, copying and training are those of
+the linear that it was. What is added is an `Acceleration`: for each number of tokens, the operand (operands.py) to
+multiply with, or none. None is used, and the linear computes as it always did,
+
+- where autograd records, since the kernels have no backward; in autocast and in compiled or traced graphs;
+- for inputs of another dtype or device than the weight, and for numbers of tokens that nobody chose for;
+- from the moment on at which the weight is no longer the one that the operand was made from.
+
+The last is looked at in every forward: address, version, and on a CPU a sample of `SAMPLED` entries, since a change
+through `.data`, as in PEFT's merging, counts as no version.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse.linears.operands import Operand
+from peft_sparse.linears.packed import PackedLinear
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+SAMPLED, KEPT, LOOKED_THROUGH = 16, 12, 4096
+CHANGED = (
+    "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they compute in their "
+    "own way from now on; call `accelerate_sparse(model)` again when they are final."
+)
+
+
+class _Tracked:
+    """What is remembered of a tensor, to tell whether it is still the same.
+
+    Args:
+        sampled: whether its content is looked at as well.
+    """
+
+    def __init__(self, tensor: torch.Tensor, sampled: bool) -> None:
+        self.alias = tensor.detach()  # keeps the memory, so that its address is not given to another tensor
+        self.address, self.version, self.contiguous = tensor.data_ptr(), _version(tensor), tensor.is_contiguous()
+        self.dtype, self.rows = tensor.dtype, tensor.shape[0]
+        self.flat = self.alias.view(-1) if sampled and self.contiguous and tensor.device.type == "cpu" else None
+        if self.flat is not None:
+            self.places = _sample(self.flat)
+            self.content = self.flat.index_select(0, self.places)
+
+    def matches(self, tensor: torch.Tensor | None) -> bool:
+        if tensor is None or tensor.data_ptr() != self.address or _version(tensor) != self.version:
+            return False
+        if tensor.dtype != self.dtype or tensor.is_contiguous() != self.contiguous or tensor.size(0) != self.rows:
+            return False
+        return self.flat is None or torch.equal(self.flat.index_select(0, self.places), self.content)
+
+
+def _sample(flat: torch.Tensor) -> torch.Tensor:
+    """Up to `SAMPLED` places, most of them not zero as far as there are so many: what is zero may stay so."""
+    spread = torch.arange(0, flat.numel(), max(1, flat.numel() // LOOKED_THROUGH))
+    zero = flat[spread] == 0
+    kept, zeros = spread[~zero], spread[zero]
+    return torch.cat(
+        [kept[:: max(1, len(kept) // KEPT)][:KEPT], zeros[:: max(1, len(zeros) // KEPT)][: SAMPLED - KEPT]]
+    )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _records(linear: nn.Module, x: torch.Tensor) -> bool:
+    tensors = (x, linear._parameters.get("bias"), *_tensors(linear))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
+    """Those that make up the weight, looked up without `__getattr__`, which takes longer than all the rest."""
+    if isinstance(linear, PackedLinear):
+        return linear._parameters.get("values"), linear._buffers.get("bitmask")
+    return (linear._parameters.get("weight"),)
+
+
+class Acceleration:
+    """Which operand a linear uses for how many tokens. A copy or an unpickled one has none.
+
+    Args:
+        linear: whose weight the operands are forms of.
+        operands: by number of tokens; None: the linear's own way.
+        packed: whether the linear was dense before it was accelerated, and is now packed.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module | None = None,
+        operands: Mapping[int, Operand | None] | None = None,
+        packed: bool = False,
+    ) -> None:
+        self.operands = dict(sorted((operands or {}).items()))
+        self.packed = packed
+        self._tokens, self._chosen = list(self.operands), list(self.operands.values())
+        # the values of a packed weight are shared, so that what is written into them is seen
+        sampled = not isinstance(linear, PackedLinear)
+        tensors = () if linear is None else _tensors(linear)
+        self._tracked = tuple(_Tracked(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
+        self._device = self._tracked[0].alias.device if self._tracked else None
+        self._autocast = "cpu" if self._device is None else self._device.type
+        self._to_the_end = isinstance(linear, PackedLinear)
+        self._in_features = 0 if linear is None else in_features_of(linear)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Acceleration, (None, None, self.packed)
+
+    @property
+    def nbytes(self) -> int:
+        """What the operands take beyond the weight."""
+        return sum(operand.nbytes for operand in {id(o): o for o in self._chosen if o is not None}.values())
+
+    def by_tokens(self, tokens: int) -> Operand | None:
+        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both;
+        above the largest none, as a dense product only gets better with more; that of the largest for a packed linear,
+        whose own way is no dense product."""
+        place = bisect_left(self._tokens, tokens)
+        if place == len(self._tokens):
+            return self._chosen[-1] if self._chosen and self._to_the_end else None
+        if self._tokens[place] == tokens:
+            return self._chosen[place]
+        upper = self._chosen[place]
+        return upper if place > 0 and self._chosen[place - 1] is upper else None
+
+    def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
+        """What to multiply `x` with, None for the linear's own way."""
+        if torch.compiler.is_compiling() or not self._chosen or torch.jit.is_tracing():
+            return None
+        if type(x) not in _PLAIN_TENSORS or x.dim() == 0 or x.size(-1) != self._in_features:
+            return None
+        found = self.by_tokens(x.numel() // self._in_features)
+        if found is None or x.dtype != self._tracked[0].dtype or x.device != self._device:
+            return None
+        if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
+            return None
+        if not self.matches(linear):
+            self.drop()
+            return None
+        return found if found.takes(x, linear._parameters.get("bias")) else None
+
+    def matches(self, linear: nn.Module) -> bool:
+        """Whether the weight is still the one that the operands were made from."""
+        return all(map(_Tracked.matches, self._tracked, _tensors(linear)))
+
+    def drop(self) -> None:
+        """Forget the operands, and say so."""
+        self.operands, self._tokens, self._chosen, self._tracked = {}, [], [], ()
+        warnings.warn(CHANGED, stacklevel=2)
+
+    def __repr__(self) -> str:
+        used: dict[str, list[str]] = {}
+        for tokens, operand in self.operands.items():
+            if operand is not None:
+                used.setdefault(operand.name, []).append(str(tokens))
+        return "; ".join(f"{name} for {', '.join(tokens)} tokens" for name, tokens in used.items()) or "no longer"
+
+
+class _Accelerated(nn.Module):
+    """The forward that the accelerated classes share."""
+
+    _acceleration: Acceleration
+    bias: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        operand = self._acceleration.operand(self, x)
+        return super().forward(x) if operand is None else operand(x, self._parameters.get("bias"))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        if self._acceleration.operands and not self._acceleration.matches(self):
+            self._acceleration.drop()  # at once, since it keeps the memory of the old weight
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, accelerated: {self._acceleration!r}"
+
+
+class AcceleratedLinear(_Accelerated, nn.Linear):
+    """An nn.Linear with an [`Acceleration`]."""
+
+
+class AcceleratedConv1D(_Accelerated, Conv1D):
+    """A Conv1D with an [`Acceleration`]."""
+
+    def __repr__(self) -> str:  # Conv1D has one of its own
+        return f"{super().__repr__().removesuffix(')')}, accelerated: {self._acceleration!r})"
+
+
+class AcceleratedPackedLinear(_Accelerated, PackedLinear):
+    """A [`PackedLinear`] with an [`Acceleration`]: its own way is to unpack the weight."""
+
+
+_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: AcceleratedLinear,
+    Conv1D: AcceleratedConv1D,
+    PackedLinear: AcceleratedPackedLinear,
+}
+_PLAIN = {accelerated: plain for plain, accelerated in _ACCELERATED.items()}
+
+
+def plain_class(linear: nn.Module) -> type[nn.Module]:
+    """The class of a linear without its acceleration."""
+    return _PLAIN.get(type(linear), type(linear))
+
+
+def acceleration_of(linear: nn.Module) -> Acceleration | None:
+    """What a linear is accelerated with; None if it is not."""
+    return linear._acceleration if isinstance(linear, _Accelerated) else None
+
+
+def refuses_acceleration(linear: nn.Module) -> str | None:
+    """Why nothing can be added to this linear; None if it can."""
+    if plain_class(linear) not in _ACCELERATED:
+        return f"{type(linear).__name__} has a forward of its own"
+    if "forward" in linear.__dict__:
+        return "its forward was replaced, as offloading does it"
+    if any(t is None or type(t) not in _PLAIN_TENSORS for t in _tensors(linear)):
+        return "its weight is no plain tensor"
+    return None
+
+
+def install(linear: nn.Module, acceleration: Acceleration) -> None:
+    """Accelerate a linear, in place: it stays the object that it is, wherever it is used."""
+    linear.__dict__["_acceleration"] = acceleration
+    linear.__class__ = _ACCELERATED[plain_class(linear)]
+
+
+def uninstall(linear: nn.Module) -> None:
+    """The inverse of [`install`]."""
+    linear.__class__ = plain_class(linear)
+    linear.__dict__.pop("_acceleration", None)
+
+
+def in_features_of(linear: nn.Module) -> int:
+    """Columns of the weight."""
+    if isinstance(linear, Conv1D):
+        return linear.get_parameter("weight").shape[0]
+    return cast(int, linear.in_features)

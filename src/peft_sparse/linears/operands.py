@@ -1,0 +1,167 @@
+"""A linear's weight in the forms in which its zeros save time, each with the kernel that multiplies with it.
+
+    csr              lists of the non-zeros, on a CPU, in float32 and float64
+    semi_structured  2:4 in the form of NVIDIA's sparse tensor cores, by torch itself, in half precision
+    bitmask          values and a bit for each place, for one token on a GPU, by our Triton kernel where it is on
+
+None of them has a backward. Whether one is faster is for `peft_sparse.inference` to measure.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.weights import stored_weight, weight_parameter
+from peft_sparse.ops import csr_linear, triton_in_use
+from peft_sparse.ops.triton_switch import MIN_CAPABILITY, triton_takes_bitmask
+from peft_sparse.sparsity import PackedWeight, csr_tensor, dense_weight
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Operand:
+    """One form of a weight. A subclass says where it can be used and multiplies with it.
+
+    Attributes:
+        name: in reports.
+        device_type: that it is meant for.
+        nbytes: that it takes beyond the linear's own weight.
+    """
+
+    name: ClassVar[str]
+    device_type: ClassVar[str]
+    nbytes: int
+
+    @classmethod
+    def refusal(cls, linear: nn.Module) -> str | None:
+        """Why this linear cannot be computed this way; None if it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> Operand:
+        """The weight of a linear in this form, as it is now."""
+        raise NotImplementedError
+
+    def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether it multiplies this input, which has the weight's dtype and device."""
+        return True
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Y = X W^T + b: (..., out) from (..., in)."""
+        raise NotImplementedError
+
+
+class CsrOperand(Operand):
+    """Lists of the non-zeros: 8 bytes for each in float32; 4 beside the values of a PackedLinear, which are shared."""
+
+    name, device_type = "csr", "cpu"
+
+    def __init__(self, csr: torch.Tensor, nbytes: int) -> None:
+        self.csr, self.nbytes = csr, nbytes
+
+    @classmethod
+    def refusal(cls, linear: nn.Module) -> str | None:
+        weight = weight_parameter(linear)
+        if weight.device.type != "cpu":
+            return f"csr runs on a CPU, not on {weight.device.type}"
+        if weight.dtype not in (torch.float32, torch.float64):
+            return f"csr computes in float32 or float64, not in {str(weight.dtype).removeprefix('torch.')}"
+        if not torch.backends.mkl.is_available():
+            return "csr needs a torch with MKL, which this one is without"
+        return None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Module) -> CsrOperand:
+        csr = csr_tensor(stored_weight(linear))
+        parts = [csr.crow_indices(), csr.col_indices()] + [csr.values()] * (not isinstance(linear, PackedLinear))
+        return cls(csr, sum(part.nbytes for part in parts))
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return csr_linear(x, self.csr, bias)
+
+
+class SemiStructuredOperand(Operand):
+    """The kept half of a 2:4 weight and where it lies: 9/16 of the dense bytes in half precision."""
+
+    name, device_type = "semi_structured", "cuda"
+
+    def __init__(self, weight: torch.Tensor, nbytes: int) -> None:
+        self.weight, self.nbytes = weight, nbytes
+
+    @classmethod
+    def refusal(cls, linear: nn.Module) -> str | None:
+        weight = weight_parameter(linear)
+        if weight.device.type != "cuda" or torch.version.hip is not None:
+            return f"semi_structured runs on an NVIDIA GPU, not on {weight.device.type}"
+        if weight.dtype not in HALF:
+            return f"semi_structured computes in half precision, not in {str(weight.dtype).removeprefix('torch.')}"
+        if torch.cuda.get_device_capability(weight.device) < MIN_CAPABILITY:
+            return "semi_structured needs a GPU of compute capability 8.0 or later"
+        if not is_two_of_four(dense_weight(stored_weight(linear))):
+            return "semi_structured needs a 2:4 weight"
+        return None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Module) -> SemiStructuredOperand:
+        from torch.sparse import to_sparse_semi_structured
+
+        weight = dense_weight(stored_weight(linear)).detach()
+        in_bits = 8 * weight.element_size()
+        return cls(to_sparse_semi_structured(weight.contiguous()), weight.nbytes // 2 * (in_bits + 2) // in_bits)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self.weight, bias)
+
+
+class BitmaskOperand(Operand):
+    """Values and bitmask, as in the packed format; those of a PackedLinear are shared."""
+
+    name, device_type = "bitmask", "cuda"
+
+    def __init__(self, weight: PackedWeight, nbytes: int) -> None:
+        self.weight, self.nbytes = weight, nbytes
+
+    @classmethod
+    def refusal(cls, linear: nn.Module) -> str | None:
+        if not triton_in_use():
+            return "bitmask is off (`ops.use_triton`): nobody has timed it on a GPU"
+        weight = weight_parameter(linear)
+        if weight.dtype not in HALF:
+            return f"bitmask is for half precision, not for {str(weight.dtype).removeprefix('torch.')}"
+        tiny = PackedWeight.of(weight.new_ones(1, 8))
+        tiny = tiny._replace(starts=tiny.starts.to(weight.device))
+        runs = triton_takes_bitmask(weight.new_ones(8), tiny, None)
+        return None if runs else f"bitmask does not run on {weight.device}"
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Module) -> BitmaskOperand:
+        stored = stored_weight(linear)
+        packed = stored if isinstance(stored, PackedWeight) else PackedWeight.of(stored.detach())
+        packed = packed._replace(values=packed.values.detach(), starts=packed.starts.to(packed.values.device))
+        own = 0 if isinstance(stored, PackedWeight) else packed.values.nbytes + packed.bitmask.nbytes
+        return cls(packed, packed.starts.nbytes + own)
+
+    def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        return triton_takes_bitmask(x, self.weight, bias)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        from peft_sparse.ops import triton_bitmask
+
+        return triton_bitmask.forward(x, self.weight, bias)
+
+
+OPERANDS: dict[str, type[Operand]] = {kind.name: kind for kind in (CsrOperand, SemiStructuredOperand, BitmaskOperand)}
+
+
+def is_two_of_four(weight: torch.Tensor) -> bool:
+    """Whether each four consecutive weights along the rows have two zeros at least."""
+    groups = weight.shape[1] // 4
+    return weight.shape[1] % 4 == 0 and int((weight != 0).reshape(-1, groups, 4).sum(-1).max()) <= 2

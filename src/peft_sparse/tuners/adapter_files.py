@@ -1,0 +1,64 @@
+"""The folder of a saved adapter, looked at before PEFT reads the weights in it.
+
+PEFT writes and reads adapter_model.safetensors, which has no checksum: one flipped bit is another model. And where
+that file is missing, PEFT reads a pickled adapter_model.bin. Neither can be seen later, so both are looked at when
+PEFT reads the config.
+
+Only folders are checked. What comes from the Hub is checked by its client; an adapter that is loaded into one that is
+there already (as Trainer does when it resumes) has no config read, and gets the checks of `adapter_state.py` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+from peft_sparse.storage.files import SafetensorsFile
+
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_CHUNK = 1 << 24
+
+
+def weights_crc32(folder: str | os.PathLike[str]) -> str | None:
+    """CRC-32 of the bytes of an adapter's weights; None where there are none."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        return None
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return f"{found:08x}"
+
+
+def check_folder(folder: str | os.PathLike[str], subfolder: str | None, expected: str | None) -> None:
+    """Check the weights beside a config, if there are any. Nothing is checked of a repository on the Hub.
+
+    Args:
+        expected: the CRC-32 that the config has for them; None: it has none.
+
+    Raises:
+        ValueError: if they are pickled, damaged, or those of another save.
+    """
+    place = Path(folder) / (subfolder or "")
+    path = place / WEIGHTS
+    if not path.is_file():
+        if (place / PICKLED).is_file():
+            raise ValueError(
+                f"An adapter's weights are in {WEIGHTS}, got only {PICKLED} in {str(place)!r}: a pickle, which can "
+                "run code when it is read and is not opened here; save it again with `safe_serialization=True`."
+            )
+        if expected is not None:
+            raise ValueError(
+                f"The adapter_config.json was saved with {WEIGHTS}, got no such file in {str(place)!r}; save or "
+                "download the adapter again."
+            )
+        return
+    SafetensorsFile(path)  # raises if it is none, or is cut short
+    if expected is not None and (found := weights_crc32(place)) != expected:
+        raise ValueError(
+            f"{WEIGHTS} is as it was saved (CRC-32 {expected}), got {found} in {str(place)!r}: it is damaged, or of "
+            "another save; save or download the adapter again, or remove `checksums` from adapter_config.json if you "
+            "changed it on purpose."
+        )

@@ -1,0 +1,84 @@
+"""The tensors of a saved adapter, compared with those of the model before the first one is loaded.
+
+PEFT loads what fits by name and drops the rest: a missing factor would stay at its random start, one of integers would
+be taken for numbers, and nothing but a warning would tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sparse.linears import is_dtensor
+
+_WAY_OUT = (
+    "load it onto its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
+    "saved with. Nothing was loaded."
+)
+_DAMAGED = "the file is damaged, or was changed: save or download it again. Nothing was loaded."
+
+
+def adapter_keys(model: nn.Module, layer_cls: Any, adapter_name: str) -> set[str]:
+    """Where an adapter's tensors may be in a model's state dict; a layer has some of them, as its config says.
+
+    Args:
+        layer_cls: the method's tuner layer.
+    """
+    kinds = (*layer_cls.adapter_layer_names, *layer_cls.other_param_names)
+    layers = (name for name, module in model.named_modules() if isinstance(module, layer_cls))
+    return {f"{name}.{kind}.{adapter_name}" for name in layers for kind in kinds}
+
+
+def check_adapter_state(
+    loaded: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor], possible: set[str], prefix: str
+) -> None:
+    """Compare a state dict that is about to be loaded with the model's.
+
+    Args:
+        loaded: tensors by their key in the model.
+        current: the model's own state dict.
+        possible: from [`adapter_keys`].
+        prefix: of the method's parameters, "pst_" or "spp_".
+
+    Raises:
+        ValueError: if a tensor of the adapter is missing, has no place, or has another shape or kind of dtype; or if
+            it holds NaN or infinity.
+    """
+    missing = sorted((possible & current.keys()) - loaded.keys())
+    if missing:
+        raise ValueError(
+            f"An adapter checkpoint has all tensors of its adapter, got none for `{missing[0]}` ({len(missing)} are "
+            f"missing); {_WAY_OUT}"
+        )
+    stray = sorted(key for key in loaded.keys() - current.keys() if f".{prefix}" in key)
+    if stray:
+        raise ValueError(
+            f"An adapter checkpoint fits the modules that carry the adapter, got `{stray[0]}` ({len(stray)} in all), "
+            f"which this model has not; {_WAY_OUT}"
+        )
+    for key, tensor in loaded.items():
+        if key in current:
+            _check_tensor(key, tensor, current[key])
+
+
+def _check_tensor(key: str, tensor: torch.Tensor, here: torch.Tensor) -> None:
+    if here.shape != tensor.shape:
+        raise ValueError(
+            f"The shapes of an adapter checkpoint fit the model that it was trained on, got {tuple(tensor.shape)} for "
+            f"`{key}`, which has shape {tuple(here.shape)} here; {_WAY_OUT}"
+        )
+    if tensor.is_floating_point() != here.is_floating_point() or tensor.is_complex() != here.is_complex():
+        raise ValueError(
+            f"The tensors of an adapter checkpoint are numbers of the same kind as the model's, got {tensor.dtype} "
+            f"for `{key}`, which is {here.dtype} here; {_DAMAGED}"
+        )
+    own: Any = tensor.to_local() if is_dtensor(tensor) else tensor  # of FSDP2's shards each process checks its own
+    if own.is_floating_point() and not own.is_meta and not bool(own.isfinite().all()):
+        found = int((~own.isfinite()).sum())
+        raise ValueError(
+            f"The tensors of an adapter checkpoint are finite, got {found} NaN or infinite of {tensor.numel()} in "
+            f"`{key}`: its training diverged, or {_DAMAGED}"
+        )

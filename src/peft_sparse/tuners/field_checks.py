@@ -1,0 +1,97 @@
+"""Checks of single config fields.
+
+A config may come from a file that anybody wrote, so any JSON value may be in any field: a name where a list of names
+belongs must not be taken for the names of its letters, nor "false" for something that is true.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+# Beyond it no dimension of a tensor makes sense, and Python's integers do not fit into a float.
+MAX_INT = 2**31 - 1
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises:
+    ValueError: if `value` is not an integer above 0, or one that no tensor could have as a size."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"`{name}` should be a positive integer, got {value!r}.")
+    if value > MAX_INT:
+        raise ValueError(f"`{name}` should be a positive integer of at most {MAX_INT}, got one of more digits.")
+
+
+def check_number(name: str, value: Any, way_out: str = "") -> None:
+    """Raises:
+    ValueError: if `value` is not a finite number. It ends with `way_out`."""
+    if not _is_finite_number(value):
+        raise ValueError(f"`{name}` should be a finite number, got {value!r}{way_out}.")
+
+
+def check_fraction(name: str, value: Any, of: str) -> None:
+    """Raises:
+    ValueError: if `value` is not a number in [0, 1]."""
+    if not _is_finite_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` is a fraction of {of} in [0, 1], got {value!r}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises:
+    ValueError: if `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` should be True or False, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises:
+    ValueError: if `value` is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_names(name: str, value: Any, regex: bool = True, empty: bool = True) -> None:
+    """Raises:
+    ValueError: if `value` is not None, a list of names, or (if `regex`) a string that is a regular expression.
+
+    Args:
+        empty: whether the list may be empty."""
+    if isinstance(value, str) and regex:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"`{name}` as a string is a regular expression for full names, got {value!r}, which is none "
+                f"({error}); mend it, or list the names."
+            ) from error
+        return
+    if value is None:
+        return
+    way_out = f"a list of names{', or one string with a regular expression' if regex else ''}"
+    names = list(value) if isinstance(value, (list, tuple, set, frozenset)) else None
+    if names is None or not all(isinstance(entry, str) and entry for entry in names):
+        hint = f"; for one name write [{value!r}]" if isinstance(value, str) else ""
+        raise ValueError(f"`{name}` is {way_out}, got {value!r}{hint}.")
+    if not names and not empty:
+        raise ValueError(f"`{name}` is {way_out}, got an empty one; leave it out for the default.")
+
+
+def check_indices(name: str, value: Any) -> None:
+    """Raises:
+    ValueError: if `value` is not None, a block's index, or a list of them."""
+    indices = list(value) if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
+    good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_INT for i in indices)
+    if not good or (value is not None and not indices):
+        raise ValueError(
+            f"`{name}` has indices of blocks, counted from 0: an integer or a list of them, got {value!r}."
+        )
+
+
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
