@@ -24,8 +24,8 @@ from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
 
 __all__ = [
-    "CheckpointCallback",
     "AccelerationReport",
+    "CheckpointCallback",
     "PstConfig",
     "PstModel",
     "SparsityCallback",
