@@ -158,7 +158,8 @@ def base_digests(model) -> dict[str, str]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:16]
+    # a copy: memory that numpy has seen cannot be resized, as FSDP2 does with a whole weight
+    return hashlib.sha256(tensor.detach().clone().numpy().tobytes()).hexdigest()[:16]
 
 
 def merge_and_unmerge(model) -> dict:

@@ -75,7 +75,8 @@ def _check_tensor(key: str, tensor: torch.Tensor, here: torch.Tensor) -> None:
             f"The tensors of an adapter checkpoint are numbers of the same kind as the model's, got {tensor.dtype} "
             f"for `{key}`, which is {here.dtype} here; {_DAMAGED}"
         )
-    own: Any = tensor.to_local() if is_dtensor(tensor) else tensor  # of FSDP2's shards each process checks its own
+    share: Any = tensor
+    own = share.to_local() if is_dtensor(tensor) else tensor  # of FSDP2's shards each process checks its own
     if own.is_floating_point() and not own.is_meta and not bool(own.isfinite().all()):
         found = int((~own.isfinite()).sum())
         raise ValueError(
