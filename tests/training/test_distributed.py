@@ -178,21 +178,30 @@ def test_fsdp2_with_three_processes_and_other_models(tmp_path):
             assert report["restored"] and report["merged"] == merged
 
 
+def whole_and_resumed(folder: Path, tuner: str) -> list[dict]:
+    whole = {"tuner": tuner, "output_dir": str(folder / tuner)}
+    whole["arguments"] = {"save_strategy": "steps", "save_steps": 3}
+    return [whole, whole | {"output_dir": f"{folder / tuner}-resumed", "resume": str(folder / tuner / "checkpoint-3")}]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_fsdp2_resumes(tmp_path, state_dict_type):
-    saving = {"arguments": {"save_strategy": "steps", "save_steps": 3}, "state_dict_type": state_dict_type}
-    runs = []
-    for tuner in ("pst", "spp"):
-        whole = saving | {"tuner": tuner, "output_dir": str(tmp_path / tuner)}
-        resume = str(tmp_path / tuner / "checkpoint-3")
-        runs += [whole, whole | {"output_dir": str(tmp_path / f"{tuner}-resumed"), "resume": resume}]
-    launch("fsdp2", runs)
-    check_resumed(tmp_path)
+def test_fsdp2_resumes(tmp_path):
+    launch("fsdp2", whole_and_resumed(tmp_path, "pst") + whole_and_resumed(tmp_path, "spp"))
+    check_resumed(tmp_path, ("pst", "spp"))
 
 
-def check_resumed(folder: Path) -> None:
-    for tuner in ("pst", "spp"):
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["pst", "spp"])
+def test_fsdp2_resumes_from_shards(tmp_path, tuner):
+    # two launches: the script changes the type of state dict at the end of a run, to save the adapter
+    for run in whole_and_resumed(tmp_path, tuner):
+        launch("fsdp2", [run], fsdp_state_dict_type="SHARDED_STATE_DICT")
+    assert list((tmp_path / tuner / "checkpoint-3").rglob("*.distcp"))
+    check_resumed(tmp_path, (tuner,))
+
+
+def check_resumed(folder: Path, tuners: tuple[str, ...]) -> None:
+    for tuner in tuners:
         whole, resumed = (load_file(folder / name / "final" / "adapter_model.safetensors")
                           for name in (tuner, f"{tuner}-resumed"))  # fmt: skip
         assert whole.keys() == resumed.keys()
@@ -231,10 +240,7 @@ def test_zero3(tmp_path):
     settings.write_text(json.dumps(ZERO3))
     launcher.write_text(ZERO3_LAUNCHER.format(settings))
     for tuner in ("pst", "spp"):
-        saving = {"save_strategy": "steps", "save_steps": 3}
-        whole = {"tuner": tuner, "output_dir": str(tmp_path / tuner), "arguments": saving, "merge": True}
-        resume = str(tmp_path / tuner / "checkpoint-3")
-        runs += [whole, whole | {"output_dir": str(tmp_path / f"{tuner}-resumed"), "resume": resume}]
+        runs += [run | {"merge": True} for run in whole_and_resumed(tmp_path, tuner)]
     launch(launcher, runs)
     for tuner in ("pst", "spp"):
         alone = one_process(tmp_path / "alone" / tuner, tuner=tuner)
@@ -242,7 +248,7 @@ def test_zero3(tmp_path):
         merged = check_adapter(tmp_path / tuner, tuner)
         for report in reports(tmp_path / tuner):
             assert report["restored"] and report["merged"] == merged
-    check_resumed(tmp_path)
+    check_resumed(tmp_path, ("pst", "spp"))
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -97,9 +96,10 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     base, config = make_model(settings)
     if wanted("DEEPSPEED"):
-        with tempfile.TemporaryDirectory() as folder:  # `from_pretrained` is what ZeRO-3 watches to shard weights
-            base.save_pretrained(folder)
-            base = type(base).from_pretrained(folder)
+        folder = Path(settings["output_dir"], "base")
+        base.save_pretrained(folder)  # by the first process
+        torch.distributed.barrier()
+        base = type(base).from_pretrained(folder)  # which is what ZeRO-3 watches to shard weights
         assert all(is_share(parameter) for parameter in base.parameters())
     model = get_peft_model(base, config)
     callbacks = [Recorder(model), *callbacks]
@@ -111,7 +111,7 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
 
 DEFAULTS = {
     "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
-    "arguments": {"save_strategy": "no"}, "state_dict_type": None, "merge": False,
+    "arguments": {"save_strategy": "no"}, "merge": False,
 }  # fmt: skip
 
 
@@ -123,8 +123,6 @@ def train(settings: dict, callbacks=()) -> Trainer:
         warnings.simplefilter("always")
         trainer = make_trainer(settings, callbacks)
         plugin = trainer.accelerator.state.fsdp_plugin if wanted("FSDP") else None
-        if settings["state_dict_type"]:
-            plugin.set_state_dict_type(settings["state_dict_type"])
         trainer.train(resume_from_checkpoint=settings["resume"])
     recorder = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
     report = {
