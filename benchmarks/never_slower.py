@@ -5,8 +5,9 @@
 After the choice, by code that shares nothing with the one that chose: every linear of the pruned model is called once
 in a round, in the model's order, as it is and as it was dense by turns, for numbers of tokens that were asked for and
 others. A row has the layers of one place in the block: `ratio_dense` is the median of their ratios, `ratio_worst` the
-largest. Where `chosen` is dense the two are the same code, so those rows say how far the measurement itself is off.
-`ratio_cached` is one of the layers called over and over, its weight in a cache, which is not how a model runs.
+largest. Where `chosen` is dense the two are the same code, or nearly, so those rows say how far the measurement itself
+is off: layers that nobody touched come out slower where they follow one that was. `ratio_cached` is one of the layers
+called over and over, its weight in a cache, which is not how a model runs.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from benchmarks import check_pruning, models, report, runner
 from peft_sparse.evaluation import perplexity
 from peft_sparse.linears import block_linears
-from peft_sparse.pruning import prune_magnitude, prune_ria, prune_sparsegpt, prune_wanda
+from peft_sparse.pruning import owl_sparsity, prune_magnitude, prune_ria, prune_sparsegpt, prune_wanda
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -42,11 +42,11 @@ class Method(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How sparse, and by which allocation over the layers."""
+    """How sparse, and by which allocation over the layers: OWL's with this lambda, or uniform."""
 
     pattern: str
     sparsity: float
-    allocation: str = "uniform"
+    owl_lambda: float | None = None  # None: the same sparsity in all layers
 
 
 METHODS = {
@@ -58,7 +58,8 @@ METHODS = {
 SETTINGS = {
     "50": Setting("unstructured", 0.5),
     "60": Setting("unstructured", 0.6),
-    "60-owl": Setting("unstructured", 0.6, "owl"),
+    "60-owl": Setting("unstructured", 0.6, 0.08),
+    "60-owl-0.04": Setting("unstructured", 0.6, 0.04),
     "75": Setting("unstructured", 0.75),
     "2:4": Setting("2:4", 0.5),
     "4:8": Setting("4:8", 0.5),
@@ -155,10 +156,8 @@ def _prune(model: nn.Module, name: str, setting_name: str, batches: Batches) -> 
     method, setting = METHODS[name], SETTINGS[setting_name]
     start, allocation = time.perf_counter(), None
     sparsity: float | dict[str, float] = setting.sparsity
-    if setting.allocation == "owl":
-        from peft_sparse.pruning import owl_sparsity  # only these rows need it
-
-        sparsity = owl_sparsity(model, batches, sparsity=setting.sparsity, group=method.group)
+    if setting.owl_lambda is not None:
+        sparsity = owl_sparsity(model, batches, setting.sparsity, lam=setting.owl_lambda, group=method.group)
         allocation = time.perf_counter() - start
         start = time.perf_counter()
     method.prune(model, *((batches,) if method.calibrated else ()), setting.pattern, sparsity)

@@ -7,6 +7,9 @@ divisible by 4, so that 2:4 fits. Take them through the fixtures of conftest.py,
 """
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -15,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 VOCAB_SIZE = 96
@@ -78,3 +82,17 @@ def _build(model_cls: type[PreTrainedModel], config, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_cls(config).eval()
+
+
+WORDS = [f"w{number}" for number in range(VOCAB_SIZE - 4)]
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder) -> str:
+    """Save a tiny model with a tokenizer whose tokens are `WORDS`; returns the folder."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)

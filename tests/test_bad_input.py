@@ -448,7 +448,7 @@ CONFIGS = {
     "task type": Case(nothing, config(PstConfig, task_type="POETRY"), "Invalid task type: 'POETRY'. Must be one of"),
     "checksums": Case(nothing, config(SppConfig, checksums=5), "`checksums` is what saving .*got 5; save or"),
     "checksums of another": Case(
-        nothing, config(SppConfig, checksums={"config": "0"}), r"CRC-32 0\), got .*remove `chec"
+        nothing, config(SppConfig, checksums={"config": "0", "weights": "0"}), r"CRC-32 0\), got .*remove `chec"
     ),
 }
 

@@ -289,6 +289,13 @@ def test_saving_over_an_adapter(saved):
         assert_has_the_tensors_of(folder, read(folder, prune_magnitude(tiny_llama())))
 
 
+def test_a_config_from_the_hub(saved, tmp_path, monkeypatch):
+    """Its weights are not here yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda repository, name, **kwargs: str(saved / name))
+    assert CONFIGS[saved.name].from_pretrained("owner/name").checksums is None
+
+
 def test_what_was_saved_is_read(saved):
     model = read(saved, prune_magnitude(tiny_llama()))
     assert model.peft_config["default"].checksums is None

@@ -7,9 +7,17 @@ model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned mod
 from importlib.metadata import version
 
 from peft_sparse.checkpoint import load_sparse, push_sparse_to_hub, save_sparse, write_model_card
-from peft_sparse.evaluation import SparsityReport, VerifyReport, perplexity, sparsity_report, verify_sparsity
+from peft_sparse.evaluation import (
+    SparsityReport,
+    VerifyReport,
+    perplexity,
+    plot_schedule,
+    plot_sparsity,
+    sparsity_report,
+    verify_sparsity,
+)
 from peft_sparse.inference import AccelerationReport, accelerate_sparse, remove_acceleration
-from peft_sparse.linears import pack_model, unpack_model
+from peft_sparse.linears import dequantize_model, pack_model, quantize_model, unpack_model
 from peft_sparse.pruning import (
     calibration_batches,
     owl_sparsity,
@@ -19,7 +27,14 @@ from peft_sparse.pruning import (
     prune_wanda,
     uniform_sparsity,
 )
-from peft_sparse.training import CheckpointCallback, SparsityCallback, last_complete_checkpoint, pst_param_groups
+from peft_sparse.training import (
+    CheckpointCallback,
+    SparsityCallback,
+    finetune,
+    last_complete_checkpoint,
+    load_recipe,
+    pst_param_groups,
+)
 from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
 
@@ -36,17 +51,23 @@ __all__ = [
     "__version__",
     "accelerate_sparse",
     "calibration_batches",
+    "dequantize_model",
+    "finetune",
     "last_complete_checkpoint",
+    "load_recipe",
     "load_sparse",
     "owl_sparsity",
     "pack_model",
     "perplexity",
+    "plot_schedule",
+    "plot_sparsity",
     "prune_magnitude",
     "prune_ria",
     "prune_sparsegpt",
     "prune_wanda",
     "pst_param_groups",
     "push_sparse_to_hub",
+    "quantize_model",
     "remove_acceleration",
     "save_sparse",
     "sparsity_report",

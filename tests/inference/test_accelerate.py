@@ -19,7 +19,7 @@ from peft_sparse import (
     sparsity_report,
     unpack_model,
 )
-from peft_sparse.inference import choose
+from peft_sparse.inference import accelerate, choose
 from peft_sparse.linears import OPERANDS, PackedLinear, acceleration_of, block_linears
 from peft_sparse.linears.operands import CsrOperand
 
@@ -37,6 +37,12 @@ def logits(model, ids=IDS):
 
 def used(model):
     return [name for name, module in model.named_modules() if acceleration_of(module) is not None]
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch):
+    """Are tried as well: those of tiny models."""
+    monkeypatch.setattr(accelerate, "MIN_NUMEL", 1)
 
 
 @pytest.fixture
@@ -189,6 +195,13 @@ def test_layers_without_zeros_are_left_alone():
     half = prune_magnitude(tiny_llama().bfloat16(), sparsity=0.9)
     report = accelerate_sparse(half)
     assert report.layers[0].reason == "csr computes in float32 or float64, not in bfloat16" and not used(half)
+
+
+def test_small_layers_are_left_alone(ratios, monkeypatch):
+    monkeypatch.setattr(accelerate, "MIN_NUMEL", 32 * 48)
+    report = accelerate_sparse(prune_magnitude(tiny_llama(), sparsity=0.75))
+    assert {layer.name.split(".")[-1] for layer in report.accelerated} == {"gate_proj", "up_proj", "down_proj"}
+    assert report.layers[0].reason == "nothing is tried below 1,536 weights"
 
 
 def test_each_layer_by_its_own_zeros(ratios):

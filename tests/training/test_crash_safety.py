@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_sparse import CheckpointCallback, last_complete_checkpoint
-from peft_sparse.training import callbacks
+from peft_sparse.training import checkpoint_callback
 from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpoints, set_aside_incomplete
 
 HERE = Path(__file__).resolve().parent
@@ -84,7 +84,8 @@ def _kill_at_file(number: int) -> None:
     state = transformers.trainer_callback.TrainerState
     state.save_to_json = counted(state.save_to_json, lambda self, path: path)
     shutil.rmtree = counted(shutil.rmtree, lambda path, *_: path)
-    callbacks.write_manifest = counted(callbacks.write_manifest, lambda folder: Path(folder) / MANIFEST)
+    write_manifest = checkpoint_callback.write_manifest
+    checkpoint_callback.write_manifest = counted(write_manifest, lambda folder: Path(folder) / MANIFEST)
 
 
 def run_process(*args) -> int:
@@ -171,7 +172,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(callbacks.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(checkpoint_callback.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match="nothing can be written \\(Read-only file system\\)"):
         train_script.train(settings(tmp_path, "pst"), [CheckpointCallback()])
     assert not checkpoints(tmp_path)
@@ -251,7 +252,7 @@ def test_random_states_of_all_processes(finished, tmp_path):
         (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
         shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
     newer, older = checkpoints(tmp_path / "run")
-    callbacks.write_manifest(older)
+    checkpoint_callback.write_manifest(older)
     (newer / MANIFEST).unlink()
     assert last_complete_checkpoint(tmp_path / "run") == str(newer)
     (newer / "rng_state_1.pth").unlink()

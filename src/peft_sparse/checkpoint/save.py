@@ -22,6 +22,7 @@ from peft_sparse.checkpoint.card import MARK, METHODS, check_method, hub_name, w
 from peft_sparse.checkpoint.commit import new_files
 from peft_sparse.checkpoint.pack import pack_folder
 from peft_sparse.checkpoint.packed import packed_linears, packed_weights, unpacked_state
+from peft_sparse.pruning.offload import stored_state
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DENSE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
@@ -73,13 +74,21 @@ def save_sparse(
     _check_folder(folder)
     readme = folder / "README.md"
     with new_files(folder) as temporary:
-        state = unpacked_state(model) if packed_linears(model) else None
+        state = _state(model)
         type(model).save_pretrained(model, temporary, max_shard_size=limit, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         pack_folder(temporary, limit, _transposed(model), packed_weights(model))
         if not readme.is_file() or MARK in readme.read_text(encoding="utf-8"):
             write_model_card(temporary, base_model or hub_name(model.name_or_path), method or _method(model))
+
+
+def _state(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What to hand to `save_pretrained`; None where it finds the tensors itself, as it does with a device_map."""
+    if packed_linears(model):
+        return unpacked_state(model)
+    offloaded = getattr(model, "hf_device_map", None) is None and any(p.is_meta for p in model.parameters())
+    return dict(stored_state(model)) if offloaded else None
 
 
 def _check_model(model: nn.Module) -> None:

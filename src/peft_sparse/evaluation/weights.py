@@ -14,13 +14,13 @@ from torch import nn
 from peft_sparse.linears import (
     as_stored,
     block_linears,
-    gathered,
     linears_inside,
     stored_weight,
     unwrap,
     weight_parameter,
-    whole_parameter,
+    weights_loaded,
 )
+from peft_sparse.pruning.offload import storage_key
 from peft_sparse.sparsity import dense_weight
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredModel, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -80,12 +80,13 @@ def linear_weights(
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
     they are disabled. Of a sharded model it is gathered, in all processes at once."""
-    with gathered(linear) as was_sharded:
-        weight = _forward_weight(linear)
+    here = linear.weights_loaded() if isinstance(linear, SparseLayer) else weights_loaded(linear, unwrap(linear))
+    with here as was_sharded:
+        weight = _weight_with_adapters(linear)
         return weight.clone() if was_sharded else weight
 
 
-def _forward_weight(linear: nn.Module) -> torch.Tensor:
+def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
     weight = stored_weight(unwrap(linear))
     if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
         return dense_weight(weight)
@@ -103,12 +104,25 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
     tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
-    counted = {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
-    outside = [parameter for parameter in model.parameters() if id(parameter) not in adapters | counted]
-    return (whole_parameter(parameter) for parameter in outside)
+    seen = adapters | {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    for path, module in model.named_modules():
+        own = []
+        for name, parameter in module.named_parameters(recurse=False):
+            key = storage_key(model, f"{path}.{name}".lstrip("."), parameter)
+            if id(parameter) not in seen and key not in seen:
+                own.append(name)
+                seen.add(key)
+        if own:
+            with weights_loaded(module, recurse=False):
+                yield from (module.get_parameter(name) for name in own)
 
 
 def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:
+    if (model.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        raise ValueError(
+            f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where bitsandbytes has "
+            "quantised them; load the model with transformers and pass it instead."
+        )
     tensors, notes = model.tensors, []
     own = model.linears()
     if own is None and linears is not None:

@@ -1,8 +1,8 @@
 """How a module stores its weight, and which linears a model's transformer blocks have.
 
 The rest of the package sees every weight as (out_features, in_features). This is the one place that knows that
-transformers' Conv1D, GPT-2's linear, stores the transpose, and where a linear is packed: stored without its zeros; or
-accelerated: computing with another form of its weight.
+transformers' Conv1D, GPT-2's linear, stores the transpose, where a linear is packed: stored without its zeros, or
+quantised by bitsandbytes, or accelerated: computing with another form of its weight, and where accelerate keeps it.
 """
 
 from peft_sparse.linears.accelerated import (
@@ -24,9 +24,20 @@ from peft_sparse.linears.blocks import (
     matches,
     select_linears,
 )
+from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
 from peft_sparse.linears.operands import OPERANDS, Operand
 from peft_sparse.linears.pack import pack_model, packable_linears, refuse_save_pretrained, replace_module, unpack_model
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.quantize import check_float, dequantize_model, quantize_model
+from peft_sparse.linears.quantized import (
+    bits,
+    compute_dtype,
+    copy_of,
+    dequantized_linear,
+    is_foreign,
+    quantized_weight,
+    write_quantized,
+)
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
@@ -49,23 +60,37 @@ __all__ = [
     "PackedLinear",
     "acceleration_of",
     "as_stored",
+    "bits",
     "block_linear_names",
     "block_linears",
+    "call_as",
+    "check_float",
+    "compute_dtype",
+    "copy_of",
+    "dequantize_model",
+    "dequantized_linear",
+    "device_of",
     "find_block_lists",
     "gathered",
     "get_weight",
+    "has_hooks",
     "in_out_features",
     "install",
     "is_dtensor",
+    "is_foreign",
     "is_linear",
     "is_share",
+    "keep_loaded",
     "linears_inside",
     "linears_not_called",
     "matches",
     "num_zeros",
+    "offload_hook",
     "pack_model",
     "packable_linears",
     "plain_class",
+    "quantize_model",
+    "quantized_weight",
     "refuse_save_pretrained",
     "refuses_acceleration",
     "replace_module",
@@ -77,5 +102,7 @@ __all__ = [
     "unpack_model",
     "unwrap",
     "weight_parameter",
+    "weights_loaded",
     "whole_parameter",
+    "write_quantized",
 ]

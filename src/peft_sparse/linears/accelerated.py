@@ -133,12 +133,14 @@ class Acceleration:
 
     def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
         """What to multiply `x` with, None for the linear's own way."""
-        if torch.compiler.is_compiling() or not self._chosen or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._chosen:
+            return None
+        found = self.by_tokens(x.numel() // self._in_features)
+        if found is None:  # first of all: what is not accelerated is not to be slowed down by questions
             return None
         if type(x) not in _PLAIN_TENSORS or x.dim() == 0 or x.size(-1) != self._in_features:
             return None
-        found = self.by_tokens(x.numel() // self._in_features)
-        if found is None or x.dtype != self._tracked[0].dtype or x.device != self._device:
+        if x.dtype != self._tracked[0].dtype or x.device != self._device:
             return None
         if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
             return None

@@ -144,7 +144,7 @@ class BitmaskOperand(Operand):
     @torch.no_grad()
     def of(cls, linear: nn.Module) -> BitmaskOperand:
         stored = stored_weight(linear)
-        packed = stored if isinstance(stored, PackedWeight) else PackedWeight.of(stored.detach())
+        packed = stored if isinstance(stored, PackedWeight) else PackedWeight.of(dense_weight(stored).detach())
         packed = packed._replace(values=packed.values.detach(), starts=packed.starts.to(packed.values.device))
         own = 0 if isinstance(stored, PackedWeight) else packed.values.nbytes + packed.bitmask.nbytes
         return cls(packed, packed.starts.nbytes + own)

@@ -49,15 +49,16 @@ def _is_away(parameter: torch.Tensor | None) -> bool:
 
 
 @contextmanager
-def gathered(*modules: nn.Module, write: Iterable[nn.Module] = ()) -> Iterator[bool]:
+def gathered(*modules: nn.Module, write: Iterable[nn.Module] = (), recurse: bool = True) -> Iterator[bool]:
     """The parameters of these modules, whole, while the block runs. Does nothing for models that are not sharded.
 
     All processes have to enter it together, as for any collective.
 
     Args:
-        modules: whose parameters are wanted, with those of their submodules.
+        modules: whose parameters are wanted.
         write: modules among them, or among their submodules, whose own parameters the block changes. What the first
             process leaves in those is kept; all other changes are lost.
+        recurse: parameters of submodules are wanted, too.
 
     Yields:
         Whether there was something to gather. Then a parameter is gone after the block, unless it was copied.
@@ -67,7 +68,8 @@ def gathered(*modules: nn.Module, write: Iterable[nn.Module] = ()) -> Iterator[b
         >>> with gathered(linear, write=[linear]):
         ...     _ = linear.weight.data.fill_(1)
     """
-    owners, written = dict.fromkeys(module for top in modules for module in top.modules()), set(write)
+    inside = (module for top in modules for module in top.modules()) if recurse else modules
+    owners, written = dict.fromkeys(inside), set(write)
     slots = [
         (owner, name)
         for owner in owners

@@ -8,9 +8,20 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_sparse.linears.hooks import weights_loaded
 from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.linears.sharded import gathered, is_share, whole_shape
-from peft_sparse.sparsity import PackedWeight, Weight, dense_weight, pack_values, unpack_mask
+from peft_sparse.linears.quantized import bits, is_foreign, quantized_weight, write_quantized
+from peft_sparse.linears.sharded import is_share, whole_shape
+from peft_sparse.sparsity import (
+    EightBitWeight,
+    FourBitWeight,
+    PackedWeight,
+    Weight,
+    dense_weight,
+    pack_values,
+    quantize_like,
+    unpack_mask,
+)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -21,28 +32,29 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes x W^T + b from a floating point weight: nn.Linear, transformers' Conv1D, and
-    PackedLinear.
+    """Whether the module computes x W^T + b from a weight that this package reads: nn.Linear and transformers' Conv1D
+    with a floating point weight, PackedLinear, and what bitsandbytes has quantised.
 
     The output projection inside nn.MultiheadAttention is not one: its weight is used without calling it.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear) or bits(module) is not None:
         return True
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
+    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point() and not is_foreign(module)
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear module."""
-    if isinstance(module, PackedLinear):
-        return module.in_features, module.out_features
+    if isinstance(module, PackedLinear) or bits(module) is not None:
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type] # a quantised weight is flat
     rows, columns = whole_shape(weight_parameter(module))
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def weight_parameter(module: nn.Module) -> nn.Parameter:
-    """The parameter with the entries of a linear's weight: `weight`, or the values of a PackedLinear.
+    """The parameter with the entries of a linear's weight: `weight` (codes, where it is quantised), or the values of a
+    PackedLinear.
 
     Of a sharded model this may be a share, and within a forward of FSDP1 a tensor that is no parameter.
     """
@@ -51,20 +63,26 @@ def weight_parameter(module: nn.Module) -> nn.Parameter:
 
 
 def stored_weight(module: nn.Module) -> Weight:
-    """The weight of a linear, (out, in), without a copy: a PackedWeight of a PackedLinear, else as [`get_weight`]."""
+    """The weight of a linear, (out, in), without a copy: a PackedWeight of a PackedLinear, a QuantizedWeight of a
+    quantised one, else as [`get_weight`]."""
+    if bits(module) is not None:
+        return quantized_weight(module)
     return module.packed_weight if isinstance(module, PackedLinear) else get_weight(module)
 
 
 def get_weight(module: nn.Module) -> torch.Tensor:
     """The weight as (out, in): the parameter itself or its transposed view, so gradients and writes reach it.
 
-    That of a PackedLinear is a new tensor, unpacked for this call: to read, while [`set_weight`] writes.
+    That of a PackedLinear or a quantised linear is a new tensor, unpacked for this call: to read, while [`set_weight`]
+    writes.
 
     Raises:
         RuntimeError: if this process has only a share of it.
     """
     if isinstance(module, PackedLinear):
         return module.dense_weight()
+    if bits(module) is not None:
+        return quantized_weight(module).dense()
     weight = weight_parameter(module)
     if is_share(weight):
         raise RuntimeError(
@@ -81,11 +99,17 @@ def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_weight(module: nn.Module, weight: Weight) -> None:
-    """Overwrite the module's weight in place with `weight`, (out, in) of any dtype, packed or not.
+    """Overwrite the module's weight in place with `weight`, (out, in) of any dtype; a quantised one is quantised anew
+    unless `weight` is.
 
     Raises:
         ValueError: for a PackedLinear, if `weight` has entries where it has none. Nothing is written then.
     """
+    if bits(module) is not None:
+        if not isinstance(weight, (FourBitWeight, EightBitWeight)):
+            weight = quantize_like(quantized_weight(module), dense_weight(weight))
+        write_quantized(module, weight)
+        return
     if not isinstance(module, PackedLinear):
         get_weight(module).copy_(dense_weight(weight))
         return
@@ -106,7 +130,11 @@ def set_weight(module: nn.Module, weight: Weight) -> None:
 
 
 def num_zeros(module: nn.Module) -> int:
-    """How many entries of a linear's weight are zero. Nothing is unpacked for it."""
+    """How many entries of a linear's weight are zero. Nothing is unpacked for it, but a block of a quantised one."""
     in_features, out_features = in_out_features(module)
-    with gathered(module):
+    if bits(module) is not None:
+        weight, step = quantized_weight(module), max(1, (1 << 21) // in_features)
+        blocks = (slice(start, min(start + step, out_features)) for start in range(0, out_features, step))
+        return sum(int((weight.rows(rows) == 0).sum()) for rows in blocks)
+    with weights_loaded(module):
         return in_features * out_features - int(torch.count_nonzero(weight_parameter(module)))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from peft_sparse.sparsity import PackedWeight, Weight
+from peft_sparse.sparsity import Weight
 
 BLOCK_ELEMENTS = 1 << 21
 LARGE_BLOCK_ELEMENTS = 1 << 24
@@ -82,11 +82,11 @@ class Buffers:
 
 
 def weight_rows(weight: Weight, rows: slice, buffers: Buffers) -> torch.Tensor:
-    """Some consecutive rows of a weight, (rows, in): a view of a dense one; those of a packed one are unpacked, into a
-    buffer of their own."""
-    if not isinstance(weight, PackedWeight):
+    """Some consecutive rows of a weight, (rows, in): a view of a dense one; those of a packed or quantised one are
+    unpacked, into a buffer of their own."""
+    if isinstance(weight, torch.Tensor):
         return weight[rows]
-    return weight.rows(rows, buffers.get("unpacked", (rows.stop - rows.start, weight.in_features), weight.dtype))
+    return weight.rows(rows, buffers.get("unpacked", (rows.stop - rows.start, weight.shape[1]), weight.dtype))
 
 
 def outer_product(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The linear of a packed weight: Y = X W^T + b, with W unpacked block of rows by block.
+"""The linear of a packed or quantised weight: Y = X W^T + b, with W unpacked block of rows by block.
 
-With G = dY^T X:  dX = dY W;  the gradient of the values is G at the places of the mask.
+With G = dY^T X:  dX = dY W;  the gradient of packed values is G at the places of the mask. Codes have none.
 
 W is unpacked once in the forward and once in the backward, and no tensor of its size lives longer than a block. The
 plain twin is `packed_linear` in `peft_sparse.ops.reference`.
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, row_blocks, weight_rows
-from peft_sparse.sparsity import PackedWeight, Weight, write_rows
+from peft_sparse.sparsity import Weight, put_together, take_apart, write_rows
 
 
 def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """The fused form of [`peft_sparse.ops.reference.packed_linear`]: same arguments, same results."""
-    if reference.reference_in_use() or not isinstance(weight, PackedWeight):
+    if reference.reference_in_use() or isinstance(weight, torch.Tensor):
         return reference.packed_linear(x, weight, bias)
-    dtype = matmul_dtype(x)
-    return _PackedLinear.apply(x.to(dtype), weight.values, None if bias is None else bias.to(dtype), *weight[1:])
+    dtype, (entries, rest) = matmul_dtype(x), take_apart(weight)
+    return _PackedLinear.apply(x.to(dtype), entries, None if bias is None else bias.to(dtype), *rest)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -32,13 +32,13 @@ class _PackedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,  # (..., in)
-        values: torch.Tensor,  # (nnz,)
+        entries: torch.Tensor,  # (nnz,), or the codes of a quantised weight
         bias: torch.Tensor | None,  # (out,)
-        *packing: Any,
+        *rest: Any,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values)
-        ctx.packing, ctx.x_shape = packing, x.shape
-        weight = PackedWeight(values, *packing)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), entries)
+        ctx.rest, ctx.x_shape = rest, x.shape
+        weight = put_together(entries, rest)
         buffers = Buffers(x)
 
         def build(rows: slice) -> torch.Tensor:
@@ -50,12 +50,12 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, values = ctx.saved_tensors
+        x, entries = ctx.saved_tensors
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        weight = PackedWeight(values, *ctx.packing)
+        weight = put_together(entries, ctx.rest)
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dy.new_empty(dy.shape[0], weight.in_features) if needs_x else None
-        dvalues, buffers = torch.empty_like(values) if needs_values else None, Buffers(dy)
+        dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_x else None
+        dvalues, buffers = torch.empty_like(entries) if needs_values else None, Buffers(dy)
         with autocast_off(dy):
             for rows in row_blocks(dy, *weight.shape):
                 if dx is not None:
@@ -65,4 +65,4 @@ class _PackedLinear(torch.autograd.Function):
                     G = dy[:, rows].T @ x.reshape(-1, x.shape[-1])  # (rows, in)
                     write_rows(dvalues, weight, rows, G)
         dbias = dy.sum(0) if needs_bias else None
-        return None if dx is None else dx.view(ctx.x_shape), dvalues, dbias, *[None] * len(ctx.packing)
+        return None if dx is None else dx.view(ctx.x_shape), dvalues, dbias, *[None] * len(ctx.rest)

@@ -90,7 +90,8 @@ class _PstLinear(torch.autograd.Function):
             return updated.mul_(mask).to(x.dtype)
 
         blocks = ((rows, partial(build, rows)) for rows in row_blocks(x, weight.shape[0], weight.shape[1]))
-        return linear_by_blocks(x, bias, weight.shape[0], blocks)
+        with autocast_off(x):  # W' is formed in float32, and rounded once
+            return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from peft_sparse.ops import reference
+from peft_sparse.ops.blocks import autocast_off
 from peft_sparse.ops.fingerprint import Fingerprint
 from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight, reference_in_use
 from peft_sparse.sparsity import pack_mask, select_mask
@@ -84,7 +85,8 @@ def pst_mask(
         own.
     """
     if reference_in_use():
-        return reference.pst_mask(weight, int(pruned), group_size, factors, scales)
+        with autocast_off(weight):
+            return reference.pst_mask(weight, int(pruned), group_size, factors, scales)
     if torch.compiler.is_compiling():
         tensors = [tensor for tensor in factors if tensor is not None]
         names = "".join(name for name, tensor in factors._asdict().items() if tensor is not None)
@@ -92,7 +94,8 @@ def pst_mask(
     tensors = [pruned, weight, *(tensor for tensor in factors if tensor is not None)]
     packed = cache.get(tensors)
     if packed is None:
-        packed = _select(weight, int(pruned), group_size, factors, scales)
+        with autocast_off(weight):  # which would form the scores in half precision
+            packed = _select(weight, int(pruned), group_size, factors, scales)
         cache.put(packed, tensors)
     return packed
 

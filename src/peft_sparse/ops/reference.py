@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity import PackedWeight, Weight, pack_mask, pst_importance, select_mask, unpack_mask
+from peft_sparse.sparsity import (
+    PackedWeight,
+    Weight,
+    dense_weight,
+    pack_mask,
+    pst_importance,
+    select_mask,
+    unpack_mask,
+)
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -66,9 +74,9 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
 
 
 def dense(weight: Weight) -> torch.Tensor:
-    """(out, in) of a weight that may be packed, differentiable in its values."""
-    if isinstance(weight, torch.Tensor):
-        return weight
+    """(out, in) of a weight that may be packed, differentiable in its values, or quantised."""
+    if not isinstance(weight, PackedWeight):
+        return dense_weight(weight)
     mask = unpack_mask(weight.bitmask, weight.in_features)
     return weight.values.new_zeros(mask.shape).masked_scatter(mask, weight.values)
 
@@ -78,15 +86,15 @@ def packed_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) ->
 
     Args:
         x: (..., in).
-        weight: W, packed or not.
+        weight: W, dense, packed or quantised.
         bias: (out,) or None.
 
     Returns:
         (..., out), of the dtype of `x`.
     """
-    if isinstance(weight, PackedWeight):
-        return F.linear(x, dense(weight).to(x.dtype), bias)
-    return F.linear(x, weight, bias)
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight, bias)
+    return F.linear(x, dense(weight).to(x.dtype), bias)
 
 
 def csr_linear(x: torch.Tensor, csr: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -107,7 +115,7 @@ def spp_weight(weight: Weight, A: torch.Tensor, B: torch.Tensor, scaling: float)
     """W_eff[i, j] = W[i, j] (1 + s B[i] A[g(i), j]), equation 5 of SPP (arXiv 2405.16057).
 
     Args:
-        weight: W, (out, in), packed or not.
+        weight: W, (out, in), dense, packed or quantised.
         A: (r, in), one row per row group.
         B: (out,).
         scaling: s.
@@ -176,7 +184,8 @@ def pst_updated_weight(weight: torch.Tensor, factors: PstFactors, scales: PstSca
     dtype = score_dtype(weight.dtype)
     updated = weight.to(dtype)
     if factors.U is not None and factors.V is not None:
-        updated = torch.addmm(updated, factors.U.to(dtype), factors.V.to(dtype), alpha=scales.beta)
+        with torch.autocast(weight.device.type, enabled=False):
+            updated = torch.addmm(updated, factors.U.to(dtype), factors.V.to(dtype), alpha=scales.beta)
     if factors.D is not None:
         updated = updated + factors.D.to(dtype)
     return updated
@@ -206,10 +215,11 @@ def pst_weight(weight: torch.Tensor, mask: torch.Tensor, factors: PstFactors, sc
     Returns:
         (out, in), at least float32.
     """
-    updated = pst_updated_weight(weight, factors, scales)
-    scores = pst_scores(updated, factors, scales)
-    straight_through = mask.to(scores.dtype) + (scores - scores.detach())
-    return straight_through.to(updated.dtype) * updated
+    with torch.autocast(weight.device.type, enabled=False):  # which would form products in half precision
+        updated = pst_updated_weight(weight, factors, scales)
+        scores = pst_scores(updated, factors, scales)
+        straight_through = mask.to(scores.dtype) + (scores - scores.detach())
+        return straight_through.to(updated.dtype) * updated
 
 
 def pst_linear(

@@ -6,8 +6,9 @@ With G = dY^T X and H = G * W:
 
 Only X is saved. W_eff is rebuilt in the backward, block of rows by block, so that no tensor of the weight's size lives
 longer than its block. A packed W is unpacked in the same blocks; its values get their gradient at the places of the
-mask. The plain twins are `spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`; where
-[`peft_sparse.ops.use_triton`] is on, layers on a GPU are computed by `peft_sparse.ops.triton_spp`.
+mask. A quantised W is frozen, and dequantised in the same blocks in forward and backward. The plain twins are
+`spp_linear` and `spp_linear_update` in `peft_sparse.ops.reference`; where [`peft_sparse.ops.use_triton`] is on, layers
+on a GPU are computed by `peft_sparse.ops.triton_spp`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from peft_sparse.ops.blocks import (
     weight_rows,
 )
 from peft_sparse.ops.triton_switch import triton_takes_spp
-from peft_sparse.sparsity import PackedWeight, Weight, weight_entries, write_rows
+from peft_sparse.sparsity import Weight, put_together, take_apart, write_rows
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -46,7 +47,8 @@ def spp_linear(
         return reference.spp_linear(x, weight, bias, A, B, scaling)
     dtype = matmul_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    return _SppLinear.apply(x.to(dtype), weight_entries(weight), bias, A, B, scaling, 1.0, *_packing(weight))
+    entries, rest = take_apart(weight)
+    return _SppLinear.apply(x.to(dtype), entries, bias, A, B, scaling, 1.0, *rest)
 
 
 def spp_linear_update(
@@ -56,13 +58,8 @@ def spp_linear_update(
     the 1 in W (1 + s B A)."""
     if reference.reference_in_use():
         return reference.spp_linear_update(x, weight, A, B, scaling)
-    x = x.to(matmul_dtype(x))
-    return _SppLinear.apply(x, weight_entries(weight), None, A, B, scaling, 0.0, *_packing(weight))
-
-
-def _packing(weight: Weight) -> tuple[Any, ...]:
-    """What a packed weight has besides its values, as arguments of their own for autograd; nothing for a tensor."""
-    return weight[1:] if isinstance(weight, PackedWeight) else ()
+    entries, rest = take_apart(weight)
+    return _SppLinear.apply(x.to(matmul_dtype(x)), entries, None, A, B, scaling, 0.0, *rest)
 
 
 def _scaled_rows(
@@ -90,18 +87,18 @@ class _SppLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,  # (..., in)
-        entries: torch.Tensor,  # (out, in), or the values of a packed weight
+        entries: torch.Tensor,  # (out, in), the values of a packed weight or the codes of a quantised one
         bias: torch.Tensor | None,  # (out,)
         A: torch.Tensor,  # (r, in)
         B: torch.Tensor,  # (out,)
         scaling: float,
         offset: float,
-        *packing: Any,
+        *rest: Any,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, entries, A, B)
-        ctx.scaling, ctx.offset, ctx.packing = scaling, offset, packing
-        weight: Weight = PackedWeight(entries, *packing) if packing else entries
-        ctx.by_triton = not packing and triton_takes_spp(x, entries, A, B)
+        ctx.scaling, ctx.offset, ctx.rest = scaling, offset, rest
+        weight = put_together(entries, rest)
+        ctx.by_triton = not rest and triton_takes_spp(x, entries, A, B)
         if ctx.by_triton:
             from peft_sparse.ops import triton_spp  # needs triton
 
@@ -118,7 +115,8 @@ class _SppLinear(torch.autograd.Function):
             (rows, partial(build, groups, rows, size))
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0])
         )
-        return linear_by_blocks(x, bias, weight.shape[0], blocks)
+        with autocast_off(x):
+            return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
     @once_differentiable
@@ -126,7 +124,7 @@ class _SppLinear(torch.autograd.Function):
         if ctx.by_triton and not ctx.needs_input_grad[1]:  # before `saved_tensors`, which may be read only once
             return _backward_by_triton(ctx, dy)
         x, entries, A, B = ctx.saved_tensors
-        weight: Weight = PackedWeight(entries, *ctx.packing) if ctx.packing else entries
+        weight = put_together(entries, ctx.rest)
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
         A_wide, B_wide = A.to(dtype), B.to(dtype)
@@ -157,7 +155,7 @@ class _SppLinear(torch.autograd.Function):
             dy.sum(0) if needs_bias else None,
             dA.to(A.dtype) if needs_A else None,
             dB.to(B.dtype) if needs_B else None,
-            *[None] * (2 + len(ctx.packing)),
+            *[None] * (2 + len(ctx.rest)),
         )
 
 

@@ -22,16 +22,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, find_devic
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_sparse.linears import get_weight, set_weight
-
-
-def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook that brings in a module's offloaded parameters, if it has one."""
-    hook = getattr(module, "_hf_hook", None)
-    for candidate in getattr(hook, "hooks", [hook]):
-        if isinstance(candidate, AlignDevicesHook) and candidate.offload:
-            return candidate
-    return None
+from peft_sparse.linears import get_weight, offload_hook, set_weight
 
 
 def execution_device(model: nn.Module) -> torch.device:

@@ -15,6 +15,7 @@ from torch import nn
 from peft_sparse.linears import (
     Names,
     PackedLinear,
+    bits,
     block_linears,
     find_block_lists,
     get_weight,
@@ -159,6 +160,11 @@ def _check_plain(name: str, linear: nn.Module) -> None:
         raise ValueError(
             f"A pruner changes weights with a place for each entry, got `{name}`, which is packed; call "
             "`unpack_model(model)` first, and `pack_model(model)` afterwards."
+        )
+    if bits(linear) is not None:
+        raise ValueError(
+            f"A pruner compares weights before they are quantised, got `{name}`, a {type(linear).__name__}; "
+            "load the model without `quantization_config`, prune it, and call `quantize_model(model)` then."
         )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from peft_sparse.sparsity.packing import PackedWeight, Weight, unpack_mask
+from peft_sparse.sparsity.packing import PackedWeight, Weight, dense_weight, unpack_mask
 
 # Places whose bits are looked at at a time when a weight is listed: bounds the temporaries, 25 bytes a place.
 LISTED_AT_ONCE = 1 << 22
@@ -83,7 +83,7 @@ def csr_tensor(weight: Weight) -> torch.Tensor:
         >>> csr_tensor(torch.tensor([[0.0, 2.0], [3.0, 4.0]])).col_indices()
         tensor([1, 0, 1], dtype=torch.int32)
     """
-    packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(weight.detach())
+    packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(dense_weight(weight).detach())
     step = max(1, LISTED_AT_ONCE // max(1, packed.in_features))
     columns = [
         unpack_mask(packed.bitmask[start : start + step], packed.in_features).nonzero()[:, 1].int()

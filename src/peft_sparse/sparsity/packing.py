@@ -13,10 +13,12 @@ faster than `masked_scatter_`, whose branch for each bit no processor predicts.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from peft_sparse.sparsity.quantized import EightBitWeight, FourBitWeight, QuantizedWeight
 
 # Multiplying the eight 0/1 bytes of a little-endian word by this gathers them, in order, in its top byte.
 _GATHER_BYTES = 0x0102040810204080
@@ -217,7 +219,19 @@ class PackedWeight(NamedTuple):
         return unpack_values(self.values, self.bitmask, self.in_features)
 
 
-Weight = torch.Tensor | PackedWeight
+Weight = torch.Tensor | PackedWeight | QuantizedWeight
+_FORMS = {form.__name__: form for form in (PackedWeight, FourBitWeight, EightBitWeight)}
+
+
+def take_apart(weight: Weight) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """The tensor of a weight's entries (of a quantised one, their codes), which autograd is to know, and the rest of
+    it: empty for a dense weight."""
+    return (weight, ()) if isinstance(weight, torch.Tensor) else (weight[0], (type(weight).__name__, *weight[1:]))
+
+
+def put_together(entries: torch.Tensor, rest: tuple[Any, ...]) -> Weight:
+    """The inverse of [`take_apart`]."""
+    return _FORMS[rest[0]](entries, *rest[1:]) if rest else entries
 
 
 def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.Tensor) -> None:
@@ -229,15 +243,15 @@ def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.
 
 
 def weight_entries(weight: Weight) -> torch.Tensor:
-    """The tensor that holds a weight's entries: the values of a packed one, else the weight itself."""
-    return weight.values if isinstance(weight, PackedWeight) else weight
+    """The entries of a weight: the values of a packed one, else (out, in); of a quantised one a new float32 tensor."""
+    return weight.values if isinstance(weight, PackedWeight) else dense_weight(weight)
 
 
 def with_entries(weight: Weight, entries: torch.Tensor) -> Weight:
-    """The weight that has other entries at the same places; the inverse of [`weight_entries`]."""
+    """The weight that has other entries at the same places; the inverse of [`weight_entries`]. Not quantised."""
     return weight._replace(values=entries) if isinstance(weight, PackedWeight) else entries
 
 
 def dense_weight(weight: Weight) -> torch.Tensor:
-    """A weight as (out, in); a packed one as a new tensor."""
-    return weight.dense() if isinstance(weight, PackedWeight) else weight
+    """A weight as (out, in); one that is packed or quantised as a new tensor."""
+    return weight if isinstance(weight, torch.Tensor) else weight.dense()

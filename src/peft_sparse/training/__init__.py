@@ -1,8 +1,27 @@
-"""What happens as training steps go by: the sparsity schedule, learning rates of their own for scores, and checkpoints
-that a killed run can trust."""
+"""What happens as training steps go by: recipes, the sparsity schedule, learning rates of their own for scores, and
+checkpoints that a killed run can trust."""
 
-from peft_sparse.training.callbacks import CheckpointCallback, SparsityCallback
+from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.checkpoints import last_complete_checkpoint
+from peft_sparse.training.evaluate import evaluate_model, evaluate_recipe
+from peft_sparse.training.finetune import FinetuneResult, finetune, plan_finetune
 from peft_sparse.training.param_groups import pst_param_groups
+from peft_sparse.training.recipe import Recipe, load_recipe, make_recipe
 
-__all__ = ["CheckpointCallback", "SparsityCallback", "last_complete_checkpoint", "pst_param_groups"]
+__all__ = [
+    "CheckpointCallback",
+    "FinetuneResult",
+    "PerplexityCallback",
+    "Recipe",
+    "SparsityCallback",
+    "evaluate_model",
+    "evaluate_recipe",
+    "finetune",
+    "last_complete_checkpoint",
+    "load_recipe",
+    "log_before_reporters",
+    "make_recipe",
+    "plan_finetune",
+    "pst_param_groups",
+]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-import tempfile
-from pathlib import Path
+import math
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.training.checkpoints import manifest_size, set_aside_incomplete, write_manifest
+from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
 from peft_sparse.tuners.pst import driven_adapters
 
 
@@ -23,25 +18,34 @@ class SparsityCallback(TrainerCallback):
     The schedule spans `PstConfig.total_steps`, or else all steps of the training. A resumed run goes on where it
     stopped. As in the authors' code, the sparsity of step t is set after that step and used by the next forward.
 
+    With each training loss it also logs `sparsity`, `mask_churn` (the share of weights that changed state since the
+    last log) and statistics of PST's scores; of SPP, which has no schedule, sparsity and churn. They reach
+    `state.log_history` and every callback behind this one. Those that `report_to` names come before the callbacks of
+    a Trainer; [`log_before_reporters`] lets them have the numbers too.
+
     Args:
         best_at_final_sparsity: forget the best metric seen before the final sparsity was reached, so that
             `load_best_model_at_end` chooses among fully sparse models, as the authors do. With False, the best model
             may be an early one with fewer zeros.
+        log: False logs nothing. It costs a pass over the masks and scores for each log, and a bit a weight.
 
     Raises:
-        ValueError: when training starts, if the model has no PST layer.
+        ValueError: when training starts, if the model has no PST or SPP layer.
 
     Example:
         >>> callback = SparsityCallback()  # Trainer(model, args, train_dataset=..., callbacks=[callback])
     """
 
-    def __init__(self, best_at_final_sparsity: bool = False) -> None:
+    def __init__(self, best_at_final_sparsity: bool = False, log: bool = True) -> None:
         self.best_at_final_sparsity = best_at_final_sparsity
+        self.log = log
+        self._masks: MaskLog | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         _set_sparsity(model, state)
+        self._masks = MaskLog(model) if self.log else None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -51,84 +55,54 @@ class SparsityCallback(TrainerCallback):
         if not was_final and _is_at_final_sparsity(model):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if logs is not None and "loss" in logs and self._masks is not None:
+            _add_to_log(state, logs, self._masks.measure(model))
+
+
+class PerplexityCallback(TrainerCallback):
+    """Adds `eval_perplexity`, exp of the evaluation loss, of a language model; it can choose the best model too."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if logs is not None and "eval_loss" in logs:
+            loss = logs["eval_loss"]
+            _add_to_log(state, logs, {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf})
+
+
+def log_before_reporters(trainer: Trainer, *callbacks: TrainerCallback) -> None:
+    """Put callbacks first in a Trainer, so that what they add to a log reaches every reporter (TensorBoard, Weights &
+    Biases, ...); ones that it has already move there.
+
+    Example:
+        >>> # trainer = Trainer(..., callbacks=[callback := SparsityCallback()])
+        >>> # log_before_reporters(trainer, callback)
+    """
+    handler = trainer.callback_handler
+    handler.callbacks = [*callbacks, *(one for one in handler.callbacks if one not in callbacks)]
+
+
+def _add_to_log(state: TrainerState, logs: dict[str, Any], numbers: dict[str, float]) -> None:
+    logs.update(numbers)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(numbers)  # it has a copy of the log from before callbacks saw it
+
 
 def _set_sparsity(model: nn.Module, state: TrainerState) -> None:
+    if not has_pst_layers(model) and sparse_layers(model):
+        return  # SPP keeps the zeros that the model came with
     for layer, adapter_name in driven_adapters(model):
         total_steps = layer.total_steps(adapter_name) or state.max_steps
         layer.set_sparsity_step(adapter_name, state.global_step, total_steps)
 
 
 def _is_at_final_sparsity(model: nn.Module) -> bool:
+    if not has_pst_layers(model):
+        return True
     progress = [layer.sparsity_progress(adapter_name) for layer, adapter_name in driven_adapters(model)]
     return all(now == end for _, now, end in progress)
-
-
-class CheckpointCallback(TrainerCallback):
-    """Lets a run be killed at any moment, also in the middle of a save, and go on from its last complete checkpoint.
-
-    When a Trainer with it is made, unfinished checkpoints that are newer than the last complete one are renamed to
-    `incomplete-checkpoint-<step>`: `train(resume_from_checkpoint=True)` takes the newest folder without looking. After
-    each save, when all processes are done, a manifest of the files is written, by which
-    [`last_complete_checkpoint`](peft_sparse.last_complete_checkpoint) knows a complete checkpoint. Before training
-    and before each save it is checked that there is a place for it.
-
-    One run at a time may write to an `output_dir`.
-
-    Raises:
-        OSError: when training starts, if nothing can be written to `output_dir`; before a save, if the disk has not
-            enough space for it. Older checkpoints stay as they are.
-
-    Example:
-        >>> callback = CheckpointCallback()  # trainer = Trainer(model, args, callbacks=[callback], ...)
-        >>> # trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
-    """
-
-    def __init__(self) -> None:
-        self._expected_size = 0  # bytes of a checkpoint
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.should_save:
-            set_aside_incomplete(args.output_dir)
-        PartialState().wait_for_everyone()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        if not args.should_save or args.save_strategy == "no":
-            return
-        if not self._expected_size:  # until the first save tells: at least what is trained
-            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            self._expected_size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        try:
-            os.makedirs(args.output_dir, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.output_dir):
-                pass
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"Checkpoints are written to `output_dir`, got {args.output_dir!r}, where nothing can be written "
-                f"({error.strerror}); choose another folder, or `save_strategy='no'`",
-            ) from error
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not args.should_save or not control.should_save:
-            return
-        free = shutil.disk_usage(args.output_dir).free
-        if free < self._expected_size:
-            raise OSError(
-                errno.ENOSPC,
-                f"A checkpoint takes about {self._expected_size:,} bytes, got {free:,} free in {args.output_dir!r} at "
-                f"step {state.global_step}; make room (`save_total_limit` removes old checkpoints) and resume. Older "
-                "checkpoints are as they were",
-            )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # the first process writes its last file before others have written theirs
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():  # not so where hyperparameters are searched
-            write_manifest(folder)
-            self._expected_size = manifest_size(folder)

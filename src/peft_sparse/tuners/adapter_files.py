@@ -16,7 +16,7 @@ from pathlib import Path
 
 from peft_sparse.storage.files import SafetensorsFile
 
-WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _CHUNK = 1 << 24
 
 
@@ -43,11 +43,15 @@ def check_folder(folder: str | os.PathLike[str], subfolder: str | None, expected
     """
     place = Path(folder) / (subfolder or "")
     path = place / WEIGHTS
+    if not (place / CONFIG).is_file():  # it came from the Hub
+        return
     if not path.is_file():
         if (place / PICKLED).is_file():
             raise ValueError(
                 f"An adapter's weights are in {WEIGHTS}, got only {PICKLED} in {str(place)!r}: a pickle, which can "
-                "run code when it is read and is not opened here; save it again with `safe_serialization=True`."
+                "run code when it is read and is not opened here; save the adapter again with "
+                "`safe_serialization=True`, or, if you know where it is from, convert it with `safetensors.torch."
+                "save_file(torch.load(..., weights_only=True), ...)`."
             )
         if expected is not None:
             raise ValueError(

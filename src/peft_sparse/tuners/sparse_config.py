@@ -79,19 +79,21 @@ class SparseConfig(PeftConfig):
                 pickled, which PEFT would read.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, SparseConfig):  # the folder is that of another method's adapter
+            return config
         expected, config.checksums = (config.checksums or {}).get("weights"), None
         check_folder(pretrained_model_name_or_path, subfolder, expected)
         config._awaits_weights = True
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, see PEFT's PeftConfig, with checksums.
+        """Write adapter_config.json, see PEFT's PeftConfig; when PeftModel saves an adapter, with checksums.
 
-        That of the weights only where PeftModel saves, which writes them first (and says how a model is found). Models
-        of transformers write their adapter's config first, beside weights that may be those of an earlier save.
+        It writes the weights first (and says how a model is found, by which it is known here). Models of transformers
+        write the config first, beside weights that may be those of an earlier save.
         """
         weights = weights_crc32(save_directory) if "auto_mapping_dict" in kwargs else None
-        self.checksums = {"config": self._crc32()} | ({"weights": weights} if weights else {})
+        self.checksums = {"config": self._crc32(), "weights": weights} if weights else None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
@@ -110,7 +112,7 @@ class SparseConfig(PeftConfig):
         """Last in a method's `__post_init__`, when all fields have the form in which they were saved."""
         if self.checksums is None:
             return
-        if not isinstance(self.checksums, dict) or not {"config"} <= self.checksums.keys() <= {"config", "weights"}:
+        if not isinstance(self.checksums, dict) or not self.checksums.keys() == {"config", "weights"}:
             raise ValueError(
                 "`checksums` is what saving an adapter wrote, a dict with 'config' and 'weights', got "
                 f"{self.checksums!r}; save or download the adapter again, or remove it from adapter_config.json."

@@ -13,40 +13,53 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from peft_sparse import ops
 from peft_sparse.linears import (
     as_stored,
+    bits,
+    call_as,
+    compute_dtype,
+    dequantized_linear,
+    device_of,
     gathered,
+    has_hooks,
     in_out_features,
     is_dtensor,
+    keep_loaded,
+    offload_hook,
     set_weight,
     stored_weight,
     weight_parameter,
+    weights_loaded,
 )
-from peft_sparse.sparsity import Weight, dense_weight, round_keeping_support, weight_entries, with_entries
-
-# Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
-# float32 allows for TF32 matmuls.
-MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-PROBE_ROWS = 4
+from peft_sparse.sparsity import (
+    Weight,
+    dense_weight,
+    quantize_like,
+    weight_entries,
+    with_entries,
+)
+from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
-    """A tuner layer around nn.Linear, Conv1D or PackedLinear. Weights are (out, in) in all of its methods, and packed
-    where the base layer's is: then the effective weight is packed too, and the dense one is never formed.
+    """A tuner layer around nn.Linear, Conv1D, PackedLinear or a quantised linear. Weights are (out, in) in all of its
+    methods, and packed where the base layer's is: then the effective weight is packed too, and the dense one is never
+    formed. A quantised base weight is dequantised block by block in each forward and backward.
 
     Args:
         base_layer: the module that is wrapped; its weight stays frozen.
         name: its full name in the model, for messages.
     """
 
-    base_layer: Any  # nn.Linear, Conv1D or PackedLinear
+    base_layer: Any  # nn.Linear, Conv1D, PackedLinear, Linear4bit or Linear8bitLt
     # PEFT's part of the layer, for type checkers that do not look into it
     active_adapters: list[str]
     adapter_layer_names: tuple[str, ...]
@@ -62,7 +75,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._module_name = name
-        self._weight_before_merge: torch.Tensor | None = None
+        self._weight_before_merge: Any = None
+        self._bits = bits(base_layer)  # 4 or 8 of a quantised base layer, else None
         self._first_versions: dict[str, list[int]] = {}
 
     # What a method defines
@@ -115,7 +129,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """f(W) - W, as the base layer stores its weight (a Conv1D's is transposed), in the weight's dtype. Dense."""
-        with gathered(self):
+        with self.weights_loaded():
             weight = self.base_weight
             entries = weight_entries(weight)
             delta = weight_entries(self.effective_weight(adapter_name, weight)) - entries
@@ -127,9 +141,54 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         adapter_names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
         if not adapter_names:
             return self.base_layer(x, *args, **kwargs)
+        if not any(has_hooks(child) for child in self.children()):
+            return self._adapted_forward(adapter_names, x)
+        with self._adapters_loaded():
+            return call_as(self.base_layer, partial(self._adapted_forward, adapter_names), x)
+
+    def _adapted_forward(self, adapter_names: list[str], x: torch.Tensor) -> torch.Tensor:
+        if self._bits is not None:  # as the base layer does, whose weight has no dtype to cast to
+            return self._forward_adapters(x.to(compute_dtype(self.base_layer, x)), adapter_names).to(x.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, weight_parameter(self.base_layer).dtype)
         return self._forward_adapters(x, adapter_names)
+
+    def _adapters_loaded(self) -> Any:
+        """A context in which adapter weights that accelerate keeps elsewhere are here.
+
+        Raises:
+            ValueError: if they are to be trained: their gradients would be lost.
+        """
+        offloaded = [container for container in self._containers() if offload_hook(container) is not None]
+        if not offloaded:
+            return nullcontext()
+        if torch.is_grad_enabled() and any(p.requires_grad for module in offloaded for p in module.parameters()):
+            raise ValueError(
+                f"An adapter that is trained stays in memory, got one that accelerate has offloaded in "
+                f"`{self._module_name}`, so that its gradients would be lost; call "
+                "`model.base_model.keep_adapters_loaded()` before the optimizer is made, or dispatch the model before "
+                "`get_peft_model`."
+            )
+        return weights_loaded(*offloaded)
+
+    def keep_adapters_loaded(self, stored: dict[str, torch.Tensor] | None = None) -> None:
+        """Bring in all adapter weights that accelerate keeps elsewhere, for good. The base weight stays where it is.
+
+        Args:
+            stored: by their name in this layer, weights that accelerate may not find again.
+        """
+        for name, container in self.named_children():
+            if name != "base_layer":
+                own = {key.removeprefix(f"{name}."): tensor for key, tensor in (stored or {}).items()}
+                keep_loaded(container, own)
+
+    def weights_loaded(self) -> Any:
+        """A context in which the base weight and the adapters' are here and whole, to read, wherever accelerate keeps
+        them and however they are sharded; of a sharded model all processes enter it at once. Yields whether it is."""
+        return weights_loaded(self.base_layer, *self._containers())
+
+    def _containers(self) -> list[nn.Module]:
+        return [child for name, child in self._modules.items() if name != "base_layer" and child is not None]
 
     def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight = self.base_weight
@@ -146,7 +205,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """The weight after merging `adapter_names` in order; nothing is written.
 
         Returns:
-            (out, in), of the base weight's dtype, packed if that is.
+            (out, in), of the base weight's dtype, packed if that is; float32 for a quantised base weight.
 
         Raises:
             ValueError: if it holds NaN or infinity.
@@ -155,16 +214,25 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         with gathered(self):
             weight = self.base_weight
             for adapter_name in self._present(adapter_names):
-                weight = self._merged_into(weight, adapter_name)
+                weight = merged_into(self, weight, adapter_name)
             return weight
 
-    def _merged_into(self, weight: Weight, adapter_name: str) -> Weight:
-        effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
-        entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-        self._check_finite(entries, adapter_name)
-        merged = with_entries(effective, entries)
-        self._check_merge(merged, support, weight, adapter_name)
-        return merged
+    @torch.no_grad()
+    def requantized(self, merged: Weight, dtype: torch.dtype | None = None) -> Weight:
+        """What a quantised base layer can hold of its merged weight: codes and scales with the same zeros. For other
+        base layers the merged weight itself.
+
+        Args:
+            dtype: keep a dense weight of this dtype instead.
+
+        Raises:
+            ValueError: if a zero would move, or the dtype cannot hold a weight.
+        """
+        if self._bits is None or not isinstance(merged, torch.Tensor):
+            return merged
+        if dtype is None:
+            return quantize_like(self.base_weight, merged)
+        return rounded_to(dtype, merged, self._module_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight of the adapters into the base weight.
@@ -181,13 +249,20 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             return
         own = weight_parameter(self.base_layer).detach()
         with gathered(self, write=[self.base_layer]):
-            merged = self.merged_weight(adapter_names)
+            merged = self.requantized(self.merged_weight(adapter_names))
             if not self.merged:
-                # FSDP2's share of it is enough; ZeRO-3 has none that could be kept in this way
-                whole = weight_parameter(self.base_layer).detach()
-                self._weight_before_merge = (own if own.shape == whole.shape else whole).clone()
+                self._weight_before_merge = copy_to_restore(self.base_layer, own)
             set_weight(self.base_layer, merged)
         self.merged_adapters.extend(adapter_names)
+
+    def dequantized(self, dtype: torch.dtype, adapter_names: list[str] | None = None) -> nn.Linear:
+        """A quantised base layer with adapters merged, those merged before included, as a new nn.Linear."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = self.merged_adapters + [name for name in names if name not in self.merged_adapters]
+        if self.merged:
+            self.unmerge()
+        weight = self.requantized(dense_weight(self.merged_weight(names)), dtype)
+        return dequantized_linear(self.base_layer, dense_weight(weight))
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit.
@@ -205,7 +280,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 "which lives as long as a forward; call `unmerge_adapter()` before disabling adapters."
             )
         with torch.no_grad():
-            if is_dtensor(before):
+            if self._bits is not None:
+                set_weight(self.base_layer, before)
+            elif is_dtensor(before):
                 weight_parameter(self.base_layer).copy_(before)
             else:
                 with gathered(self.base_layer, write=[self.base_layer]):
@@ -213,42 +290,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
-    def _check_finite(self, merged: torch.Tensor, adapter_name: str) -> None:
-        if merged.isfinite().all():
-            return
-        found = int((~merged.isfinite()).sum())
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs "
-            f"finite weights, got {found} NaN or infinite ones of {merged.numel()} in `{self._module_name}`; train "
-            "with a lower learning rate, or load an earlier checkpoint. Nothing was merged."
-        )
-
-    def _check_merge(self, merged: Weight, support: torch.Tensor, weight: Weight, adapter_name: str) -> None:
-        entries = weight_entries(merged)
-        moved = int(((entries != 0) != support).sum())
-        if moved:
-            raise RuntimeError(
-                f"Merging keeps every zero of the forward, got {moved} that differ in `{self._module_name}` (adapter "
-                f"{adapter_name}). Nothing was merged; please report this with your config."
-            )
-        generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
-        probe = torch.randn(PROBE_ROWS, self.in_features, generator=generator).to(entries)
-        with torch.autocast(device_type=entries.device.type, enabled=False):
-            expected = self.adapted_linear(probe, weight, None, adapter_name).double()
-            difference = (ops.packed_linear(probe, merged, None).double() - expected).norm()
-        tolerance = MERGE_TOLERANCE[entries.dtype]
-        if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(entries.dtype).tiny):
-            raise RuntimeError(
-                f"Merging keeps the layer's function, got outputs that differ by {difference / expected.norm():.1e} "
-                f"(relative; at most {tolerance:.0e} is rounding) in `{self._module_name}` (adapter {adapter_name}). "
-                "Nothing was merged; please report this with your config."
-            )
-
-    # PEFT looks for `weight`, which a PackedLinear unpacks for each look.
+    # PEFT looks for `weight`, which a PackedLinear unpacks for each look, and which may be offloaded.
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         parameter = weight_parameter(base_layer)
-        return parameter.device, parameter.dtype
+        return device_of(parameter, base_layer), parameter.dtype
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

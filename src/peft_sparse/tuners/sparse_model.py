@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_sparse.linears import PackedLinear, block_linear_names, is_linear, linears_not_called, reshard, unwrap
+from peft_sparse.linears import (
+    PackedLinear,
+    bits,
+    block_linear_names,
+    check_float,
+    dequantize_model,
+    is_foreign,
+    is_linear,
+    linears_not_called,
+    reshard,
+    unwrap,
+)
+from peft_sparse.sparsity import dense_weight
 from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
+from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -27,6 +40,7 @@ class SparseTuner(BaseTuner):
     tuner_layer_cls: type[SparseLayer] = SparseLayer
     # Default targets are found by structure, in `_prepare_model`, so there is no table of model types.
     target_module_mapping: dict[str, list[str]] = {}
+    _just_loaded: dict[str, torch.Tensor]
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
         return peft_config
@@ -71,8 +85,10 @@ class SparseTuner(BaseTuner):
         if not isinstance(module, BaseTunerLayer) and not is_linear(module):
             raise ValueError(
                 f"{type(self).__name__} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
-                f"point weights, got {type(module).__name__} in `{name}`; take it out of `target_modules`, or "
-                "exclude it with `exclude_modules`."
+                "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
+                f"{type(module).__name__} in `{name}`"
+                f"{', quantised in a way that is not read here' if is_foreign(module) else ''}; take it out of "
+                "`target_modules`, or exclude it with `exclude_modules`."
             )
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
@@ -102,12 +118,26 @@ class SparseTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        packed = any(isinstance(unwrap(module), PackedLinear) for module in (new_module, child))
-        if packed or isinstance(child, ModulesToSaveWrapper):
-            # PEFT's would look for a `weight`, to share it and its device; a RoBERTa's classification head has none.
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT's also moves adapters to the device of `weight`, which a PackedLinear and a RoBERTa's classification
+        # head have not, and which of an offloaded layer is no place to be. They are in place since `update_layer`.
+        setattr(parent, child_name, new_module)
+
+    def keep_adapters_loaded(self) -> None:
+        """Bring in adapter weights that accelerate has offloaded, for good: to train them after a whole model with
+        adapters was dispatched. Base weights stay where they are. Make the optimizer afterwards."""
+        for layer in self.sparse_layers():
+            layer.keep_adapters_loaded()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # The last thing that PEFT does when it has loaded an adapter, after it dispatched an offloaded model anew.
+        stored = self.__dict__.pop("_just_loaded", {})
+        for name, layer in self.named_modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                prefix = f"base_model.{name}."
+                layer.keep_adapters_loaded(
+                    {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+                )
+        super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     # Merging
 
@@ -136,8 +166,46 @@ class SparseTuner(BaseTuner):
             unloaded.add_model_tags(["sparse", "pruned", self.prefix.removesuffix("_")])
         return unloaded
 
-    def _check_all_merges(self, adapter_names: list[str] | None) -> None:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize_to: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Merge adapters into the base model and return that, see PEFT. Exactly the zeros that the forward used stay.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as in PEFT.
+            dequantize_to: for a base model that bitsandbytes has quantised. None: merged weights are quantised again,
+                as PEFT does, and a warning states the error. torch.bfloat16, torch.float16 or torch.float32: the whole
+                model becomes a dense one of this dtype, with nothing quantised left.
+
+        Raises:
+            ValueError, RuntimeError: see [`SparseLayer.merged_weight`]; and for `dequantize_to` on a model that is not
+                quantised. The model is as it was then.
+        """
+        if dequantize_to is None:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        check_float(dequantize_to)
+        if not any(bits(module) is not None for module in self.model.modules()):
+            raise ValueError(
+                "`dequantize_to` is for a model that bitsandbytes has quantised, got one without such layers; leave "
+                "it out, and cast the merged model with `.to(dtype)`."
+            )
+        self._check_all_merges(adapter_names, dequantize_to)
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, self.tuner_layer_cls) and bits(layer.base_layer) is not None:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, layer.dequantized(dequantize_to, adapter_names))
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return dequantize_model(merged, dequantize_to)
+
+    def _check_all_merges(self, adapter_names: list[str] | None, dtype: torch.dtype | None = None) -> None:
         """Every layer's merge without writing, so that an error leaves the whole model as it was.
+
+        Args:
+            dtype: of what quantised layers become; None: they are quantised again.
 
         Raises:
             ValueError, RuntimeError: see [`SparseLayer.merged_weight`]; or for an adapter that the model has not.
@@ -149,9 +217,16 @@ class SparseTuner(BaseTuner):
                 f"{', '.join(map(repr, self.peft_config))}. Nothing was merged."
             )
         reshard(self.model)
+        errors = RoundingErrors()
         for layer in self.sparse_layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
-            layer.merged_weight([name for name in names if name not in layer.merged_adapters])
+            with layer.weights_loaded():
+                merged = layer.merged_weight([name for name in names if name not in layer.merged_adapters])
+                kept = layer.requantized(merged, dtype)
+                if kept is not merged:
+                    errors.add(layer._module_name, dense_weight(merged), dense_weight(kept))
+        if errors.worst:
+            errors.warn(dtype)
 
     def sparse_layers(self) -> list[SparseLayer]:
         """The tuner layers of this method in the model."""
@@ -173,6 +248,9 @@ class SparseTuner(BaseTuner):
             _take_back(model, config, adapter_name)
             raise
         config._awaits_weights = False
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
+            tuner._just_loaded = remapped  # see `_cast_adapter_dtype`
         return remapped
 
     @classmethod

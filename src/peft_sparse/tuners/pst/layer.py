@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peft_sparse import ops
-from peft_sparse.linears import gathered, is_dtensor, unwrap, weight_parameter
+from peft_sparse.linears import is_dtensor, unwrap, weight_parameter
 from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
 from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.pst.counts import PrunedCounts
@@ -179,13 +179,21 @@ class PstLinear(SparseLayer):
         Args:
             weight: W, (out, in); None: the base weight as it is now.
         """
-        with gathered(self):
-            weight = self.base_weight if weight is None else weight
-            return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
+        with self.weights_loaded():
+            return self._mask(adapter_name, self.base_weight if weight is None else weight)
+
+    def _mask(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
+
+    def get_scores(self, adapter_name: str) -> torch.Tensor:
+        """S of the base weight as it is now, (out, in) in at least float32: what the mask was selected from."""
+        factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
+        updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
+        return ops.reference.pst_scores(updated, factors, scales)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
-        mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
+        mask, scales = self._mask(adapter_name, weight), self._settings[adapter_name].scales
         return ops.reference.pst_weight(weight, mask, self.factors(adapter_name), scales)
 
     def adapted_linear(
@@ -197,7 +205,7 @@ class PstLinear(SparseLayer):
     def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         scales = self._settings[adapter_name].scales
         updated = ops.reference.pst_updated_weight(weight, self.factors(adapter_name), scales)
-        return self.get_mask(adapter_name, weight) & (updated != 0)
+        return self._mask(adapter_name, weight) & (updated != 0)
 
 
 def _sparsity_of_step(step: int, total_steps: int, **settings: Any) -> float:

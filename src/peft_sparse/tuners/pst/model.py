@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_sparse.linears import PackedLinear, in_out_features, unwrap
+from peft_sparse.linears import PackedLinear, bits, in_out_features, unwrap
 from peft_sparse.sparsity import parse_pattern, sparsities_by_name
 from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.pst.layer import PstLinear
@@ -122,6 +122,13 @@ class PstModel(SparseTuner):
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         super()._check_target(name, module)
+        if (stored := bits(unwrap(module))) is not None:
+            raise ValueError(
+                f"PST selects by the magnitudes of a dense weight, got `{name}`, which is quantised to {stored} bits: "
+                "its weights tie by the thousand, and a pruned one could not come back; load the model without "
+                "`quantization_config` (bfloat16 takes PST's factors too), or prune it, quantise it and tune it with "
+                "`SppConfig`."
+            )
         if isinstance(unwrap(module), PackedLinear):
             raise ValueError(
                 f"PST prunes a dense model while it tunes it, got `{name}`, which is packed: what is pruned there has "
@@ -156,8 +163,8 @@ class PstModel(SparseTuner):
                     "Nothing was loaded."
                 )
 
-    def _check_all_merges(self, adapter_names: list[str] | None) -> None:
-        super()._check_all_merges(adapter_names)
+    def _check_all_merges(self, adapter_names: list[str] | None, dtype: torch.dtype | None = None) -> None:
+        super()._check_all_merges(adapter_names, dtype)
         for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
             warn_about_schedule(self.model, adapter_name, doing="Merging")
 

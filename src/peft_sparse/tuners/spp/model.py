@@ -8,7 +8,8 @@ import warnings
 
 from torch import nn
 
-from peft_sparse.linears import in_out_features, num_zeros, unwrap, weight_parameter
+from peft_sparse.linears import bits, in_out_features, num_zeros, quantized_weight, unwrap, weight_parameter
+from peft_sparse.sparsity import FourBitWeight, lost_blocks
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_model import SparseTuner
 from peft_sparse.tuners.spp.layer import SppLinear
@@ -42,3 +43,36 @@ class SppModel(SparseTuner):
                 "rescaled and stay dense; prune the model first, for example with `peft_sparse.prune_wanda`.",
                 stacklevel=2,
             )
+        quantized = {name: linear for name, linear in linears.items() if bits(linear) is not None}
+        _warn_about_quantized({n: m for n, m in quantized.items() if not weight_parameter(m).is_meta})
+
+
+def _warn_about_quantized(linears: dict[str, nn.Module]) -> None:
+    """Where bitsandbytes itself is known to lose zeros, or to read a weight wrongly."""
+    weights = {name: quantized_weight(linear) for name, linear in linears.items()}
+    lost = {name: count for name, weight in weights.items() if (count := lost_blocks(weight))}
+    if lost:
+        warnings.warn(
+            f"Quantising keeps zeros, but {sum(lost.values())} blocks in {len(lost)} layers (the first is "
+            f"`{next(iter(lost))}`) look like blocks of zeros that bitsandbytes lost: on CUDA it stores them as NF4's "
+            "lowest code, which double quantisation makes a small number. Quantise with "
+            "`peft_sparse.quantize_model(pruned_model)`, or with `bnb_4bit_use_double_quant=False`, and compare with "
+            "`peft_sparse.verify_sparsity(model, reference=pruned_model)`.",
+            stacklevel=2,
+        )
+    misread = [
+        name
+        for name, weight in weights.items()
+        if isinstance(weight, FourBitWeight)
+        and weight.codes.device.type == "cpu"
+        and weight.shape[1] % weight.block_size
+        and weight.shape[1] % 2 == 0
+    ]
+    if misread:
+        warnings.warn(
+            f"bitsandbytes reads 4-bit weights on a CPU by whole rows, and gets those of {len(misread)} layers wrong, "
+            f"whose in_features its block size does not divide (the first is `{misread[0]}`, "
+            f"{weights[misread[0]].shape[1]}). With the adapter they are right, without it (disabled, or merged and "
+            "quantised again) they are not: use `merge_and_unload(dequantize_to=...)`, 8 bits, or a GPU.",
+            stacklevel=2,
+        )

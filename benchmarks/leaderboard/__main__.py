@@ -1,0 +1,113 @@
+"""The command line of the leaderboard; see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import check_pruning, models, report
+from benchmarks.leaderboard import __doc__ as description
+from benchmarks.leaderboard import parts, render
+from benchmarks.leaderboard.plan import work
+from benchmarks.leaderboard.settings import SEARCH_SEED
+from benchmarks.leaderboard.store import Store
+
+STORE = models.REPOSITORY / ".leaderboard"
+OUT = models.REPOSITORY / "benchmarks" / "results" / "leaderboard"
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command takes."""
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.leaderboard",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--part", nargs="+", choices=parts.PARTS, default=list(parts.PARTS), help="default: all")
+    found.add_argument("--model", default=None, help="a folder, or a name the part knows (default: the part's own)")
+    found.add_argument("--cases", nargs="+", default=None, help='such as "wanda 2:4", "sst2 90%%" (default: all)')
+    found.add_argument("--rows", nargs="+", default=None, help="such as spp pst (default: all)")
+    found.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the final runs (default: 0 1 2)")
+    found.add_argument("--budget", choices=parts.BUDGET_NAMES, default="small", help="of every row (default: small)")
+    found.add_argument("--steps", type=int, default=None, help="instead of the budget's; the same for every row")
+    found.add_argument("--tries", type=int, default=None, help="learning rates for a row, instead of the budget's")
+    found.add_argument("--workers", type=int, default=1, help="processes (default: 1); more may be started elsewhere")
+    found.add_argument("--threads", type=int, default=1, help="torch threads of each worker (default: 1)")
+    found.add_argument("--minutes", type=float, default=None, help="begin no run after so long (default: no limit)")
+    found.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if any"
+    )
+    found.add_argument("--data", type=Path, default=check_pruning.SHARED / "data", help="default: shared/data")
+    found.add_argument("--store", type=Path, default=STORE, help="where runs are kept (default: .leaderboard)")
+    found.add_argument("--out", type=Path, default=OUT, help="tables and charts (default: results/leaderboard)")
+    found.add_argument("--name", default=None, help="added to the files' names, for a table of some --rows")
+    found.add_argument("--render", action="store_true", help="make no runs, only the tables and charts")
+    found.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
+    return found
+
+
+def _work(args: argparse.Namespace) -> None:
+    """One worker, in a process of its own or in this one."""
+    torch.set_num_threads(args.threads)
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    store, facts = Store(args.store), _facts(args)
+    for part in parts.make(args, store):
+        lines = part.lines(args.cases, args.rows, tuple(args.seeds))
+        work(store, lines, part.run, deadline, lambda text: print(text, flush=True), facts)
+
+
+def _facts(args: argparse.Namespace) -> dict[str, object]:
+    """Hardware, versions and commit, for every record."""
+    given = argparse.Namespace(
+        rounds=None, device=torch.device(args.device), dtype=torch.float32, threads=args.threads
+    )
+    return {name: value for name, value in report.metadata(given).items() if value is not None}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the runs that are missing, then tables and charts.
+
+    Returns:
+        Exit status: 1 if a worker failed.
+    """
+    args = options().parse_args(argv)
+    if min(args.workers, args.threads) < 1:
+        raise SystemExit(f"--workers and --threads are at least 1, got {args.workers} and {args.threads}.")
+    if SEARCH_SEED in args.seeds:
+        raise SystemExit(f"--seeds are of the final runs and none is {SEARCH_SEED}, the search's; got {args.seeds}.")
+    found = parts.make(args, Store(args.store))
+    lines = {part: part.lines(args.cases, args.rows, tuple(args.seeds)) for part in found}
+    if args.list:
+        records = Store(args.store).records()
+        for line in (line for several in lines.values() for line in several):
+            for trial in line.open_trials(records):
+                print(trial)
+        return 0
+    status = 0
+    if not args.render:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and ours would compete
+        if args.workers == 1:
+            _work(args)
+        else:
+            context = multiprocessing.get_context("spawn")
+            workers = [context.Process(target=_work, args=(args,)) for _ in range(args.workers)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            status = int(any(worker.exitcode for worker in workers))
+    records = Store(args.store).records()
+    for part, several in lines.items():
+        path = render.render(part, several, records, args.out, args.name)
+        print(f"No result of {part.name} yet." if path is None else f"\n{path.read_text(encoding='utf-8')}\n{path}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

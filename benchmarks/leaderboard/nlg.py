@@ -1,0 +1,116 @@
+"""NLG: a language model learns to put E2E's meaning representations into words.
+
+A training text is "<representation>\\n<reference>\\n"; only the reference is learnt. The validation part are whole
+representations of the training file, so that none is in both. Measured on the test set: the loss of a reference in
+bits for each character, and BLEU of greedy generation against all references.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.leaderboard import metrics, training
+from benchmarks.leaderboard.sparsifying import SPLIT_SEED, Sparsifying
+
+END = "\n"
+IGNORED = -100
+EVALUATION_BATCH = 32
+MAX_NEW_CHARACTERS = 160
+
+
+class Nlg(Sparsifying):
+    """The part `nlg`."""
+
+    name = "nlg"
+    metric, better = "bits per character", "lower"
+    tasks = ("e2e",)
+    task_type = "CAUSAL_LM"
+
+    @cache  # noqa: B019 # lives as long as the process
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cache  # noqa: B019
+    def _pairs(self, split: str) -> list[tuple[str, list[str]]]:
+        """(representation, references); of "train" and "validation" one reference each."""
+        name = "test" if split == "test" else "train"
+        lines = (self.data / "e2e_nlg" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        if split == "test":
+            return [(row["mr"], row["refs"]) for row in rows][: self.budget.test_rows]
+        meanings = list(dict.fromkeys(row["mr"] for row in rows))
+        order = torch.randperm(len(meanings), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+        apart = {meanings[index] for index in order[: max(1, len(meanings) // 10)]}
+        chosen = [(row["mr"], [row["ref"]]) for row in rows if (row["mr"] in apart) == (split == "validation")]
+        return chosen if split == "train" else chosen[: self.budget.validation_rows]
+
+    def load(self, task: str) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
+
+    def num_train(self, task: str) -> int:
+        return len(self._pairs("train"))
+
+    def collate(self, task: str, indices: list[int]) -> training.Batch:
+        pairs = self._pairs("train")
+        return self._batch([(pairs[index][0], pairs[index][1][0]) for index in indices])
+
+    def _batch(self, pairs: list[tuple[str, str]]) -> training.Batch:
+        rows, labels = [], []
+        for meaning, reference in pairs:
+            prompt = self._tokenizer()(meaning + END)["input_ids"]
+            answer = self._tokenizer()(reference + END)["input_ids"]
+            rows.append((prompt + answer)[: self.budget.length])
+            labels.append(([IGNORED] * len(prompt) + answer)[: self.budget.length])
+        width = max(len(row) for row in rows)
+        batch = {
+            "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+            "labels": torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels]),
+        }
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    @torch.no_grad()
+    def measure(self, task: str, model: nn.Module, final: bool) -> dict[str, float]:
+        pairs = self._pairs("test" if final else "validation")
+        flat = [(meaning, reference) for meaning, several in pairs for reference in several[:1]]
+        total, count = 0.0, 0
+        for start in range(0, len(flat), EVALUATION_BATCH):
+            batch = self._batch(flat[start : start + EVALUATION_BATCH])
+            logits = training.outputs(model, batch)
+            labels = batch["labels"][:, 1:].cpu()
+            sums = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            total += sums.item()
+            count += sum(len(reference) + len(END) for _, reference in flat[start : start + EVALUATION_BATCH])
+        bits = total / count / math.log(2)
+        found = {"score": bits, self.metric: bits}
+        if final:
+            texts = [generate(model, self._tokenizer(), meaning + END) for meaning, _ in pairs]
+            found["BLEU"] = metrics.bleu(texts, [references for _, references in pairs])
+        return found
+
+
+@torch.no_grad()
+def generate(model: nn.Module, tokenizer: Any, prompt: str) -> str:
+    """The greedy continuation up to the end of the line."""
+    ids = torch.tensor(tokenizer(prompt)["input_ids"])[None].to(next(model.parameters()).device)
+    limit = model.config.max_position_embeddings
+    cache_of_keys, found, given = None, [], ids
+    end = tokenizer(END)["input_ids"][-1]
+    while len(found) < MAX_NEW_CHARACTERS and ids.shape[1] + len(found) < limit:
+        result = model(input_ids=given, past_key_values=cache_of_keys, use_cache=True)
+        cache_of_keys = result.past_key_values
+        token = int(result.logits[0, -1].argmax())
+        if token == end:
+            break
+        found.append(token)
+        given = torch.tensor([[token]], device=ids.device)
+    return tokenizer.decode(found)

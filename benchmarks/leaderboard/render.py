@@ -1,0 +1,200 @@
+"""Tables, CSVs and charts from the store.
+
+For each part and model: `<part>-<model>-<budget>.md` (the table and what it says), `.csv` (the same with every
+column), `-runs.csv` (every single run, searches too), `.png` (quality over trained parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.leaderboard.plan import Line
+from benchmarks.leaderboard.settings import Budget
+from benchmarks.leaderboard.store import Record
+from benchmarks.leaderboard.summary import LARGEST, WHERE_FROM, Row, rows_of, verdicts
+
+PANEL = 3.6  # inches
+
+
+def render(
+    part: Any, lines: Sequence[Line], records: Mapping[str, Record], out: Path, name: str | None = None
+) -> Path | None:
+    """Write a part's files.
+
+    Args:
+        part: its `name`, `model`, `metric`, `better`, `titles`, `ours`, `rivals`, `budget`.
+        lines: rows that belong into the table; those without a result are left out.
+        name: added to the files' names, for a table of some rows beside that of all.
+
+    Returns:
+        The Markdown file; None: there is no result.
+    """
+    rows = rows_of(lines, records, part.titles, part.metric)
+    if not rows:
+        return None
+    base = out / "-".join([part.name, part.model, part.budget.name, *([name] if name else [])])
+    out.mkdir(parents=True, exist_ok=True)
+    report.write([_flat(row) for row in rows], base.with_name(base.name + ".csv"))
+    _write_runs(lines, records, base.with_name(base.name + "-runs.csv"))
+    chart = draw(rows, part, base.with_name(base.name + ".png")) if find_spec("matplotlib") else None
+    path = base.with_name(base.name + ".md")
+    path.write_text(markdown(part, rows, chart), encoding="utf-8")
+    return path
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    names = ("case", "row", "title", "status", "seeds", "at_edge")
+    found = {name: getattr(row, name) for name in names} | {"mean": row.mean, "spread": row.spread}
+    found["rates"] = " ".join(f"{rate:g}" for rate in row.rates)
+    return found | row.columns
+
+
+def _write_runs(lines: Sequence[Line], records: Mapping[str, Record], path: Path) -> None:
+    keys = {(line.part, line.model, line.case, line.row, line.budget.name) for line in lines}
+    found = []
+    for record in records.values():
+        where = tuple(record[name] for name in ("part", "model", "case", "row"))
+        if (*where, record["budget"]["name"]) in keys:
+            plain = {name: value for name, value in record.items() if name not in ("budget", "rates")}
+            rates = " ".join(f"{rate:g}" for rate in record["rates"])
+            found.append({"budget": record["budget"]["name"], "rates": rates, **plain})
+    _write_ragged(found, path)
+
+
+def _write_ragged(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows of which some lack columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    report.write([{name: row.get(name) for name in columns} for row in rows], path)
+
+
+# The table
+
+
+def markdown(part: Any, rows: Sequence[Row], chart: Path | None) -> str:
+    """A table for each case, and the verdicts."""
+    lines = [f"# {part.name}: {part.model}", "", _budget_text(part.budget), ""]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    for case in cases:
+        lines += [f"## {case}", "", *_table([row for row in rows if row.case == case], part), ""]
+    found = verdicts(rows, part.ours, part.rivals, part.better)
+    lost = [text for text in found if "LOSES" in text]
+    lines += ["## Ours against the others", ""]
+    lines += [f"- {text}" for text in found] or ["No case has our row and another one yet."]
+    lines += ["", f"Ours loses beyond the spread in {len(lost)} of {len(found)} comparisons.", ""]
+    if chart is not None:
+        lines += [f"![{part.metric} over trained parameters]({chart.name})", ""]
+    return "\n".join([*lines, *_notes(rows)]) + "\n"
+
+
+def _budget_text(budget: Budget) -> str:
+    test = "the whole test set" if budget.test_rows is None else f"the first {budget.test_rows} rows of the test set"
+    return (
+        f"Budget `{budget.name}`: {budget.steps} steps of {budget.batch_size} x {budget.length} tokens, AdamW, "
+        f"{budget.warmup:.0%} warm-up and linear decay; {budget.tries} learning rates tried for each row on the "
+        f"validation part ({budget.validation_rows} rows), measured on {test}. "
+        "Mean ± standard deviation over seeds."
+    )
+
+
+def _table(rows: Sequence[Row], part: Any) -> list[str]:
+    extra = [name for name in ("zeroshot", "BLEU") if any(name in row.columns for row in rows)]
+    names = {"zeroshot": "zero-shot accuracy, %", "BLEU": "BLEU"}
+    heads = ["row", part.metric, *(names[name] for name in extra), "sparsity", "zeros lost", "merge difference"]
+    heads += ["trained", "s / step", "peak MB", "rate", "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in rows:
+        get = row.columns.get
+        scale = {"zeroshot": 100.0, "BLEU": 1.0}
+        cells = [row.title, row.status if row.mean is None else _pm(row.mean, row.spread)]
+        cells += [_pm(get(name), get(f"{name}_spread"), scale[name]) for name in extra]
+        cells += [_share(get("sparsity")), _count(get("zeros_lost")), _short(get("merge_difference"), "{:.1e}")]
+        seconds = get("step_cpu_seconds") or get("step_seconds")
+        cells += [_count(get("trainable")), _short(seconds, "{:.3f}"), _short(get("peak_mb"), "{:.1f}")]
+        cells += [" / ".join(f"{rate:g}" for rate in row.rates) + (" (edge)" if row.at_edge else ""), str(row.seeds)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _pm(mean: float | None, spread: float | None, scale: float = 1.0) -> str:
+    if mean is None:
+        return ""
+    text = f"{mean * scale:.4g}"
+    return text if spread is None else f"{text} ± {spread * scale:.2g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _short(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    where = {name: sorted({str(row.columns[name]) for row in rows if row.columns.get(name)}) for name in WHERE_FROM}
+    text = "; ".join(f"{name} {', '.join(values)}" for name, values in where.items() if values)
+    return [
+        f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a CPU"
+        " (which others on the machine lengthen less), by the clock on a GPU. Peak: tensors in the first steps beyond "
+        "the model's own. (edge): the best rate was the highest or lowest tried, so a better one may lie beyond.",
+        "",
+        f"Measured with {text}." if text else "",
+    ]
+
+
+# The chart
+
+
+def draw(rows: Sequence[Row], part: Any, path: Path) -> Path | None:
+    """The metric over trained parameters, a panel for each case; None: no row has both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(row.case for row in rows if row.case.rpartition(" ")[2] != "dense"))
+    panels = [case for case in cases if any(row.case == case and _is_drawn(row) for row in rows)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(PANEL * columns, PANEL * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).flatten()
+    names = [name for name in part.titles if any(row.row == name and _is_drawn(row) for row in rows)]
+    colours = {name: f"C{index}" for index, name in enumerate(names)}
+    for axis, case in zip(axes, panels, strict=False):
+        _draw_case(axis, case, rows, part, colours)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _is_drawn(row: Row) -> bool:
+    return row.mean is not None and bool(row.columns.get("trainable"))
+
+
+def _draw_case(axis: Any, case: str, rows: Sequence[Row], part: Any, colours: Mapping[str, str]) -> None:
+    for row in rows:
+        if row.case != case or row.mean is None:
+            continue
+        if _is_drawn(row):
+            axis.errorbar(
+                row.columns["trainable"], row.mean, yerr=row.spread, color=colours[row.row], label=row.title,
+                marker="*" if row.row == part.ours else "o", markersize=12 if row.row == part.ours else 6, capsize=3,
+            )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_title(case, fontsize=10)
+    axis.set_xlabel("trained parameters", fontsize=9)
+    axis.set_ylabel(f"{part.metric} ({part.better} is better)", fontsize=9)
+    axis.grid(alpha=0.3)

@@ -1,0 +1,104 @@
+"""What one run is: its name in the store, its budget, and the limits of the search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmarks import memory
+
+SEARCH_SEED = 1234  # of the runs that choose a learning rate; no final run has it
+PEAK_STEPS = memory.PEAK_STEPS
+SEARCH, FINAL = "search", "final"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every row of a table gets.
+
+    Attributes:
+        name: for file names.
+        steps, batch_size, length: optimizer steps, sequences in each, tokens of each.
+        tries: learning rates tried for a row.
+        validation_rows: windows or examples that judge a try.
+        test_rows: windows or examples of the test set that the final runs are measured on, the first ones; None: all.
+        zeroshot_rows: questions of each zero-shot task, the first ones; None: all; 0: no zero-shot.
+        calibration_rows: sequences of `length` tokens of C4 for the pruners.
+        warmup: share of the steps in which the rates rise; they fall linearly afterwards.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    length: int
+    tries: int
+    validation_rows: int
+    test_rows: int | None
+    zeroshot_rows: int | None = 0
+    calibration_rows: int = 64
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps <= PEAK_STEPS:
+            raise SystemExit(f"A run has more than {PEAK_STEPS} steps, those are not timed; got {self.steps}.")
+
+    def change(self, **changes: int | None) -> Budget:
+        """The same budget but for those of the changes that are not None, with a name that says so.
+
+        Raises:
+            SystemExit: for a number below 1.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        for name, value in given.items():
+            if value < 1:
+                raise SystemExit(f"--{name.replace('_', '-')} is at least 1, got {value}.")
+        if not given:
+            return self
+        named = "-".join(f"{name}{value}" for name, value in sorted(given.items()))
+        return replace(self, name=f"{self.name}-{named}", **given)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run and its measurement.
+
+    Attributes:
+        part, model, case, row: where it stands: "causal-lm", "stories260k-llama", "wanda 2:4", "spp".
+        stage: SEARCH (measured on the validation part) or FINAL (on the test set).
+        rates: learning rates; of a row that is not trained none.
+        seed: of the adapter's start and of the batches.
+        budget: see [`Budget`].
+    """
+
+    part: str
+    model: str
+    case: str
+    row: str
+    stage: str
+    rates: tuple[float, ...]
+    seed: int
+    budget: Budget
+
+    @property
+    def key(self) -> str:
+        """Tells this run from all others; the same in every process."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def record(self, **measured: Any) -> dict[str, Any]:
+        """What goes into the store."""
+        return {"key": self.key, **asdict(self), **measured}
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate:.2g}" for rate in self.rates)
+        return f"{self.case} | {self.row} | {self.stage}{f' {rates}' if rates else ''} | seed {self.seed}"
+
+
+class Unsupported(Exception):
+    """A method that refuses this kind of model; the table says so instead of leaving the row out."""
+
+
+class Diverged(Exception):
+    """A loss that is no number: the learning rate was too high."""

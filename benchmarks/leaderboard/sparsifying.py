@@ -1,0 +1,125 @@
+"""What encoders and NLG have in common: a dense model that becomes sparse while it is tuned, and one run of a row.
+
+A case is a task and a sparsity, "sst2 90%". The part of the training data that a learning rate is chosen on is drawn
+once, the same for every row; the test set is read by the final runs alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+from transformers.utils import logging
+
+from benchmarks.leaderboard import methods, pst_methods, training
+from benchmarks.leaderboard.plan import Line
+from benchmarks.leaderboard.pst_methods import METHODS, Setup
+from benchmarks.leaderboard.settings import FINAL, Budget, Trial
+from benchmarks.leaderboard.store import Store
+from peft_sparse import verify_sparsity
+
+SPLIT_SEED = 7
+
+
+class Sparsifying:
+    """A part whose rows are those of [`pst_methods`]. Subclasses say what the tasks are and how a model is
+    measured."""
+
+    name = ""
+    metric, better = "score", "higher"
+    tasks: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    task_type = ""
+    ours = pst_methods.OURS
+    rivals = pst_methods.RIVALS
+    titles: Mapping[str, str] = {name: method.title for name, method in METHODS.items()}
+    sparsities = ("50%", "90%")
+
+    def __init__(
+        self, folder: Path, data: Path, store: Store, budget: Budget, device: torch.device, label: str | None = None
+    ) -> None:
+        self.folder, self.data, self.store, self.budget, self.device = folder, data, store, budget, device
+        self.model = folder.name if label is None else label
+        logging.disable_progress_bar()  # of each load
+
+    # What a subclass defines
+
+    def load(self, task: str) -> nn.Module:
+        """The pretrained model, on the device."""
+        raise NotImplementedError
+
+    def num_train(self, task: str) -> int:
+        """Training examples, without the validation part."""
+        raise NotImplementedError
+
+    def collate(self, task: str, indices: list[int]) -> training.Batch:
+        """A training batch."""
+        raise NotImplementedError
+
+    def measure(self, task: str, model: nn.Module, final: bool) -> dict[str, float]:
+        """At least `score`, lower is better; of the validation part, or of the test set for a final run."""
+        raise NotImplementedError
+
+    # The rest
+
+    def lines(self, cases: list[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
+        """The rows of all cases; dense fine-tuning first, once for each task.
+
+        Raises:
+            SystemExit: for a case or a row that there is not.
+        """
+        cases = [f"{task} {share}" for task in self.tasks for share in self.sparsities] if cases is None else cases
+        rows = list(METHODS) if rows is None else rows
+        for case in cases:
+            if self._task(case) not in self.tasks or not 0 < self._sparsity(case) < 1:
+                raise SystemExit(f"A case is one of {list(self.tasks)} and a sparsity such as 90%, got {case!r}.")
+        for row in rows:
+            if row not in METHODS:
+                raise SystemExit(f"A row of {self.name} is one of {list(METHODS)}, got {row!r}.")
+        tasks = dict.fromkeys(self._task(case) for case in cases)
+        pairs = [(f"{task} dense", row) for task in tasks for row in rows if METHODS[row].dense]
+        pairs += [(case, row) for case in cases for row in rows if not METHODS[row].dense]
+        return [Line(self.name, self.model, case, row, METHODS[row].start, seeds, self.budget) for case, row in pairs]
+
+    @staticmethod
+    def _task(case: str) -> str:
+        return case.partition(" ")[0]
+
+    @staticmethod
+    def _sparsity(case: str) -> float:
+        """Share of zeros that a case asks for; 0 for "dense", NaN for what is no share."""
+        share = case.partition(" ")[2]
+        if share == "dense":
+            return 0.0
+        try:
+            return float(share.removesuffix("%")) / 100
+        except ValueError:
+            return float("nan")
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Train, merge, verify and measure."""
+        task, method = self._task(trial.case), METHODS[trial.row]
+        set_seed(trial.seed)  # before the model: its head starts at random
+        model = self.load(task)
+        found: dict[str, Any] = {"fingerprint": methods.fingerprint(model)}
+        tuned = method.adapt(model, Setup(self._sparsity(trial.case), self.heads, self.task_type))
+        found["trainable"] = sum(parameter.numel() for parameter in tuned.trainable)
+        batches = training.draw(
+            self.num_train(task), self.budget, trial.seed, lambda indices: self.collate(task, indices)
+        )
+        course = training.train(tuned, trial.rates, batches, self.budget, self.device, trial.stage == FINAL)
+        before = training.outputs(tuned.model, batches[0])
+        unmerged = copy.deepcopy(tuned.model) if trial.stage == FINAL else None
+        merged = tuned.merge()
+        difference = (training.outputs(merged, batches[0]) - before).abs().max().item()
+        found |= {**vars(course), "merge_difference": difference, "largest_logit": before.abs().max().item()}
+        found["sparsity"] = methods.sparsity(merged)
+        if unmerged is not None:  # the zeros to keep are those of the last forward
+            report = verify_sparsity(merged, unmerged)
+            found |= {"zeros_lost": report.lost, "violations": report.violations}
+        return found | self.measure(task, merged, final=trial.stage == FINAL)

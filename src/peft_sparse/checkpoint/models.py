@@ -1,0 +1,160 @@
+"""A model from wherever it is: dense or packed, a folder or the Hub, alone or as an adapter on its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, GgufConfig
+
+from peft_sparse.checkpoint.load import load_sparse
+from peft_sparse.storage import open_model
+
+# task: transformers' class for it, and PEFT's task type
+TASKS = {
+    "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
+    "sequence_classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+}
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
+
+def load_model(
+    source: str | Path,
+    task: str | None = None,
+    *,
+    dtype: str | None = None,
+    packed: bool = False,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    config: dict[str, Any] | None = None,
+    base: str | Path | None = None,
+) -> Any:
+    """Load a model for one of the tasks that the command line and recipes know.
+
+    Args:
+        source: a folder, dense, packed or with an adapter, or a name on the Hub.
+        task: a key of `TASKS`; None: the class that config.json names.
+        dtype: such as "bfloat16"; None: as it was saved.
+        packed: keep a packed checkpoint packed in memory.
+        gguf_file: a file in that folder to read instead of safetensors; its weights are dequantised.
+        trust_remote_code: run code that comes with the model.
+        config: fields of the model's config to change, such as `num_labels`.
+        base: of an adapter; None: the one that its config names.
+
+    Returns:
+        A transformers model; a PeftModel for an adapter.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if dtype is not None and dtype not in ("auto", "float32", "float16", "bfloat16", "float64"):
+        raise ValueError(f"`dtype` is float32, bfloat16, float16, float64 or auto, got {dtype!r}.")
+    folder = Path(source)
+    if (folder / "adapter_config.json").is_file():
+        return _load_adapter(folder, base, task, dtype, packed, trust_remote_code, config or {})
+    if base is not None:
+        raise ValueError(f"A base belongs to an adapter, got {str(source)!r}, which has no adapter_config.json.")
+    if folder.is_file() or (not folder.exists() and str(source).count("/") != 1 and "/" in str(source)):
+        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}, which is no folder here.")
+    stored_packed = folder.is_dir() and _is_packed(folder)
+    if packed and not stored_packed:
+        raise ValueError(
+            f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
+            "`peft-sparse pack`, or leave `packed` out."
+        )
+    try:
+        if stored_packed:
+            model_cls = None if task is None else _class_for(source, task, trust_remote_code)
+            model = load_sparse(
+                source, packed=packed, dtype=dtype, model_cls=model_cls, trust_remote_code=trust_remote_code
+            )
+            for key, value in (config or {}).items():
+                setattr(model.config, key, value)
+            return model
+        arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
+        if gguf_file is not None:
+            arguments |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
+        return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+    except (OSError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "ignore_mismatched_sizes" in reason:
+            raise ValueError(
+                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
+                "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
+            ) from error
+        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
+
+
+def _is_packed(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) and open_model(folder).layout != "dense"
+
+
+def _auto_class(task: str) -> Any:
+    if task not in TASKS:
+        raise ValueError(f"`task` is one of {', '.join(TASKS)}, got {task!r}.")
+    return getattr(transformers, TASKS[task][0])
+
+
+def _class_for(source: str | Path, task: str, trust_remote_code: bool) -> Any:
+    """The class behind the Auto class, which `load_sparse` needs."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    mapping = _auto_class(task)._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(f"{type(config).__name__} has no model for task {task!r}.")
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def _class_of_config(source: str | Path, trust_remote_code: bool) -> Any:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
+    if found is None and not trust_remote_code:
+        raise ValueError(
+            f"config.json names the class of the model, one of transformers', got {name!r} in {str(source)!r}; name a "
+            "task instead."
+        )
+    return found or transformers.AutoModelForCausalLM
+
+
+def _load_adapter(
+    folder: Path,
+    base: str | Path | None,
+    task: str | None,
+    dtype: str | None,
+    packed: bool,
+    trust_remote_code: bool,
+    config: dict[str, Any],
+) -> nn.Module:
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    base = base or saved.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"An adapter names its base model, got none in {str(folder)!r}; pass it as `base`.")
+    beside = folder.parent / Path(base).name  # where `finetune` keeps a pruned base, wherever it is run or moved to
+    if not Path(base).is_dir() and len(Path(base).parts) > 2 and beside.is_dir():
+        base = beside
+    types = {task_type: name for name, (_, task_type) in TASKS.items()}
+    task = task or types.get(saved.get("task_type") or "")
+    if task == "sequence_classification" and "num_labels" not in config:
+        labels = _labels_of_head(folder)
+        config = config | ({"num_labels": labels} if labels else {})
+    loaded = load_model(base, task, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code, config=config)
+    return PeftModel.from_pretrained(loaded, str(folder))
+
+
+def _labels_of_head(folder: Path) -> int | None:
+    """How many labels the head that was saved with an adapter tells apart."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 # no mapping
+            if name.endswith(_HEADS):
+                return int(file.get_slice(name).get_shape()[0])
+    return None

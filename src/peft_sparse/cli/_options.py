@@ -1,0 +1,102 @@
+"""Options that several commands share, and what a command hands back. Nothing here is heavy to import."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a command: for `--json`, for people, and the exit status."""
+
+    data: dict[str, Any]
+    text: str
+    status: int = field(default=0)
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], Outcome],
+    summary: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """A subcommand with the options that all have."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars and no warnings")
+    parser.add_argument("--traceback", action="store_true", help="also show where in the code an error came from")
+    return parser
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be done, and write nothing"
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
+    parser.add_argument(
+        "--task",
+        choices=["causal_lm", "sequence_classification"],
+        help="the kind of model (default: what its config.json says)",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was saved")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def add_data(parser: argparse.ArgumentParser, split: str, needed: bool) -> None:
+    """Where text or rows come from."""
+    parser.add_argument(
+        "--data",
+        metavar="FILE_OR_NAME",
+        required=needed,
+        help="a file (.txt, .jsonl, .csv, .parquet) or a data set on the Hub",
+    )
+    parser.add_argument("--data-name", metavar="NAME", help="the data set's configuration, e.g. wikitext-2-raw-v1")
+    parser.add_argument("--split", default=split, help=f"of the data set (default: {split})")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
+
+
+def positive(text: str) -> int:
+    """Raises:
+    ArgumentTypeError: unless it is an integer above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"should be a whole number above 0, got {text!r}")
+    return value
+
+
+@contextlib.contextmanager
+def nothing_shown() -> Iterator[None]:
+    """Without progress bars, without what transformers logs below errors, and without what anything prints."""
+    names = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)  # the first is read whenever a bar is made, the others when their library is imported
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

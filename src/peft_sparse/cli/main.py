@@ -1,0 +1,145 @@
+"""`peft-sparse`: its subcommands, its exit statuses, and what is done with errors.
+
+A command is a function of the parsed options that returns an [`Outcome`]. Commands import the library when they run,
+so that parsing is quick. While one runs, what anything prints goes to stderr: stdout has the result alone, so that
+`--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from peft_sparse.cli import _options as shared
+from peft_sparse.cli import convert, measure, prune, train
+
+DONE, CHECK_FAILED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+EPILOG = """\
+a first session:
+  peft-sparse prune MODEL pruned --method wanda --pattern 2:4 --data text.txt
+  peft-sparse report pruned
+  peft-sparse finetune configs/offline_spp_llama.yaml --set model.path=pruned
+  peft-sparse merge out/adapter merged
+  peft-sparse verify merged --reference pruned
+  peft-sparse pack merged packed
+
+exit status:
+  0  done; for verify: no zero was lost and the pattern holds
+  1  done, and a check failed: verify or merge found lost zeros or groups against the pattern
+  2  the command line is wrong; nothing was run
+  3  the command could not be carried out; the message says why, --traceback where
+  130  interrupted with Ctrl-C
+
+`peft-sparse COMMAND --help` has the options and examples of each command.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="peft-sparse",
+        description="Sparse language models: prune, fine-tune, merge, check, store. Every zero kept.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for group in (prune, train, convert, measure):
+        group.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, before_running: Callable[[], Any] = lambda: None) -> int:
+    """Parse, run, print.
+
+    Args:
+        argv: without the program's name; None: the process's.
+        before_running: called when the command line is known to be right.
+
+    Returns:
+        The exit status.
+    """
+    parser = make_parser()
+    try:
+        options = parser.parse_args(argv)
+        if options.version:
+            from importlib.metadata import version
+
+            print(version("peft-sparse"))
+            return DONE
+        if options.command is None:
+            parser.print_help()
+            return USAGE
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    try:
+        with _quiet_streams(options.quiet):
+            before_running()
+            outcome: shared.Outcome = options.run(options)
+        _print(outcome, options.json)
+        return outcome.status
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `peft-sparse report MODEL | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _message(error: Exception) -> str:
+    """One paragraph. The library's own errors are whole sentences; others get the name of their class."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, ImportError, FileNotFoundError)) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (--traceback shows where)"
+
+
+def _print(outcome: shared.Outcome, as_json: bool) -> None:
+    print(json.dumps(_finite(outcome.data), indent=2) if as_json else outcome.text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _quiet_streams(quiet: bool) -> Iterator[None]:
+    """Prints go to stderr, warnings are one line each; nothing but errors with `quiet`."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = show
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        if not quiet:
+            yield
+            return
+        warnings.simplefilter("ignore")
+        with shared.nothing_shown():
+            yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

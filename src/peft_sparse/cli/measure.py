@@ -1,0 +1,144 @@
+"""`peft-sparse report`, `verify` and `evaluate`: numbers about a model; nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peft_sparse.cli._options import Outcome, add_command, add_data, add_loading, positive
+
+REPORT_EXAMPLES = """\
+  peft-sparse report pruned
+  peft-sparse report owner/model --json | python -c "import json, sys; print(json.load(sys.stdin)['total_sparsity'])"
+"""
+VERIFY_EXAMPLES = """\
+  peft-sparse verify merged --reference pruned
+  peft-sparse verify merged --pattern 2:4
+  peft-sparse verify merged --reference pruned && peft-sparse pack merged packed
+"""
+EVALUATE_EXAMPLES = """\
+  peft-sparse evaluate merged --data test.txt --length 512
+  peft-sparse evaluate merged --data Salesforce/wikitext --data-name wikitext-2-raw-v1 --split test
+  peft-sparse evaluate merged --task sequence_classification --data dev.jsonl --text-column sentence \\
+      --label-column label --metric accuracy f1
+  peft-sparse evaluate out/adapter --config configs/offline_pst_minilm.yaml
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands."""
+    report = add_command(
+        commands,
+        "report",
+        run_report,
+        "where the zeros of a model are",
+        "Count the zeros of the linears in a model's transformer blocks, and name the pattern that they follow.",
+        REPORT_EXAMPLES,
+    )
+    report.add_argument("model", metavar="MODEL", help="a folder, dense or packed, or a name on the Hub")
+    verify = add_command(
+        commands,
+        "verify",
+        run_verify,
+        "whether all zeros are still there",
+        "Compare the zeros of a model with those of the model it came from, or with an N:M pattern. Exit status 1 if\n"
+        "a zero was lost or the pattern does not hold.",
+        VERIFY_EXAMPLES,
+    )
+    verify.add_argument("model", metavar="MODEL", help="a folder, dense or packed, or a name on the Hub")
+    verify.add_argument("--reference", metavar="MODEL", help="the pruned model that it was made from")
+    verify.add_argument("--pattern", metavar="N:M", help="that every layer has to follow")
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        "perplexity or metrics of a model on data",
+        "Measure a model, or an adapter on its base: perplexity of a text, or loss and metrics of a classifier.",
+        EVALUATE_EXAMPLES,
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a folder: dense, packed or an adapter; or a name on the Hub")
+    evaluate.add_argument("--config", metavar="CONFIG.yaml", help="take data and metrics from this recipe")
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe",
+        dest="overrides",
+    )
+    add_data(evaluate, "validation", needed=False)
+    evaluate.add_argument("--label-column", metavar="NAME", help="for sequence_classification")
+    evaluate.add_argument("--second-text-column", metavar="NAME", help="for pairs of texts")
+    evaluate.add_argument("--num-labels", type=positive, metavar="N", help="1: a number is the target (default: 2)")
+    evaluate.add_argument("--metric", nargs="+", default=[], metavar="NAME", help="accuracy, f1, pearsonr, ...")
+    evaluate.add_argument("--length", type=positive, default=512, metavar="TOKENS", help="of a window (default: 512)")
+    evaluate.add_argument("--examples", type=positive, metavar="N", help="at most so many rows")
+    evaluate.add_argument("--batch-size", type=positive, metavar="N", help="examples at once (default: 8)")
+    evaluate.add_argument("--tokenizer", metavar="MODEL", help="default: the model's")
+    add_loading(evaluate)
+
+
+def run_report(options: argparse.Namespace) -> Outcome:
+    """Count zeros."""
+    from peft_sparse.evaluation import sparsity_report
+
+    report = sparsity_report(options.model)
+    return Outcome(report.to_dict(), str(report))
+
+
+def run_verify(options: argparse.Namespace) -> Outcome:
+    """Compare zeros."""
+    from peft_sparse.evaluation import verify_sparsity
+
+    if options.reference is None and options.pattern is None:
+        raise ValueError("Zeros are compared with a model or a pattern, got neither; pass --reference or --pattern.")
+    report = verify_sparsity(options.model, reference=options.reference, pattern=options.pattern)
+    return Outcome(report.to_dict(), str(report), report.exit_status)
+
+
+def run_evaluate(options: argparse.Namespace) -> Outcome:
+    """Measure on data."""
+    from peft_sparse.training import evaluate_model, evaluate_recipe, load_recipe
+
+    if (options.config is None) == (options.data is None):
+        raise ValueError("Data comes from --data or from a recipe, `--config`; give one of the two.")
+    if options.config is not None:
+        recipe = load_recipe(options.config, options.overrides)
+        result = evaluate_recipe(recipe, options.model, options.batch_size, progress=not options.quiet)
+    else:
+        text = options.text_column
+        result = evaluate_model(
+            options.model,
+            task=options.task or "causal_lm",
+            dtype=options.dtype,
+            num_labels=options.num_labels,
+            tokenizer=options.tokenizer,
+            trust_remote_code=options.trust_remote_code,
+            data={
+                "path": options.data,
+                "name": options.data_name,
+                "validation_split": options.split,
+                "text": [text, options.second_text_column] if options.second_text_column else text,
+                "label": options.label_column,
+                "max_length": options.length,
+                "validation_examples": options.examples,
+            },
+            metrics=options.metric,
+            batch_size=options.batch_size,
+            progress=not options.quiet,
+        )
+    return Outcome(result, table(result))
+
+
+def table(values: dict[str, Any]) -> str:
+    """One line for each value."""
+    width = max(map(len, values))
+    return "\n".join(f"{name:<{width}}  {_shown(name, value)}" for name, value in values.items())
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}" if name == "sparsity" else f"{value:.4f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)

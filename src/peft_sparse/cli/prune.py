@@ -1,0 +1,101 @@
+"""`peft-sparse prune`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peft_sparse.cli._options import Outcome, add_command, add_data, add_dry_run, add_loading, positive
+
+EXAMPLES = """\
+  peft-sparse prune gpt2 pruned --method magnitude --sparsity 0.5
+  peft-sparse prune ./llama pruned --method wanda --pattern 2:4 --data calibration.jsonl
+  peft-sparse prune ./llama pruned --method sparsegpt --sparsity 0.75 --data allenai/c4 --data-name en --streaming
+  peft-sparse prune ./llama pruned --pattern 2:4 --data text.txt --dry-run
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "prune",
+        run,
+        "zero the least important weights of a model",
+        "Prune the linears inside a model's transformer blocks, and save the result with its tokenizer. Counts of\n"
+        "zeros are exact.",
+        EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, dense or packed, or a name on the Hub")
+    parser.add_argument("output", metavar="OUTPUT", help="a new folder")
+    parser.add_argument(
+        "--method", choices=["magnitude", "wanda", "sparsegpt", "ria"], default="wanda", help="default: wanda"
+    )
+    parser.add_argument(
+        "--pattern", default="unstructured", help="unstructured, or N:M such as 2:4 (default: unstructured)"
+    )
+    parser.add_argument("--sparsity", type=float, help="share of zeros in [0, 1) (default: 0.5; N:M fixes it)")
+    parser.add_argument("--group", choices=["layer", "row"], help="what competes (default: as in the method's paper)")
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="only linears with these names")
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="all but linears with these names")
+    data = parser.add_argument_group("calibration, for all methods but magnitude")
+    add_data(data, "train", needed=False)  # type: ignore[arg-type] # a group adds arguments as a parser does
+    data.add_argument("--streaming", action="store_true", help="read no more of the data than is needed")
+    data.add_argument("--num-sequences", type=positive, default=128, metavar="N", help="default: 128")
+    data.add_argument("--length", type=positive, metavar="TOKENS", help="of a sequence (default: up to 512)")
+    data.add_argument("--batch-size", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    data.add_argument("--seed", type=int, default=0, help="of the draw of sequences (default: 0)")
+    data.add_argument("--checkpoint-dir", metavar="FOLDER", help="keep finished blocks there, and go on from them")
+    data.add_argument("--device", help="move one block at a time there, e.g. cuda")
+    data.add_argument("--measure-error", action="store_true", help="also measure how far each output moves")
+    add_loading(parser)
+    parser.add_argument("--pack", action="store_true", help="save packed, as `peft-sparse pack` does")
+    add_dry_run(parser)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Prune and save."""
+    from peft_sparse.checkpoint import prune_checkpoint
+
+    arguments: dict[str, Any] = {
+        "target_modules": options.target_modules,
+        "exclude_modules": options.exclude_modules,
+    }
+    data = calibration = None
+    if options.method != "magnitude":
+        arguments |= {
+            "checkpoint_dir": options.checkpoint_dir,
+            "device": options.device,
+            "measure_error": options.measure_error,
+            "progress": not options.quiet,
+        }
+        calibration = {
+            "num_sequences": options.num_sequences,
+            "batch_size": options.batch_size,
+            "seed": options.seed,
+            "text_column": options.text_column,
+        } | ({"length": options.length} if options.length else {})
+    if options.data is not None:
+        data = {
+            "path": options.data,
+            "name": options.data_name,
+            "split": options.split,
+            "streaming": options.streaming,
+        }
+    result = prune_checkpoint(
+        options.model,
+        options.output,
+        options.method,
+        pattern=options.pattern,
+        sparsity=options.sparsity,
+        group=options.group,
+        data=data,
+        calibration=calibration,
+        task=options.task,
+        dtype=options.dtype,
+        packed=options.pack,
+        trust_remote_code=options.trust_remote_code,
+        dry_run=options.dry_run,
+        **arguments,
+    )
+    return Outcome(result.to_dict(), str(result))

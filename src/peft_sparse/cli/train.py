@@ -1,0 +1,64 @@
+"""`peft-sparse finetune`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peft_sparse.cli._options import Outcome, add_command, add_dry_run
+
+EXAMPLES = """\
+  peft-sparse finetune configs/offline_spp_llama.yaml
+  peft-sparse finetune configs/offline_spp_llama.yaml --set training.max_steps=20 --set adapter.r=32
+  peft-sparse finetune configs/spp_llama_7b.yaml --set model.path=./pruned --dry-run
+  peft-sparse finetune configs/pst_bert_base.yaml --resume
+  accelerate launch -m peft_sparse_cli finetune configs/spp_llama_7b.yaml     on several devices
+
+A recipe has the parts model, prune, adapter, data, training, evaluation and output; see configs/ for commented ones.
+`--set PART.KEY=VALUE` replaces a value; ${VARIABLE} in a value is taken from the environment.
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "finetune",
+        run,
+        "fine-tune a model as a recipe says: PST or SPP",
+        "Load, prune if the recipe says so, adapt, train with transformers' Trainer, evaluate, merge and verify.",
+        EXAMPLES,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe",
+        dest="overrides",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the last checkpoint in training.output_dir, or from this one",
+    )
+    add_dry_run(parser)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Train, or say what would be trained."""
+    from peft_sparse.cli.measure import table
+    from peft_sparse.training import finetune, load_recipe, plan_finetune
+
+    overrides = [*options.overrides, *(["training.disable_tqdm=true"] if options.quiet else [])]
+    recipe = load_recipe(options.config, overrides)
+    if options.dry_run:
+        plan = plan_finetune(recipe, options.resume)
+        return Outcome(plan | {"dry_run": True}, table(plan) + "\n(dry run, nothing was trained or written)")
+    result = finetune(recipe, options.resume)
+    data = {key: value for key, value in result.to_dict().items() if key != "log"}  # that is in result.json
+    return Outcome(data, str(result))

@@ -1,0 +1,78 @@
+"""Where rows come from: a file here, several files, or a data set on the Hub, through the package `datasets`.
+
+`datasets` is an optional dependency (`pip install peft-sparse[train]`), imported when rows are asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# What `load_dataset` calls the readers of these files.
+READERS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+
+
+def load_rows(
+    path: str | Path,
+    split: str = "train",
+    *,
+    name: str | None = None,
+    files: dict[str, Any] | None = None,
+    streaming: bool = False,
+    **options: Any,
+) -> Any:
+    """Rows, as a `datasets.Dataset` or, if they are streamed, an `IterableDataset`.
+
+    Args:
+        path: a file (its ending tells the format; it is the whole split whatever its name, and a .txt one document);
+            the name of a reader ("json", "csv", "parquet"; "text", a row for each line) together with `files`; or a
+            data set on the Hub or in a folder.
+        split: such as "train", or "validation[:100]" where rows are not streamed.
+        name: the data set's configuration, such as "wikitext-2-raw-v1".
+        files: split to file or files.
+        streaming: read rows as they are needed, and keep none.
+        **options: for `load_dataset`.
+
+    Raises:
+        ValueError: if the rows cannot be had; the message has `datasets`' own reason.
+        ImportError: if `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Rows are read by the package `datasets`; `pip install datasets`.") from error
+    file = Path(path)
+    if files is None and file.suffix.lower() in READERS and (file.is_file() or not file.is_dir()):
+        reader = READERS[file.suffix.lower()]
+        if file.suffix.lower() == ".tsv":
+            options = {"sep": "\t"} | options
+        elif reader == "text":
+            options = {"sample_by": "document"} | options
+        files, path = {split.partition("[")[0]: str(file)}, reader
+    for listed in _flat(files):
+        if "://" not in listed and not any(sign in listed for sign in "*?[") and not Path(listed).is_file():
+            raise ValueError(f"Data is in files that are there, got {listed!r}, which is none; check the path.")
+    try:
+        return datasets.load_dataset(str(path), name, data_files=files, split=split, streaming=streaming, **options)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {str(path)!r} (split "
+            f"{split!r}), which could not be loaded ({type(error).__name__}: {reason[0]}); check the names and the "
+            "connection."
+        ) from error
+
+
+def _flat(files: dict[str, Any] | None) -> list[str]:
+    found: list[str] = []
+    for value in (files or {}).values():
+        found += [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return found

@@ -1,0 +1,138 @@
+"""From a recipe to the objects of a run: TrainingArguments, tokenizer, model, PEFT config, Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from peft_sparse.checkpoint.models import TASKS, load_model
+from peft_sparse.evaluation.metrics import compares_numbers
+from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.data import Examples
+from peft_sparse.training.param_groups import pst_param_groups
+from peft_sparse.training.parts import ModelPart
+from peft_sparse.training.recipe import METHODS, Recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Raises:
+    ValueError: if transformers does not take them."""
+    settings = dict(recipe.training)
+    if recipe.data.validation_split is not None:
+        settings.setdefault("label_names", ["labels"])  # PEFT's wrapper hides the forward's signature
+    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # warns where there is nothing to pin for
+    try:
+        return TrainingArguments(**settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"`training`: {' '.join(str(error).split())}") from error
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The PEFT config of a recipe, with the task type that trains and saves a new head."""
+    settings = {"task_type": TASKS[recipe.model.task][1]} | recipe.adapter
+    return METHODS[recipe.method](**settings)
+
+
+def load_tokenizer(model: ModelPart) -> Any:
+    """Raises:
+    ValueError: if there is none."""
+    source = model.tokenizer or model.path
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file and model.tokenizer is None else {}
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"A tokenizer is loaded from a folder or a name on the Hub, got {source!r}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def make_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    model: Any,
+    examples: Examples,
+    tokenizer: Any,
+    metrics: dict[str, Any],
+) -> Trainer:
+    """An unchanged Trainer with the schedule's driver and what it logs."""
+    language_model = recipe.model.task == "causal_lm"
+    optimizer = None
+    if recipe.score_learning_rate is not None:
+        groups = pst_param_groups(model, arguments.learning_rate, recipe.score_learning_rate, arguments.weight_decay)
+        betas = (arguments.adam_beta1, arguments.adam_beta2)
+        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
+    callbacks: list[TrainerCallback] = [SparsityCallback(best_at_final_sparsity=recipe.method == "pst")]
+    callbacks += [PerplexityCallback()] if language_model else []
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples.train,
+        eval_dataset=examples.validation,
+        data_collator=examples.collator,
+        processing_class=tokenizer,
+        compute_metrics=Metrics(metrics, language_model) if metrics else None,
+        preprocess_logits_for_metrics=most_likely if language_model and metrics else None,
+        callbacks=callbacks,
+        optimizers=(optimizer, None),
+    )
+    log_before_reporters(trainer, *callbacks)
+    return trainer
+
+
+def num_labels(recipe: Recipe) -> int:
+    """Classes of a classifier, 1 for a number."""
+    return recipe.model.num_labels or (len(recipe.data.labels) if recipe.data.labels else 2)
+
+
+def model_of(recipe: Recipe, path: str | Path | None = None) -> Any:
+    """The model of a recipe as it is loaded, or the one in another folder in the same way."""
+    part = recipe.model
+    config = dict(part.config)
+    known = part.num_labels is not None or recipe.data.labels is not None or path is None
+    if part.task == "sequence_classification" and known:
+        config = {"num_labels": num_labels(recipe)} | config
+        if num_labels(recipe) == 1:
+            config = {"problem_type": "regression"} | config
+    if part.new_head and path is None:
+        config = config | {"ignore_mismatched_sizes": True}
+    return load_model(
+        part.path if path is None else path,
+        part.task,
+        dtype=part.dtype,
+        packed=part.packed and path is None,
+        gguf_file=part.gguf_file if path is None else None,
+        trust_remote_code=part.trust_remote_code,
+        config=config,
+    )
+
+
+class Metrics:
+    """`compute_metrics` of a Trainer: labels, numbers, or the next tokens of a language model."""
+
+    def __init__(self, metrics: dict[str, Any], language_model: bool) -> None:
+        self.metrics, self.language_model = metrics, language_model
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        predictions, references = prediction.predictions, prediction.label_ids
+        predictions = predictions[0] if isinstance(predictions, tuple) else predictions
+        if self.language_model:
+            predictions, references = predictions[:, :-1].reshape(-1), references[:, 1:].reshape(-1)
+            predictions, references = predictions[references != -100], references[references != -100]
+        elif predictions.ndim > 1 and predictions.shape[-1] > 1:
+            predictions = predictions.argmax(-1)
+        else:
+            predictions = predictions.reshape(-1)
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            kind = np.float64 if compares_numbers(name) or predictions.dtype.kind == "f" else np.int64
+            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind))
+        return found
+
+
+def most_likely(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Tokens, and not a number for each entry of the vocabulary, are what evaluation keeps."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)

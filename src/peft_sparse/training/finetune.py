@@ -1,0 +1,226 @@
+"""One experiment from its recipe: load, prune if asked, adapt, train, evaluate, merge, verify, save.
+
+Everything is transformers' own Trainer; what is added are the schedule's driver, the numbers it logs, and the checks
+after merging. Results go below `training.output_dir`:
+
+    checkpoint-N/     the Trainer's; `resume` goes on from the last one
+    pruned/           the model that was tuned, where the recipe prunes
+    adapter/          the adapter at the end
+    merged/           the merged model, where the recipe asks for it
+    result.json       what this function returns
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import get_peft_model
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_sparse.checkpoint.convert import check_new_folder, copy_tokenizer, new_folder, save_model
+from peft_sparse.evaluation import sparsity_report, verify_sparsity
+from peft_sparse.evaluation.metrics import load_metric
+from peft_sparse.pruning import PRUNERS, calibration_batches
+from peft_sparse.training.build import adapter_config, load_tokenizer, make_trainer, model_of, training_arguments
+from peft_sparse.training.data import calibration_texts, make_examples
+from peft_sparse.training.recipe import Recipe
+
+
+@dataclass
+class FinetuneResult:
+    """What a run did; `to_dict()` is in result.json.
+
+    Attributes:
+        steps: optimizer steps in all, those before a resumption too.
+        resumed_from: a checkpoint, or None.
+        metrics: of the last evaluation and of training, as Trainer names them.
+        sparsity: share of zeros in the weights of the adapted model, as the forward uses them.
+        trainable: parameters.
+        adapter, merged: folders; None for no merge.
+        zeros_lost: of the pruned base after merging; None where nothing was merged or nothing was pruned before.
+        seconds: in all.
+    """
+
+    method: str
+    steps: int
+    resumed_from: str | None
+    metrics: dict[str, float]
+    sparsity: float
+    trainable: int
+    adapter: str
+    merged: str | None = None
+    zeros_lost: int | None = None
+    seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        shown = {"method": self.method, "steps": f"{self.steps:,}", "trainable": f"{self.trainable:,} parameters"}
+        shown |= {name: f"{value:.4f}" for name, value in sorted(self.metrics.items())}
+        shown |= {"sparsity": f"{self.sparsity:.2%}", "adapter": self.adapter}
+        if self.merged is not None:
+            shown["merged"] = self.merged
+        if self.zeros_lost is not None:
+            shown["zeros lost"] = f"{self.zeros_lost:,}"
+        width = max(map(len, shown))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
+    """Run a recipe.
+
+    Args:
+        recipe: from [`load_recipe`].
+        resume: go on from the last checkpoint in `training.output_dir`, or from the one that is named.
+
+    Raises:
+        ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
+            an earlier run in the folder and `resume` is not asked for, or none to resume.
+    """
+    start = time.perf_counter()
+    checkpoint = _checkpoint(recipe, resume)
+    arguments = training_arguments(recipe)
+    set_seed(arguments.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
+    examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
+    model = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
+    set_seed(arguments.seed)  # the same start whether or not something was pruned first
+    model = get_peft_model(model, adapter_config(recipe))
+    trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    measured = {key: value for key, value in trained.metrics.items() if key == "train_loss"}
+    if examples.validation is not None and recipe.evaluation.at_end:
+        measured |= _numbers(trainer.evaluate())
+    result = FinetuneResult(
+        method=recipe.method,
+        steps=trainer.state.global_step,
+        resumed_from=checkpoint,
+        metrics=measured,
+        sparsity=sparsity_report(model).total_sparsity,
+        trainable=model.get_nb_trainable_parameters()[0],
+        adapter=str(recipe.output_dir / "adapter"),
+        log=trainer.state.log_history,
+    )
+    trainer.save_model(result.adapter)  # with the tokenizer; gathers what is sharded
+    if trainer.is_world_process_zero():
+        if recipe.output.merge:
+            _merge(recipe, model, result)
+        result.seconds = time.perf_counter() - start
+        written = json.dumps(result.to_dict(), indent=2, default=str)
+        (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
+    return result
+
+
+def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
+    """All of [`finetune`] that comes before the first change: data, model, adapter and settings are made and fit each
+    other. Nothing is pruned, trained or written.
+
+    Returns:
+        What would be run, plain values.
+    """
+    checkpoint = _checkpoint(recipe, resume)
+    arguments = training_arguments(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    for name in recipe.evaluation.metrics:
+        load_metric(name)
+    examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
+    with warnings.catch_warnings():
+        if recipe.pruner is not None:  # which would have been done before
+            warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
+        model = get_peft_model(model_of(recipe), adapter_config(recipe))
+    trainable, total = model.get_nb_trainable_parameters()
+    return {
+        "method": recipe.method,
+        "model": recipe.model.path,
+        "pruned with": recipe.pruner,
+        "trainable": trainable,
+        "parameters": total,
+        "training examples": "a stream" if recipe.data.streaming else len(examples.train),
+        "validation examples": 0 if examples.validation is None else len(examples.validation),
+        "resumed from": checkpoint,
+        "writes to": str(recipe.output_dir),
+        "merges to": str(recipe.merged_folder) if recipe.output.merge else None,
+    }
+
+
+def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
+    folder, named = recipe.output_dir, None
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`training.output_dir` is a folder, got {str(folder)!r}, which is a file.")
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if resume:
+        named = resume if isinstance(resume, str) else found
+        if named is None or not (Path(named) / "trainer_state.json").is_file():
+            raise ValueError(
+                f"A run is resumed from a checkpoint, got none in {str(named or folder)!r}; leave `resume` out to "
+                "start one."
+            )
+    elif found is not None or (folder / "result.json").is_file():
+        raise ValueError(
+            f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
+            "choose another `training.output_dir`."
+        )
+    if recipe.output.merge:
+        check_new_folder(recipe.merged_folder)
+    return named
+
+
+def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> Any:
+    """The model to adapt. Of several processes the first one prunes, and the others read what it saved."""
+    pruned = recipe.output_dir / "pruned"
+    if recipe.pruner is not None and not resumed and arguments.process_index == 0:
+        model = _prune(recipe, tokenizer, pruned)
+    if recipe.pruner is not None and not resumed:
+        PartialState().wait_for_everyone()
+    if recipe.pruner is None:
+        model = model_of(recipe)
+    elif resumed or arguments.process_index != 0:
+        model = model_of(recipe, pruned)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
+    model, arguments = model_of(recipe), dict(recipe.prune)
+    if recipe.pruner != "magnitude":
+        settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
+        arguments["batches"] = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+    PRUNERS[str(recipe.pruner)](model, **arguments)
+    # The adapter belongs to these weights: they are kept, and its config names them.
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = str(folder)
+    return model
+
+
+def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
+    merged, folder = model.merge_and_unload(), recipe.merged_folder
+    with new_folder(folder) as temporary:
+        save_model(merged, temporary, recipe.output.packed, result.adapter)
+        copy_tokenizer(result.adapter, temporary)
+    result.merged = str(folder)
+    result.sparsity = sparsity_report(folder).total_sparsity
+    if recipe.method == "spp":
+        reference = recipe.output_dir / "pruned" if recipe.pruner else None
+        if reference is None and not recipe.model.gguf_file:
+            reference = Path(recipe.model.path)
+        if reference is not None and reference.is_dir():
+            result.zeros_lost = verify_sparsity(folder, reference=reference).lost
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Without how long it took."""
+    times = ("_runtime", "_per_second", "epoch")
+    return {key: float(value) for key, value in metrics.items() if not key.endswith(times)}

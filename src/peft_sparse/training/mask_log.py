@@ -1,0 +1,124 @@
+"""What a training log says of the masks: how sparse they are, how much of them changed, and how scores lie.
+
+    sparsity         share of the adapted weights that the forward uses as zero
+    mask_churn       share of them that changed state, kept or pruned, since the last log
+    score_mean, score_std, score_kept_mean, score_pruned_mean     of PST's scores over all layers
+
+Masks of the last log are kept as bits, an eighth of a byte a weight, on the device where they were made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_sparse.sparsity import dense_weight, pack_mask, unpack_mask
+from peft_sparse.tuners.pst import PstLinear, driven_adapters
+from peft_sparse.tuners.sparse_layer import SparseLayer
+
+
+class MaskLog:
+    """Compares masks with those of the last look.
+
+    Args:
+        model: with PST or SPP layers; the first look.
+        scores: also measure PST's scores, which costs a pass over them.
+    """
+
+    def __init__(self, model: nn.Module, scores: bool = True) -> None:
+        self.scores = scores
+        self._masks = {place: pack_mask(mask) for place, mask in _masks(model)}
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The numbers now, and the masks to compare with at the next call.
+
+        Weights that are sharded over processes are in no process whole: then only `sparsity` is told, of PST.
+        """
+        weights = zeros = changed = 0
+        for place, mask in _masks(model):
+            packed = pack_mask(mask)
+            before = self._masks.get(place)
+            if before is not None:
+                width = mask.shape[1]
+                changed += int((unpack_mask(before.to(packed.device), width) != mask).sum())
+            self._masks[place] = packed
+            weights, zeros = weights + mask.numel(), zeros + int((~mask).sum())
+        if not weights:
+            return counted_sparsity(model)
+        numbers = {"sparsity": zeros / weights, "mask_churn": changed / weights}
+        return numbers | (score_statistics(model) if self.scores else {})
+
+
+def counted_sparsity(model: nn.Module) -> dict[str, float]:
+    """PST's sparsity by its counts alone, which every process has."""
+    weights = zeros = 0
+    for layer, adapter_name in _pst_adapters(model):
+        weights += layer.in_features * layer.out_features
+        zeros += layer.sparsity_progress(adapter_name)[1] * layer.num_groups(adapter_name)
+    return {"sparsity": zeros / weights} if weights else {}
+
+
+@torch.no_grad()
+def score_statistics(model: nn.Module) -> dict[str, float]:
+    """Mean and spread of PST's scores over all layers, and the means of those kept and of those pruned.
+
+    Returns:
+        {} for a model without PST layers; a mean over nothing, such as the pruned ones at sparsity 0, is left out.
+    """
+    count = kept_count = total = squares = kept_total = 0.0
+    for layer, adapter_name in _pst_adapters(model):
+        if not _is_whole(layer):
+            continue
+        scores = layer.get_scores(adapter_name)
+        kept = scores[layer.get_mask(adapter_name)]
+        count, kept_count = count + scores.numel(), kept_count + kept.numel()
+        total += float(scores.sum(dtype=torch.float64))
+        squares += float(scores.double().square().sum())
+        kept_total += float(kept.sum(dtype=torch.float64))
+    if not count:
+        return {}
+    mean = total / count
+    found = {"score_mean": mean, "score_std": math.sqrt(max(squares / count - mean**2, 0.0))}
+    if kept_count:
+        found["score_kept_mean"] = kept_total / kept_count
+    if kept_count < count:
+        found["score_pruned_mean"] = (total - kept_total) / (count - kept_count)
+    return found
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLayer]:
+    """The layers of PST and SPP in a model."""
+    return [layer for layer in model.modules() if isinstance(layer, SparseLayer)]
+
+
+def has_pst_layers(model: nn.Module) -> bool:
+    """Whether there is a schedule to drive."""
+    return any(isinstance(layer, PstLinear) for layer in model.modules())
+
+
+def _pst_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
+    return driven_adapters(model) if has_pst_layers(model) else []
+
+
+@torch.no_grad()
+def _masks(model: nn.Module) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+    """((number of the layer, adapter), bool mask (out, in)) of each adapter, True = kept; of SPP where the weight that
+    the forward uses is not zero."""
+    for number, layer in enumerate(sparse_layers(model)):
+        if not _is_whole(layer):
+            continue
+        for adapter_name in layer._present(layer.active_adapters):
+            if isinstance(layer, PstLinear):
+                yield (number, adapter_name), layer.get_mask(adapter_name)
+            else:
+                yield (number, adapter_name), dense_weight(layer.effective_weight(adapter_name)) != 0
+
+
+def _is_whole(layer: SparseLayer) -> bool:
+    """Whether all of a layer's weights are in this process: FSDP leaves shards in their place, ZeRO-3 nothing."""
+    return not any(isinstance(p, DTensor) or p.numel() == 0 for p in layer.parameters())

@@ -1,0 +1,124 @@
+"""The parts of a recipe as values, and what has to hold in each; see recipe.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_sparse.checkpoint.models import TASKS
+from peft_sparse.pruning.sources import READERS
+
+TEMPLATES = ("alpaca",)
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """`path` is a folder, dense or packed, or a name on the Hub; `config` changes fields of the model's config, and
+    `new_head` starts a classifier anew whose saved head has another number of labels."""
+
+    path: str
+    task: str = "causal_lm"
+    tokenizer: str | None = None
+    dtype: str | None = None
+    num_labels: int | None = None
+    gguf_file: str | None = None
+    packed: bool = False
+    new_head: bool = False
+    trust_remote_code: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Rows, and what of them is used: `text` (a column, or two for pairs) and `label`; or templates such as
+    "{question}" for `prompt` and `completion`; or a named `template`.
+
+    `path` is a file, a loader's name ("json", "text", "csv", "parquet") with `files`, or a name on the Hub; `options`
+    are further arguments of `load_dataset`. `separator` stands between documents in a causal language model's text
+    (None: the end-of-sequence token).
+    """
+
+    path: str
+    name: str | None = None
+    files: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    train_split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    text: str | list[str] | None = None
+    label: str | None = None
+    labels: list[Any] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    template: str | None = None
+    train_on_prompt: bool = False
+    separator: str | None = None
+    max_length: int = 128
+    train_examples: int | None = None
+    validation_examples: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationPart:
+    """Metrics, ours or those of the package `evaluate`, computed whenever Trainer evaluates and at the end."""
+
+    metrics: list[str] = field(default_factory=list)
+    at_end: bool = True
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """Whether the adapter is merged at the end, and where that model goes (None: `merged` in training.output_dir)."""
+
+    merge: bool = False
+    packed: bool = False
+    folder: str | None = None
+
+
+def check_model(model: ModelPart) -> None:
+    """Raises:
+    ValueError: for values that contradict each other, or another task."""
+    if model.task not in TASKS:
+        raise ValueError(f"`model.task` is one of {', '.join(TASKS)}, got {model.task!r}.")
+    if model.num_labels is not None and (model.task != "sequence_classification" or model.num_labels < 1):
+        raise ValueError(
+            "`model.num_labels` is for task sequence_classification, 1 for a number as the target and from 2 up for "
+            f"classes, got {model.num_labels} for {model.task}."
+        )
+    if model.packed and model.gguf_file:
+        raise ValueError("`model.packed` keeps a packed checkpoint packed, got a gguf_file beside it; leave one out.")
+
+
+def check_data(data: DataPart, task: str) -> None:
+    """Raises:
+    ValueError: if the columns do not suit the task, or a number is out of its range."""
+    for name in ("max_length", "train_examples", "validation_examples", "shuffle_buffer"):
+        value, least = getattr(data, name), 2 if name == "max_length" else 1
+        if value is not None and value < least:
+            raise ValueError(f"`data.{name}` is from {least} up, got {value}.")
+    splits = {name.partition("[")[0] for name in (data.train_split, data.validation_split) if name is not None}
+    if data.files is None and len(splits) > 1 and Path(data.path).suffix.lower() in READERS:
+        raise ValueError(
+            f"A file is one split, got {data.path!r} for {sorted(splits)}; name two of its slices, such as "
+            "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
+        )
+    if task == "sequence_classification":
+        if not data.text or not data.label or data.prompt or data.completion or data.template:
+            raise ValueError(
+                "`data` names the columns `text` (one, or two for pairs) and `label` for sequence_classification, got "
+                f"text={data.text!r}, label={data.label!r}, prompt={data.prompt!r}."
+            )
+        if isinstance(data.text, list) and len(data.text) > 2:
+            raise ValueError(f"`data.text` is one column, or two for pairs, got {data.text!r}.")
+        return
+    if data.template is not None and data.template not in TEMPLATES:
+        raise ValueError(f"`data.template` is one of {', '.join(TEMPLATES)}, got {data.template!r}.")
+    pair = data.prompt is not None and data.completion is not None
+    chosen = [bool(data.text), data.prompt is not None or data.completion is not None, data.template is not None]
+    if sum(chosen) != 1 or (chosen[1] and not pair) or isinstance(data.text, list):
+        raise ValueError(
+            "`data` names one column of `text`, or `prompt` and `completion`, or a `template` for causal_lm, got "
+            f"text={data.text!r}, prompt={data.prompt!r}, completion={data.completion!r}, template={data.template!r}."
+        )

@@ -1,0 +1,188 @@
+"""A recipe: one experiment as plain values, read from YAML and checked before anything is loaded.
+
+    model       what `from_pretrained` takes, and the task
+    prune       a pruner's arguments, for methods that start from a sparse model (may be left out)
+    adapter     the method, and the fields of `PstConfig` or `SppConfig`
+    data        where the examples are, and which columns to use
+    training    the arguments of transformers' TrainingArguments, and `score_learning_rate`
+    evaluation  metrics
+    output      merging and saving at the end
+
+Every key is checked against the real signature it goes to; an unknown one is an error with the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from peft_sparse.pruning import PRUNERS, calibration_batches
+from peft_sparse.training.parts import DataPart, EvaluationPart, ModelPart, OutputPart, check_data, check_model
+from peft_sparse.training.values import check_keys, check_type, read_yaml, with_environment, with_overrides
+from peft_sparse.tuners.pst import PstConfig
+from peft_sparse.tuners.sparse_config import SparseConfig
+from peft_sparse.tuners.spp import SppConfig
+
+METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
+# Arguments of the pruners that a recipe does not give, since `finetune` does.
+_OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `prune`, `adapter` and `training` are keyword arguments, without `method`.
+
+    Attributes:
+        method: "pst" or "spp".
+        pruner: a key of `PRUNERS`, or None.
+        calibration: arguments of `calibration_batches`.
+        score_learning_rate: of PST's scores; None: that of everything else.
+    """
+
+    model: ModelPart
+    data: DataPart
+    method: str
+    adapter: dict[str, Any]
+    training: dict[str, Any]
+    evaluation: EvaluationPart
+    output: OutputPart
+    pruner: str | None = None
+    prune: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    score_learning_rate: float | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints, the adapter and what belongs to them go."""
+        return Path(self.training["output_dir"])
+
+    @property
+    def merged_folder(self) -> Path:
+        """Where the merged model goes."""
+        return Path(self.output.folder) if self.output.folder else self.output_dir / "merged"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: of a YAML file.
+        overrides: such as "training.max_steps=10", see [`with_overrides`].
+
+    Raises:
+        ValueError: if a key is unknown, a value has another type or is out of its range, or a needed one is missing.
+    """
+    return make_recipe(with_overrides(read_yaml(path), overrides))
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """[`load_recipe`] for values that are no file.
+
+    Example:
+        >>> recipe = make_recipe({
+        ...     "model": {"path": "org/llama"}, "adapter": {"method": "spp", "r": 16},
+        ...     "data": {"path": "org/text", "text": "text"}, "training": {"output_dir": "out", "max_steps": 10},
+        ... })
+        >>> recipe.method, recipe.data.max_length
+        ('spp', 128)
+    """
+    check_keys("recipe", values, ("model", "prune", "adapter", "data", "training", "evaluation", "output"))
+    values = with_environment(values)
+    for part, content in values.items():
+        if content is not None:
+            check_type(part, content, dict[str, Any])
+    for part in ("model", "adapter", "data", "training"):
+        if not values.get(part):
+            raise ValueError(f"A recipe has the parts model, adapter, data and training, got none for `{part}`.")
+    method, adapter = _adapter(dict(values["adapter"]))
+    pruner, prune, calibration = _prune(dict(values.get("prune") or {}))
+    training = dict(values["training"])
+    score_learning_rate = training.pop("score_learning_rate", None)
+    recipe = Recipe(
+        model=_part("model", ModelPart, values["model"]),
+        data=_part("data", DataPart, values["data"]),
+        method=method,
+        adapter=adapter,
+        training=training,
+        evaluation=_part("evaluation", EvaluationPart, values.get("evaluation") or {}),
+        output=_part("output", OutputPart, values.get("output") or {}),
+        pruner=pruner,
+        prune=prune,
+        calibration=calibration,
+        score_learning_rate=score_learning_rate,
+    )
+    check_model(recipe.model)
+    check_data(recipe.data, recipe.model.task)
+    _check_training(recipe)
+    return recipe
+
+
+def _part(where: str, part: type[Any], values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(part)
+    check_keys(where, values, hints)
+    for key, value in values.items():
+        check_type(f"{where}.{key}", value, hints[key])
+    for needed in dataclasses.fields(part):
+        missing = needed.default is dataclasses.MISSING and needed.default_factory is dataclasses.MISSING
+        if missing and needed.name not in values:
+            raise ValueError(f"`{where}` needs the key {needed.name!r}, got {sorted(values)}.")
+    return part(**values)
+
+
+def _adapter(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    method = values.pop("method", None)
+    if method not in METHODS:
+        raise ValueError(f"`adapter.method` is one of {', '.join(METHODS)}, got {method!r}.")
+    config = METHODS[method]
+    check_keys("adapter", values, (item.name for item in dataclasses.fields(config) if item.init))
+    try:
+        config(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`adapter`: {error}") from error
+    return method, values
+
+
+def _prune(values: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    if not values:
+        return None, {}, {}
+    method, calibration = values.pop("method", None), values.pop("calibration", None) or {}
+    if method not in PRUNERS:
+        raise ValueError(f"`prune.method` is one of {', '.join(PRUNERS)}, got {method!r}.")
+    check_keys("prune", values, {*_names(PRUNERS[method]), "calibration"})
+    check_type("prune.calibration", calibration, dict[str, Any])
+    if calibration and method == "magnitude":
+        raise ValueError("`prune.calibration` is data to prune on, and method 'magnitude' takes none; leave it out.")
+    check_keys("prune.calibration", calibration, _names(calibration_batches))
+    return method, values, calibration
+
+
+def _names(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters) - _OF_FINETUNE
+
+
+def _check_training(recipe: Recipe) -> None:
+    hints = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
+    check_keys("training", recipe.training, {*hints, "score_learning_rate"})
+    if not isinstance(recipe.training.get("output_dir"), str):
+        raise ValueError("`training` needs `output_dir`, the folder for checkpoints and results.")
+    check_type("training.score_learning_rate", recipe.score_learning_rate, float | None)
+    if recipe.score_learning_rate is not None and recipe.method != "pst":
+        raise ValueError("`training.score_learning_rate` is for PST's scores, got it with method 'spp'; leave it out.")
+    for name in ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed"):
+        if name in recipe.training:
+            check_type(f"training.{name}", recipe.training[name], int | float)
+    if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
+        raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
+    evaluates = recipe.training.get("eval_strategy", "no") not in ("no", False) or recipe.evaluation.metrics
+    if evaluates and recipe.data.validation_split is None:
+        raise ValueError(
+            "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
+            "`training.eval_strategy`."
+        )

@@ -1,0 +1,227 @@
+"""The values of a recipe: YAML, `--set` overrides, `${VARIABLE}`s, and what is said of a key or value that is none.
+
+YAML 1.1 reads 4e-3 as a string and takes the last of two equal keys without a word; both are learning rates lost.
+Here 4e-3 is a number, and a key that is there twice is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, cast
+
+import yaml
+
+_VARIABLE = re.compile(r"\$\{(package:)?(\w+)(?::-([^}]*))?\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's numbers and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise ValueError(f"A key is given once, got {key!r} again in line {line}; leave one of them out.")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values.
+
+    Args:
+        text: of YAML.
+        where: it is from, for messages.
+
+    Raises:
+        ValueError: if it is no YAML, or a key is there twice.
+
+    Example:
+        >>> parse_yaml("{learning_rate: 4e-3, steps: 10}", "a test")
+        {'learning_rate': 0.004, 'steps': 10}
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is YAML, got something else: {' '.join(str(error).split())}.") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        ValueError: if there is no such file, or no mapping in it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"A recipe is a YAML file, got {str(path)!r}, which cannot be read ({error}).") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"A recipe maps its parts to their settings, got {type(values).__name__} in {str(path)!r}.")
+    return values
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy with some values replaced; the order counts.
+
+    Args:
+        values: nested mappings.
+        overrides: such as "training.learning_rate=1e-3"; what is right of the first "=" is YAML.
+
+    Raises:
+        ValueError: if one has another form, or goes through a value that is no mapping.
+
+    Example:
+        >>> with_overrides({"data": {"text": "line"}}, ["data.max_length=64", "prune=null"])
+        {'data': {'text': 'line', 'max_length': 64}, 'prune': None}
+    """
+    result = _copy(values)
+    for override in overrides:
+        path, sign, text = override.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not sign or not all(keys):
+            raise ValueError(f"An override is PART.KEY=VALUE, got {override!r}; such as training.learning_rate=1e-3.")
+        place = result
+        for depth, key in enumerate(keys[:-1]):
+            inner = place.setdefault(key, {})
+            if inner is None:
+                inner = place[key] = {}
+            if not isinstance(inner, dict):
+                raise ValueError(
+                    f"An override sets a key of a mapping, got {override!r}, where {'.'.join(keys[: depth + 1])} is "
+                    f"{inner!r}."
+                )
+            place = inner
+        place[keys[-1]] = parse_yaml(text, f"the value of {override!r}")
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
+def with_environment(value: Any, where: str = "") -> Any:
+    """A copy in which `${VARIABLE}` and `${VARIABLE:-default}` are replaced in all strings, and `${package:name}` by
+    the folder of an installed Python package, which is not imported.
+
+    Raises:
+        ValueError: for a variable that is not set or a package that is not installed, and no default; `where` is the
+            key's path so far.
+
+    Example:
+        >>> with_environment({"path": "${NOT_SET_ANYWHERE:-models}/llama"})
+        {'path': 'models/llama'}
+    """
+    if isinstance(value, Mapping):
+        return {key: with_environment(inner, f"{where}.{key}".lstrip(".")) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_environment(inner, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def replaced(match: re.Match[str]) -> str:
+        found = _package_folder(match[2]) if match[1] else os.environ.get(match[2])
+        found = found or match[3]
+        if found is None and match[1]:
+            raise ValueError(
+                f"`{where}` is {value!r}, got no package {match[2]}; install it, or replace the whole value with "
+                f"`--set {where}=...`."
+            )
+        if found is None:
+            raise ValueError(
+                f"`{where}` is {value!r}, got no environment variable {match[2]}; set it, or replace the whole value "
+                f"with `--set {where}=...`."
+            )
+        return found
+
+    return _VARIABLE.sub(replaced, value)
+
+
+def _package_folder(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    places = (spec.submodule_search_locations if spec else None) or []
+    return next(iter(places), None)
+
+
+def check_keys(where: str, keys: Iterable[Any], known: Iterable[str]) -> None:
+    """Raises:
+    ValueError: for a key that is not known, with the nearest one that is.
+
+    Example:
+        >>> check_keys("training", ["learning_rat"], ["learning_rate", "max_steps"])
+        Traceback (most recent call last):
+        ValueError: `training` has no key 'learning_rat'; did you mean 'learning_rate'?
+    """
+    known = sorted(known)
+    for key in keys:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        if near:
+            hint = f"; did you mean {near[0]!r}?"
+        else:
+            hint = f"; its keys are {', '.join(known[:20])}{' and more' if len(known) > 20 else ''}."
+        raise ValueError(f"`{where}` has no key {key!r}{hint}")
+
+
+def check_type(where: str, value: Any, hint: Any) -> None:
+    """Raises:
+    ValueError: for a value of another type; integers count as floats, booleans as neither.
+
+    Example:
+        >>> check_type("data.max_length", "long", int | None)
+        Traceback (most recent call last):
+        ValueError: `data.max_length` is int or None, got 'long'.
+    """
+    if not _fits(value, hint):
+        raise ValueError(f"`{where}` is {_spelled(hint)}, got {value!r}.")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for option in _options(hint):
+        plain: Any = typing.get_origin(option) or option
+        if plain is Any or (plain is type(None) and value is None) or (plain is bool and isinstance(value, bool)):
+            return True
+        if plain in (int, float):
+            numbers = (int,) if plain is int else (int, float)
+            if isinstance(value, numbers) and not isinstance(value, bool):
+                return True
+        elif isinstance(plain, type) and plain not in (bool, type(None)) and isinstance(value, plain):
+            inner, members = typing.get_args(option), cast(Any, value)
+            if plain is list and inner and not all(_fits(item, inner[0]) for item in members):
+                continue
+            if plain is dict and inner and not all(_fits(item, inner[1]) for item in members.values()):
+                continue
+            return True
+    return False
+
+
+def _spelled(hint: Any) -> str:
+    names = []
+    for option in _options(hint):
+        plain, inner = typing.get_origin(option) or option, typing.get_args(option)
+        name = "None" if plain is type(None) else getattr(plain, "__name__", str(plain))
+        names.append(f"{name} of {_spelled(inner[-1])}" if inner and plain in (list, dict) else name)
+    return " or ".join(names)

@@ -1,0 +1,154 @@
+"""Before a merge: is it exact, and how exact is it where it cannot be?
+
+The merged weight has to have the zeros of the forward, and its function. A quantised base model holds merged weights
+only to the rounding of its codes; what that loses is added up over its layers and said.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sparse import ops
+from peft_sparse.linears import bits, copy_of, quantized_weight, weight_parameter
+from peft_sparse.sparsity import Weight, round_keeping_support, weight_entries, with_entries
+
+# Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
+# float32 allows for TF32 matmuls.
+MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+PROBE_ROWS = 4
+
+
+def merged_into(layer: Any, weight: Weight, adapter_name: str) -> Weight:
+    """One adapter of a layer merged into a weight, checked; nothing is written.
+
+    Raises:
+        ValueError, RuntimeError: see [`SparseLayer.merged_weight`].
+    """
+    effective, support = layer.effective_weight(adapter_name, weight), layer.support(adapter_name, weight)
+    entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
+    check_finite(entries, adapter_name, layer._module_name)
+    merged = with_entries(effective, entries)
+    check_merge(layer, merged, support, weight, adapter_name)
+    return merged
+
+
+def rounded_to(dtype: torch.dtype, merged: torch.Tensor, module_name: str) -> torch.Tensor:
+    """A merged weight in another dtype, with the same zeros.
+
+    Raises:
+        ValueError: if the dtype cannot hold a weight.
+    """
+    rounded = round_keeping_support(merged, merged != 0, dtype)
+    if not rounded.isfinite().all():
+        raise ValueError(
+            f"Weights of {dtype} are below {torch.finfo(dtype).max:g}, got {float(merged.abs().max()):g} in "
+            f"`{module_name}`; take torch.bfloat16. Nothing was merged."
+        )
+    return rounded
+
+
+def copy_to_restore(base_layer: nn.Module, own: torch.Tensor) -> Any:
+    """What unmerging puts back into a base layer whose weight is whole now.
+
+    Args:
+        own: what this process has of that weight at other times.
+    """
+    if bits(base_layer) is not None:
+        return copy_of(quantized_weight(base_layer))
+    whole = weight_parameter(base_layer).detach()
+    # FSDP2's share of it is enough; ZeRO-3 has none that could be kept in this way
+    return (own if own.shape == whole.shape else whole).clone()
+
+
+def check_finite(merged: torch.Tensor, adapter_name: str, module_name: str) -> None:
+    """Raises:
+    ValueError: if a merged weight holds NaN or infinity."""
+    if merged.isfinite().all():
+        return
+    found = int((~merged.isfinite()).sum())
+    raise ValueError(
+        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs "
+        f"finite weights, got {found} NaN or infinite ones of {merged.numel()} in `{module_name}`; train "
+        "with a lower learning rate, or load an earlier checkpoint. Nothing was merged."
+    )
+
+
+def check_merge(layer: Any, merged: Weight, support: torch.Tensor, weight: Weight, adapter_name: str) -> None:
+    """Compare a merged weight with the forward of its layer.
+
+    Args:
+        layer: a SparseLayer.
+        merged: what would be written.
+        support: where the forward's weight is not zero.
+        weight: the base weight of that forward.
+
+    Raises:
+        RuntimeError: if zeros or outputs differ.
+    """
+    entries = weight_entries(merged)
+    moved = int(((entries != 0) != support).sum())
+    if moved:
+        raise RuntimeError(
+            f"Merging keeps every zero of the forward, got {moved} that differ in `{layer._module_name}` (adapter "
+            f"{adapter_name}). Nothing was merged; please report this with your config."
+        )
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    probe = torch.randn(PROBE_ROWS, layer.in_features, generator=generator).to(entries)
+    with torch.autocast(device_type=entries.device.type, enabled=False):
+        expected = layer.adapted_linear(probe, weight, None, adapter_name).double()
+        difference = (ops.packed_linear(probe, merged, None).double() - expected).norm()
+    tolerance = MERGE_TOLERANCE[entries.dtype]
+    if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(entries.dtype).tiny):
+        raise RuntimeError(
+            f"Merging keeps the layer's function, got outputs that differ by {difference / expected.norm():.1e} "
+            f"(relative; at most {tolerance:.0e} is rounding) in `{layer._module_name}` (adapter {adapter_name}). "
+            "Nothing was merged; please report this with your config."
+        )
+
+
+class RoundingErrors:
+    """||W_kept - W|| / ||W|| and max |W_kept - W| of merged weights W, of each layer and of all together."""
+
+    def __init__(self) -> None:
+        self.worst: dict[str, float] = {}  # relative error by layer
+        self.largest = 0.0
+        self._squares, self._norm = 0.0, 0.0
+
+    def add(self, name: str, merged: torch.Tensor, kept: torch.Tensor) -> None:
+        """Count one layer.
+
+        Args:
+            merged: (out, in), as the adapters make it.
+            kept: (out, in), as it is stored.
+        """
+        difference = kept.to(merged.dtype) - merged
+        squares, norm = float(difference.square().sum()), float(merged.square().sum())
+        self._squares, self._norm = self._squares + squares, self._norm + norm
+        self.largest = max(self.largest, float(difference.abs().max()))
+        self.worst[name] = math.sqrt(squares / norm) if norm else 0.0
+
+    @property
+    def relative(self) -> float:
+        """||W_kept - W|| / ||W|| over all layers."""
+        return math.sqrt(self._squares / self._norm) if self._norm else 0.0
+
+    def warn(self, dtype: torch.dtype | None) -> None:
+        """State the error.
+
+        Args:
+            dtype: of dense weights; None: they were quantised again.
+        """
+        name = max(self.worst, key=lambda name: self.worst[name])
+        layers, outputs = f"{len(self.worst)} quantised layers", "so that outputs may differ"
+        how = f"quantises {layers} again" if dtype is None else f"rounds {layers} to {dtype}"
+        way_out = "; `merge_and_unload(dequantize_to=torch.bfloat16)` loses less" if dtype is None else ""
+        warnings.warn(
+            f"Merging {how}, {outputs}: relative error of the weights {self.relative:.2%} (worst layer `{name}`: "
+            f"{self.worst[name]:.2%}), largest error of one weight {self.largest:.2g}. No zero moves{way_out}.",
+            stacklevel=4,
+        )

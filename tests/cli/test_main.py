@@ -1,0 +1,306 @@
+"""The command line as a new user meets it: help, each command from end to end, `--json`, errors, exit statuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_sparse import SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
+from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, USAGE, main, make_parser
+
+from models import WORDS, save_with_tokenizer, tiny_bert, tiny_llama
+
+pytest.importorskip("datasets")
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("prune", "finetune", "merge", "evaluate", "report", "verify", "pack", "unpack")
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return save_with_tokenizer(tiny_llama(), tmp_path / "llama")
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    return save_with_tokenizer(prune_magnitude(tiny_llama(), "2:4"), tmp_path / "pruned")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(WORDS[(3 * i + 7 * j) % 90] for j in range(30)) for i in range(30)))
+    return str(path)
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command; returns (status, stdout, stderr)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+# Help and the command line itself
+
+
+def test_help_lists_the_commands_and_what_exit_statuses_mean(cli):
+    status, out, _ = cli("--help")
+    assert status == DONE
+    assert all(re.search(rf"^ +{command} ", out, re.MULTILINE) for command in COMMANDS)
+    assert "exit status:" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_that_parse(command, cli):
+    status, out, _ = cli(command, "--help")
+    assert status == DONE and "--json" in out and "--traceback" in out
+    examples = out.split("examples:")[1].replace("\\\n", " ")
+    found = [line.split("peft_sparse_cli ")[-1].split("peft-sparse ")[-1] for line in examples.splitlines()
+             if "peft" in line and command in line and not line.startswith("`")]  # fmt: skip
+    lines = [re.split(r"   |[|]|&&", line)[0].split() for line in found if line.startswith(command)]
+    assert lines
+    for words in lines:
+        make_parser().parse_args([word for word in words if word != "\\"])
+
+
+def test_writers_have_a_dry_run():
+    for command in ("prune", "finetune", "merge", "pack", "unpack"):
+        options = ["a.yaml"] if command == "finetune" else ["a", "b"]
+        assert make_parser().parse_args([command, *options, "--dry-run"]).dry_run
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["bogus"], ["prune"], ["report"], ["prune", "a", "b", "--num-sequences", "0"]]
+)
+def test_a_wrong_command_line(arguments, cli):
+    assert cli(*arguments)[0] == USAGE
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    """As the console script runs it; also that pyproject.toml names it."""
+    module, function = re.search(r'^peft-sparse = "(\w+):(\w+)"', (ROOT / "pyproject.toml").read_text(), re.M).groups()
+    code = f"import sys; sys.argv = ['peft-sparse', 'prune', '--help']\nfrom {module} import {function}\n"
+    code += (
+        f"status = {function}()\nassert not {{'torch', 'transformers', 'peft'}} & sys.modules.keys()\nsys.exit(status)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "--pattern" in run.stdout
+
+
+def test_the_console_script_runs_a_command(pruned):
+    """Parsed without the package, which is imported afterwards: PST and SPP are registered then as ever."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "peft_sparse_cli", "report", pruned, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["pattern"] == "2:4"
+
+
+# Commands
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "ria"])
+def test_prune(method, cli, llama, text, tmp_path):
+    data = [] if method == "magnitude" else ["--data", text, "--num-sequences", "4", "--length", "16"]
+    arguments = ["prune", llama, tmp_path / "out", "--method", method, "--pattern", "2:4", *data, "--json"]
+    status, out, _ = cli(*arguments, "--dry-run")
+    planned = json.loads(out)
+    assert status == DONE and not planned["written"] and not (tmp_path / "out").exists()
+    status, out, _ = cli(*arguments)
+    result = json.loads(out)
+    assert status == DONE and result["written"] and result["pattern"] == "2:4"
+    assert result["zeros"] == planned["zeros"] == sparsity_report(tmp_path / "out").total_zeros
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert cli("verify", tmp_path / "out", "--pattern", "2:4")[0] == DONE
+
+
+def test_prune_plans_what_rows_and_names_give(cli, llama, text, tmp_path):
+    arguments = ["prune", llama, tmp_path / "out", "--sparsity", "0.3", "--data", text, "--length", "16", "--json"]
+    arguments += ["--exclude-modules", "down_proj", "--num-sequences", "2"]
+    planned = json.loads(cli(*arguments, "--dry-run")[1])
+    result = json.loads(cli(*arguments, "--pack")[1])
+    assert planned["zeros"] == result["zeros"] > 0
+    assert load_sparse(tmp_path / "out").config.model_type == "llama"
+
+
+def test_pack_and_unpack_give_the_same_bits(cli, pruned, tmp_path):
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    planned = json.loads(cli("pack", pruned, packed, "--dry-run", "--json")[1])
+    assert not packed.exists()
+    status, out, _ = cli("pack", pruned, packed, "--json")
+    result = json.loads(out)
+    assert status == DONE and result["bytes_after"] < result["bytes_before"]
+    assert planned["bytes_after"] == pytest.approx(result["bytes_after"], rel=0.3)  # headers weigh in a tiny model
+    assert cli("unpack", packed, dense, "--dry-run")[0] == DONE and not dense.exists()
+    assert cli("unpack", packed, dense)[0] == DONE
+    expected = weights(pruned)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(dense).items())
+    assert (dense / "tokenizer.json").is_file()
+    assert cli("unpack", dense, tmp_path / "again")[0] == FAILED
+
+
+def adapted(model, config, folder):
+    adapter = get_peft_model(model, config)
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    adapter.save_pretrained(folder)
+    return adapter
+
+
+def test_merge_keeps_the_zeros_and_the_function(cli, pruned, tmp_path):
+    model = adapted(AutoModelForCausalLM.from_pretrained(pruned), SppConfig(r=4), tmp_path / "adapter")
+    expected = model.eval()(torch.arange(4, 12)[None]).logits
+    assert cli("merge", tmp_path / "adapter", tmp_path / "merged", "--dry-run")[0] == DONE
+    assert not (tmp_path / "merged").exists()
+    status, out, _ = cli("merge", tmp_path / "adapter", tmp_path / "merged", "--json")
+    assert status == DONE and json.loads(out)["verified"]["ok"]
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.arange(4, 12)[None]).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merge_of_lora_says_that_zeros_are_gone(cli, pruned, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted(AutoModelForCausalLM.from_pretrained(pruned), config, tmp_path / "adapter")
+    status, out, _ = cli("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert status == 1 and "FAILED" in out
+    status, out, _ = cli("verify", tmp_path / "merged", "--reference", pruned)
+    assert status == 1 and "zeros lost" in out
+
+
+def test_report_and_verify(cli, pruned, llama):
+    status, out, _ = cli("report", pruned)
+    assert status == DONE and "2:4" in out
+    status, out, _ = cli("verify", pruned, "--reference", pruned, "--json")
+    assert status == DONE and json.loads(out)["ok"]
+    assert cli("verify", llama, "--reference", pruned)[0] == 1
+
+
+def test_evaluate_text_is_the_librarys_perplexity(cli, pruned, text, tmp_path):
+    status, out, _ = cli("evaluate", pruned, "--data", text, "--length", "32", "--json")
+    result = json.loads(out)
+    assert status == DONE
+    words = Path(text).read_text().split()
+    ids = torch.tensor([WORDS.index(word) + 4 for word in words] + [2])
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    assert result["perplexity"] == pytest.approx(perplexity(model, ids, window=32, progress=False), rel=1e-5)
+    save_sparse(model, tmp_path / "packed")
+    status, out, _ = cli("evaluate", tmp_path / "packed", "--data", text, "--length", "32", "--json",
+                         "--tokenizer", pruned)  # fmt: skip
+    assert json.loads(out)["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+
+
+def test_evaluate_a_classifier(cli, tmp_path):
+    pytest.importorskip("evaluate")
+    bert, rows = save_with_tokenizer(tiny_bert(), tmp_path / "bert"), tmp_path / "rows.csv"
+    rows.write_text("sentence,label\n" + "\n".join(f"{WORDS[i]} {WORDS[i + 1]},{i % 2}" for i in range(20)))
+    status, out, _ = cli(
+        "evaluate", bert, "--task", "sequence_classification", "--data", rows, "--text-column", "sentence",
+        "--label-column", "label", "--metric", "accuracy", "f1", "--json",
+    )  # fmt: skip
+    result = json.loads(out)
+    assert status == DONE and result["examples"] == 20 and 0 <= result["accuracy"] <= 1 and "f1" in result
+
+
+def test_finetune_and_evaluate_by_a_recipe(cli, pruned, text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+model: {{path: {pruned}}}
+adapter: {{method: spp, r: 4}}
+data: {{path: {text}, validation_split: train, text: text, max_length: 16}}
+training: {{output_dir: {tmp_path / "run"}, max_steps: 3, learning_rate: 1e-2, use_cpu: true}}
+output: {{merge: true}}
+""")
+    status, out, _ = cli("finetune", path, "--dry-run", "--json")
+    assert status == DONE and json.loads(out)["trainable"] > 0 and not (tmp_path / "run").exists()
+    status, out, _ = cli("finetune", path, "--json", "--set", "training.max_steps=2", "--set", "training.save_steps=1")
+    result = json.loads(out)
+    assert status == DONE and result["steps"] == 2 and result["zeros_lost"] == 0
+    assert cli("finetune", path)[0] == FAILED  # there is a run
+    assert cli("verify", result["merged"], "--reference", pruned)[0] == DONE
+    status, out, _ = cli("evaluate", result["adapter"], "--config", path, "--json")
+    measured = json.loads(out)
+    assert status == DONE and measured["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+# Errors
+
+
+def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
+    status, out, err = cli("report", tmp_path / "nowhere")
+    assert status == FAILED and out == ""
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and "nowhere" in err
+    status, _, err = cli("report", tmp_path / "nowhere", "--traceback")
+    assert status == FAILED and "Traceback" in err and err.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "LLAMA", "NEW", "--pattern", "3:2", "--data", "TEXT"], "3:2"),
+        (["prune", "LLAMA", "NEW", "--pattern", "2:4"], "wanda calibrates on data"),
+        (["prune", "LLAMA", "NEW", "--method", "magnitude", "--data", "TEXT"], "takes no data"),
+        (["prune", "LLAMA", "NEW", "--sparsity", "1.5", "--data", "TEXT"], "1.5"),
+        (["prune", "LLAMA", "NEW", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["prune", "LLAMA", "LLAMA", "--method", "magnitude"], "is not empty; choose another name"),
+        (["prune", "TEXT", "NEW", "--method", "magnitude"], "is no folder"),
+        (["prune", "LLAMA", "NEW", "--data", "TEXT", "--length", "4000"], "4000"),
+        (["merge", "LLAMA", "NEW"], "got .* which has none"),
+        (["pack", "LLAMA", "TEXT"], "which is a file"),
+        (["verify", "LLAMA"], "pass --reference or --pattern"),
+        (["evaluate", "LLAMA"], "give one of the two"),
+        (["evaluate", "LLAMA", "--data", "TEXT", "--text-column", "story"], "got 'story'|names columns"),
+        (["finetune", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input(arguments, message, cli, llama, text, tmp_path):
+    places = {"LLAMA": llama, "TEXT": text, "NEW": str(tmp_path / "new")}
+    status, out, err = cli(*[places.get(argument, argument) for argument in arguments])
+    assert status == FAILED and out == ""
+    assert "Traceback" not in err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, error)
+    assert not (tmp_path / "new").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "text.txt"}  # nothing half-written
+
+
+def test_an_interrupted_command(cli, monkeypatch, llama):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", interrupted)
+    status, _, err = cli("report", llama)
+    assert status == INTERRUPTED and err.strip() == "interrupted"
+
+
+def test_an_unexpected_error_names_its_class(cli, monkeypatch, llama):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", broken)
+    status, _, err = cli("report", llama)
+    assert status == FAILED and err.startswith("error: ZeroDivisionError: no message (--traceback")
+
+
+def test_quiet_says_nothing_but_the_result(cli, llama, tmp_path):
+    status, out, _ = cli("prune", llama, tmp_path / "out", "--method", "magnitude", "--quiet", "--json")
+    assert status == DONE and json.loads(out)["sparsity"] == pytest.approx(0.5, abs=1e-3)

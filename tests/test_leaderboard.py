@@ -1,0 +1,443 @@
+"""The leaderboard: the search, the store and its claims, each row on a tiny model, and the command from runs to table.
+
+The models are random and the texts made up here, so nothing is needed from `shared/`.
+"""
+
+import json
+import math
+import multiprocessing
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.leaderboard import (
+    __main__ as command,
+)
+from benchmarks.leaderboard import (
+    encoders,
+    language,
+    methods,
+    metrics,
+    nlg,
+    parts,
+    plan,
+    pst_methods,
+    search,
+    settings,
+    store,
+    summary,
+    training,
+    tuned,
+    variants,
+    zeroshot,
+)
+from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget
+from peft_sparse import prune_magnitude
+from peft_sparse.linears import block_linears, get_weight
+
+import models
+
+SMOKE = Budget("smoke", 5, 2, 16, 2, 2, 3, zeroshot_rows=2, calibration_rows=2)
+CPU = torch.device("cpu")
+LETTERS = "\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,?[]'-_"
+
+
+# Fixtures: a tokenizer of characters, data of a few rows
+
+
+def save_with_tokenizer(model, folder):
+    """The model and a tokenizer whose tokens are characters."""
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    vocabulary = special | {letter: 4 + index for index, letter in enumerate(LETTERS)}
+    assert len(vocabulary) <= models.VOCAB_SIZE
+    tokenizer = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        cls_token="<s>", sep_token="</s>",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Laid out as shared/data."""
+    folder = tmp_path_factory.mktemp("data")
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    for name in (language.TRAIN_TEXT, language.TEST_TEXT):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    write_rows(folder / language.CALIBRATION, [{"text": text[:200]}] * 6)
+    for task in zeroshot.TASKS.values():
+        rows = [{"question": "A _ is good.", "choices": ["dog", "fox"], "label": 0}]
+        write_rows(folder / task, [*rows, {"question": "what is it?", "choices": ["a", "bcd"], "label": 1}])
+    row = {"sentence": "a good dog", "sentence1": "a fox", "sentence2": "a dog"}
+    for task in encoders.TASKS:
+        rows = [row | {"label": index % 2} for index in range(20)]
+        write_rows(folder / "glue" / task / "train.jsonl", rows)
+        write_rows(folder / "glue" / task / "dev.jsonl", rows[:6])
+    pairs = [{"mr": f"n[{index % 10}]", "ref": "the dog."} for index in range(30)]
+    write_rows(folder / "e2e_nlg" / "train.jsonl", pairs)
+    write_rows(folder / "e2e_nlg" / "test.jsonl", [{"mr": "n[1]", "refs": ["a dog.", "the dog."]}] * 4)
+    return folder
+
+
+def part_of(cls, model, tmp_path, data, budget=SMOKE):
+    folder = save_with_tokenizer(model, tmp_path / "model")
+    return cls(folder, data, store.Store(tmp_path / "store"), budget, CPU)
+
+
+# The search
+
+
+@given(log_best=st.floats(-9, 1), tries=st.integers(4, 7))
+def test_the_search_walks_to_a_best_rate_wherever_it_lies(log_best, tries):
+    tried: list = []
+    while (rates := search.next_rates(tried, (1e-3,), tries)) is not None:
+        assert rates not in [one for one, _ in tried] and rates[0] > 0
+        tried.append((rates, abs(math.log(rates[0]) - log_best)))
+    assert len(tried) == tries
+    best = min(score for _, score in tried)
+    start = tried[0][1]
+    # Each try but the one in the wrong direction gets closer by the factor, until the best lies inside.
+    assert best <= max(start - (tries - 2) * math.log(search.FACTOR), 0.6 * math.log(search.FACTOR))
+
+
+def test_two_rates_share_the_tries():
+    tried: list = []
+    while (rates := search.next_rates(tried, (1e-3, 1e-2), 6)) is not None:
+        tried.append((rates, abs(math.log(rates[0] / 4e-3)) + abs(math.log(rates[1] / 1e-3))))
+    assert [rates[1] for rates, _ in tried[:3]] == [1e-2] * 3
+    assert len({rates[0] for rates, _ in tried[3:]}) == 1 and tried[-1][0][1] < 1e-2
+
+
+def test_a_rate_that_diverges_is_left_downwards():
+    assert search.next_rates([((1.0,), math.inf)], (1.0,), 4)[0] < 1
+    assert search.next_rates([((1.0,), math.inf), ((0.111,), 2.0)], (1.0,), 4)[0] < 0.111
+
+
+def test_an_edge_is_told():
+    assert search.at_edge([((1.0,), 2.0), ((3.0,), 1.0)])
+    assert not search.at_edge([((1.0,), 2.0), ((3.0,), 1.0), ((9.0,), 2.0)])
+
+
+# The store
+
+
+def test_a_torn_line_is_dropped_and_the_next_one_is_whole(tmp_path):
+    kept = store.Store(tmp_path)
+    kept.add({"key": "a"})
+    with kept.path.open("ab") as file:
+        file.write(b'{"key": "b", "sco')
+    assert list(kept.records()) == ["a"]
+    kept.add({"key": "c"})
+    assert list(store.Store(tmp_path).records()) == ["a", "c"]
+
+
+def test_a_claim_is_for_one_and_ends_with_its_context(tmp_path):
+    first, second = store.Store(tmp_path), store.Store(tmp_path)
+    with first.claim("x") as mine, second.claim("x") as theirs:
+        assert mine and not theirs
+    with second.claim("x") as theirs:
+        assert theirs
+
+
+def _line(seeds=(0, 1), start=(1.0,), budget=SMOKE):
+    return plan.Line("causal-lm", "m", "case", "row", start, seeds, budget)
+
+
+def _log_and_score(folder, trial):
+    with (folder / "log").open("a") as file:
+        file.write(trial.key + "\n")
+    return {"score": abs(math.log(trial.rates[0]))}
+
+
+def _work(folder, lines):
+    plan.work(store.Store(folder), lines, lambda trial: _log_and_score(folder, trial), say=lambda text: None)
+
+
+def test_two_workers_make_each_run_once(tmp_path):
+    lines = [plan.Line("p", "m", "case", str(i), (1.0,), (0, 1, 2), SMOKE) for i in range(6)]
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(tmp_path, lines)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    made = (tmp_path / "log").read_text().split()
+    assert len(made) == len(set(made)) == len(lines) * (SMOKE.tries + 3) == len(store.Store(tmp_path).records())
+
+
+def test_work_goes_on_where_it_stopped(tmp_path):
+    kept, calls = store.Store(tmp_path), []
+
+    def run(trial):
+        calls.append(trial)
+        if len(calls) == 3:
+            raise ValueError("a bug")
+        return {"score": trial.rates[0]}
+
+    with pytest.raises(RuntimeError, match="This run failed: case"):
+        plan.work(kept, [_line()], run, say=lambda text: None)
+    assert len(kept.records()) == 2
+    assert plan.work(kept, [_line()], run, say=lambda text: None) == 2
+    assert [trial.stage for trial in calls] == [SEARCH, SEARCH, FINAL, FINAL, FINAL]
+    assert plan.work(kept, [_line(seeds=(0, 1, 2))], run, say=lambda text: None) == 1
+
+
+def test_refusals_and_divergence_are_results(tmp_path):
+    kept = store.Store(tmp_path)
+
+    def refuse(trial):
+        raise settings.Unsupported("no Conv1D")
+
+    def diverge(trial):
+        raise settings.Diverged("nan")
+
+    assert plan.work(kept, [_line()], refuse, say=lambda text: None) == 1
+    other = _line(budget=SMOKE.change(steps=9))
+    plan.work(kept, [other], diverge, say=lambda text: None)
+    rows = summary.rows_of([_line(), other], kept.records(), {"row": "Row"}, "perplexity")
+    assert [row.status for row in rows] == ["not supported", "2 of 2 seeds diverged"]
+
+
+def test_final_runs_have_none_of_the_search_s_seed():
+    with pytest.raises(SystemExit, match="--seeds"):
+        command.main(["--seeds", str(settings.SEARCH_SEED)])
+
+
+# The rows
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in methods.METHODS.items() if method.adapt and not method.dense]
+)
+def test_a_row_trains_merges_and_keeps_the_zeros(name):
+    model = prune_magnitude(models.tiny_llama(), "2:4")
+    zeros = {key: get_weight(linear) == 0 for key, linear in block_linears(model).items()}
+    ids = torch.randint(3, models.VOCAB_SIZE, (2, 16))
+    method = methods.METHODS[name]
+    row = method.adapt(model)
+    size = sum(parameter.numel() for parameter in row.trainable)
+    start = training.outputs(row.model, {"input_ids": ids})
+    training.train(row, method.start, [{"input_ids": ids, "labels": ids}], SMOKE, CPU)
+    before = training.outputs(row.model, {"input_ids": ids})
+    assert (before - start).abs().max() > 1e-4  # it trained
+    merged = row.merge()
+    difference = (training.outputs(merged, {"input_ids": ids}) - before).abs().max()
+    assert not any((get_weight(linear)[zeros[key]] != 0).any() for key, linear in block_linears(merged).items())
+    assert (difference < 1e-4) == (name != "lora_remask")
+    if name in ("hira", "masked_lora", "supertuning", "lora_remask"):
+        own = sum(p.numel() for p in methods.METHODS["spp"].adapt(models.tiny_llama()).trainable)
+        assert 0.7 < size / own < 1.1
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_starts_as_the_pruned_model_and_trains(name):
+    model = prune_magnitude(models.tiny_llama(), "2:4")
+    ids = torch.randint(3, models.VOCAB_SIZE, (2, 16))
+    start = training.outputs(model, {"input_ids": ids})
+    row = variants.VARIANTS[name].adapt(model)
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    row.prepare(batches)
+    assert torch.equal(training.outputs(row.model, batches[0]), start)
+    groups = row.parameter_groups((1e-2,))
+    assert sum(len(group["params"]) for group in groups) == len(row.trainable)
+    training.train(row, (1e-2,), batches, SMOKE, CPU)
+    assert (training.outputs(row.model, batches[0]) - start).abs().max() > 1e-4
+
+
+def test_the_start_along_the_gradient_shows_more_of_it():
+    model, ids = prune_magnitude(models.tiny_llama(), "2:4"), torch.randint(3, models.VOCAB_SIZE, (2, 16))
+    row = variants.VARIANTS["spp_gradient"].adapt(model)
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    own = [parameter for name, parameter in row.model.named_parameters() if ".spp_B." in name]
+
+    def shown():
+        gradients = torch.autograd.grad(row.model(**batches[0]).loss, own)
+        return torch.stack([gradient.norm() for gradient in gradients])
+
+    before = shown()
+    row.prepare(batches)
+    assert (shown() > 2 * before).float().mean() > 0.9
+
+
+def test_masked_lora_is_the_formula():
+    model = prune_magnitude(models.tiny_llama(), "2:4")
+    linear = next(iter(block_linears(model).values()))
+    weight = linear.weight.detach().clone()
+    row = tuned.masked_lora(model, 3, 6.0)
+    lora = linear.parametrizations.weight[0]
+    torch.nn.init.normal_(lora.B)
+    expected = weight + (weight != 0) * 2.0 * (lora.B @ lora.A)
+    assert torch.allclose(linear.weight, expected)
+    row.merge()
+    assert torch.equal(linear.weight, expected) and type(linear) is torch.nn.Linear
+
+
+def test_super_tuning_says_that_it_refuses_conv1d():
+    with pytest.raises(settings.Unsupported, match="Conv1D"):
+        methods.METHODS["supertuning"].adapt(prune_magnitude(models.tiny_gpt2(), "2:4"))
+
+
+@pytest.mark.parametrize("name", pst_methods.METHODS)
+def test_a_row_becomes_sparse(name, tmp_path, data):
+    part = part_of(encoders.Encoders, models.tiny_bert(), tmp_path, data)
+    (line,) = part.lines(["sst2 75%"], [name], (0,))
+    found = part.run(line.trial(FINAL, line.start, 0))
+    assert found["sparsity"] == pytest.approx(0.0 if name == "dense" else 0.75, abs=2e-3)
+    assert found["zeros_lost"] == found["violations"] == 0 and 0 <= found["GLUE metric"] <= 1
+    assert (found["merge_difference"] < 1e-4) == (name != "one_shot_after")
+    without = {"pst_no_ab": 1, "pst_no_rc": 1, "pst_no_uv": 1}
+    if name in without:
+        full = part.run(part.lines(["sst2 75%"], ["pst"], (0,))[0].trial(SEARCH, (1e-3, 1e-3), 0))
+        assert found["trainable"] < full["trainable"]
+
+
+def test_a_seed_draws_the_same_batches_for_every_row(tmp_path, data):
+    part = part_of(language.CausalLm, models.tiny_llama(), tmp_path, data)
+    first, again, other = part.batches(0), part.batches(0), part.batches(1)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
+    assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, other, strict=True))
+    apart = {tuple(row.tolist()) for row in part._windows[part._num_train :]}
+    assert apart and part._num_train + len(part._windows[part._num_train :]) == len(part._windows)
+
+
+# Zero-shot and metrics
+
+
+def test_log_likelihoods_are_those_of_the_model(tmp_path):
+    folder = save_with_tokenizer(models.tiny_llama(), tmp_path)
+    model, tokenizer = models.tiny_llama(), PreTrainedTokenizerFast.from_pretrained(folder)
+    asked = [zeroshot.Request("a dog", " is good", 8), zeroshot.Request("cat", " b", 1)]
+    found = zeroshot.log_likelihoods(model, tokenizer, asked, 64)
+    for one, value in zip(asked, found, strict=True):
+        ids = tokenizer(one.context + one.continuation, return_tensors="pt")["input_ids"]
+        logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        count = len(one.continuation)
+        expected = logs.gather(1, ids[0, 1:, None])[-count:].sum()
+        assert value == pytest.approx(expected.item(), abs=1e-4)
+    cut = zeroshot.log_likelihoods(model, tokenizer, [zeroshot.Request("a" * 90, " dog", 3)], 64)
+    assert math.isfinite(cut[0])
+
+
+def test_metrics_by_hand():
+    predicted, labels = torch.tensor([1, 1, 0, 0, 1]), torch.tensor([1, 0, 0, 1, 1])
+    assert metrics.accuracy(predicted, labels) == pytest.approx(0.6)
+    assert metrics.f1(predicted, labels) == pytest.approx(2 / 3)
+    assert metrics.matthews(predicted, labels) == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    line = metrics.pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.5]))
+    assert line == pytest.approx(4.5 / math.sqrt(2 * 61 / 6))
+    assert metrics.pearson(torch.ones(3), torch.ones(3)) == metrics.f1(torch.zeros(2), torch.zeros(2)) == 0.0
+    # By hand: 3/4 unigrams, 2/3 bigrams, 1/2 trigrams of "a b c x" against "a b c d"; no 4-gram.
+    assert metrics.bleu(["a b c x"], [["a b c d"]], order=3) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
+    assert metrics.bleu(["a b c x"], [["a b c d"]]) == 0.0
+    short = metrics.bleu(["a b c d"], [["a b c d e f g h"]])
+    assert short == pytest.approx(100 * math.exp(1 - 2))
+
+
+def test_generation_stops_at_the_end_of_a_line(tmp_path):
+    folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path)
+    tokenizer, model = PreTrainedTokenizerFast.from_pretrained(folder), models.tiny_gpt2()
+    ids = tokenizer("n[1]\n", return_tensors="pt")["input_ids"]
+    text = nlg.generate(model, tokenizer, "n[1]\n")
+    greedy = model.generate(ids, max_new_tokens=models.MAX_LENGTH - ids.shape[1], do_sample=False, eos_token_id=4)
+    expected = tokenizer.decode(greedy[0, ids.shape[1] :]).split("\n")[0]
+    assert text[:20] == expected[:20]
+
+
+# What the table says
+
+
+def _row(name, values, case="wanda 2:4"):
+    return summary.Row(case, name, name.upper(), values, (1e-3,), False, len(values))
+
+
+def test_a_loss_is_stated_and_a_difference_within_the_spread_is_none():
+    rows = [_row("spp", [10.0, 10.2]), _row("hira", [9.0, 9.1]), _row("ia3", [20.0, 21.0]), _row("full", [10.0, 10.3])]
+    found = summary.verdicts(rows, "spp", ["hira", "ia3", "full", "lora"], "lower")
+    assert ["LOSES" in found[0], "wins" in found[1], "level" in found[2]] == [True] * 3 and len(found) == 3
+    higher = summary.verdicts(rows, "spp", ["hira"], "higher")
+    assert "wins" in higher[0]
+    single = summary.verdicts([_row("spp", [1.0]), _row("hira", [9.0])], "spp", ["hira"], "lower")
+    assert "no verdict" in single[0]
+
+
+# The command
+
+
+def run_command(tmp_path, data, model, *options):
+    argv = ["--budget", "smoke", "--seeds", "0", "1", "--device", "cpu", "--threads", "1"]
+    argv += ["--store", str(tmp_path / "store"), "--out", str(tmp_path / "out"), "--data", str(data)]
+    return command.main([*argv, "--model", str(model), *options])
+
+
+def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys):
+    folder = save_with_tokenizer(models.tiny_llama(), tmp_path / "tiny")
+    options = ("--part", "causal-lm", "--cases", "wanda 2:4", "--rows", "dense", "pruned", "spp", "lora_remask")
+    assert run_command(tmp_path, data, folder, *options) == 0
+    records = store.Store(tmp_path / "store").records()
+    assert len(records) == 2 + 2 * (parts.BUDGETS["causal-lm"]["smoke"].tries + 2)
+    finals = [record for record in records.values() if record["stage"] == FINAL and record["case"] != "dense"]
+    assert len({record["fingerprint"] for record in finals}) == 1  # one checkpoint for all rows
+    assert all(record["zeros_lost"] == 0 and record["sparsity"] == 0.5 for record in finals)
+    assert {record["commit"] for record in records.values()} and all(record["seed"] < 2 for record in finals)
+    text = (tmp_path / "out" / "causal-lm-tiny-smoke.md").read_text()
+    assert "SPP r=16 (ours)" in text and "zero-shot accuracy" in text and "Ours loses beyond the spread" in text
+    assert (tmp_path / "out" / "causal-lm-tiny-smoke.csv").read_text().count("\n") == 5
+    runs = (tmp_path / "out" / "causal-lm-tiny-smoke-runs.csv").read_text()
+    assert runs.count("\n") == len(records) + 1
+    assert run_command(tmp_path, data, folder, *options) == 0
+    assert len(store.Store(tmp_path / "store").records()) == len(records)
+    capsys.readouterr()
+    assert run_command(tmp_path, data, folder, *options, "--list") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_nlg_from_the_command(tmp_path, data):
+    folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path / "tiny")
+    assert run_command(tmp_path, data, folder, "--part", "nlg", "--cases", "e2e 50%", "--rows", "dense", "pst") == 0
+    text = (tmp_path / "out" / "nlg-tiny-smoke.md").read_text()
+    assert "PST (ours)" in text and "BLEU" in text and "50.0" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part", "causal-lm", "--cases", "wonda 2:4"], "A case is"),
+        (["--part", "causal-lm", "--rows", "sppp"], "A row of causal-lm is"),
+        (["--part", "nlg", "--cases", "e2e 190%"], "A case is"),
+        (["--part", "encoders", "--rows", "spp"], "A row of encoders is"),
+        (["--part", "causal-lm", "--steps", "2"], "more than 3 steps"),
+        (["--part", "causal-lm", "--tries", "0"], "--tries is at least 1"),
+        (["--part", "causal-lm", "nlg"], "--model is for one part"),
+    ],
+)
+def test_what_there_is_not_is_refused(tmp_path, data, options, message):
+    folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path / "tiny")
+    with pytest.raises(SystemExit, match=message):
+        run_command(tmp_path, data, folder, *options)
+
+
+def test_minilm_as_a_roberta_is_exact(tmp_path):
+    bert = models.tiny_bert()
+    folder = save_with_tokenizer(bert, tmp_path / "bert")
+    roberta = encoders.relabel_as_roberta(folder, tmp_path / "roberta")
+    ids = torch.randint(4, models.VOCAB_SIZE, (2, 9))
+    from transformers import AutoModel
+
+    first, second = AutoModel.from_pretrained(folder).eval(), AutoModel.from_pretrained(roberta).eval()
+    assert type(second).__name__ == "RobertaModel"
+    difference = first(input_ids=ids).last_hidden_state - second(input_ids=ids).last_hidden_state
+    assert difference.abs().max() < 1e-6

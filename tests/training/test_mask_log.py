@@ -1,0 +1,65 @@
+"""Numbers about masks in the log: against masks compared one by one."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_sparse import PstConfig, SppConfig, prune_magnitude
+from peft_sparse.training.mask_log import MaskLog, counted_sparsity, score_statistics
+from peft_sparse.tuners.pst import PstLinear
+
+from models import tiny_bert, tiny_llama
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, PstLinear)]
+
+
+def masks_of(model):
+    return torch.cat([layer.get_mask("default").flatten() for layer in layers_of(model)])
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 0.75}, {"pattern": "2:4"}, {"importance": "movement"}])
+def test_churn_is_the_share_of_weights_that_changed_state(settings):
+    model = get_peft_model(tiny_bert(), PstConfig(**settings))
+    log, before = MaskLog(model), masks_of(model)
+    for step in (3, 5, 10):
+        model.base_model.set_sparsity_step(step, 10)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "pst_" in name:
+                parameter.data += 0.05 * torch.randn(parameter.shape)
+        numbers, now = log.measure(model), masks_of(model)
+        assert numbers["mask_churn"] == pytest.approx(float((before != now).double().mean()))
+        assert numbers["sparsity"] == pytest.approx(float((~now).double().mean()))
+        assert numbers["sparsity"] == pytest.approx(counted_sparsity(model)["sparsity"])
+        before = now
+    assert log.measure(model)["mask_churn"] == 0
+
+
+def test_score_statistics_are_those_of_all_scores_together():
+    model = get_peft_model(tiny_bert(), PstConfig(sparsity=0.75))
+    assert "score_pruned_mean" not in score_statistics(model)  # nothing is pruned yet
+    model.base_model.set_sparsity_step(10, 10)
+    scores = torch.cat([layer.get_scores("default").flatten() for layer in layers_of(model)]).double()
+    mask, found = masks_of(model), score_statistics(model)
+    assert found["score_mean"] == pytest.approx(float(scores.mean()), rel=1e-5)
+    assert found["score_std"] == pytest.approx(float(scores.std(correction=0)), rel=1e-5)
+    assert found["score_kept_mean"] == pytest.approx(float(scores[mask].mean()), rel=1e-5)
+    assert found["score_pruned_mean"] == pytest.approx(float(scores[~mask].mean()), rel=1e-5)
+
+
+def test_scores_are_what_the_mask_is_selected_from():
+    model = get_peft_model(tiny_bert(), PstConfig(sparsity=0.5, init_weights=False))
+    model.base_model.set_sparsity_step(10, 10)
+    for layer in layers_of(model):
+        scores, mask = layer.get_scores("default"), layer.get_mask("default")
+        assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_spp_has_sparsity_and_no_churn():
+    model = get_peft_model(prune_magnitude(tiny_llama(), "2:4"), SppConfig(r=4))
+    log = MaskLog(model)
+    for name, parameter in model.named_parameters():
+        if "spp_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    assert log.measure(model) == {"sparsity": 0.5, "mask_churn": 0.0}

