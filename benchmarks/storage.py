@@ -13,6 +13,7 @@ load, so that they come from the disk. Nothing is reported if the models differ.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
@@ -58,6 +59,7 @@ def drop_cache(folder: Path) -> None:
 
 def load_and_touch(folder: Path, load: Load) -> None:
     touch(load(folder))
+    gc.collect()  # lest the next load finds this model still there
 
 
 def build(variant: str, folder: Path) -> Callable[[], None]:
@@ -95,32 +97,36 @@ def _rows(sparsity: float, model: Path | dict[str, int], parent: Path, args: arg
     _check(folder)
     warm = {name: _times(folder / sub, load, args.rounds, cold=False) for name, (sub, load) in LOADS.items()}
     cold = {name: _times(folder / sub, load, args.rounds, cold=True) for name, (sub, load) in LOADS.items()}
-    tiny = folder / "tiny"
-    warm_up = models.load(models.TINY, args.dtype, torch.device("cpu"))
-    warm_up.save_pretrained(tiny / "dense")
-    save_sparse(prune_magnitude(warm_up), tiny / "packed")
-    rows = []
-    for name, (sub, _) in LOADS.items():
-        peak = None
-        if args.memory:
-            peak = memory.peak(partial(build, name, folder), partial(build, name, tiny), args.device, args.threads)
-        rows.append(
-            {
-                "model": models.describe(model),
-                "sparsity": sparsity,
-                "variant": name,
-                "linears_ratio": found[sub][0] / found["dense"][0],
-                "files_mb": found[sub][1] / memory.MB,
-                "files_ratio": found[sub][1] / found["dense"][1],
-                "load_ms": 1e3 * warm[name][0],
-                "warm_ms": 1e3 * warm[name][1],
-                "warm_ratio_dense": warm[name][1] / warm["dense"][1],
-                "cold_ms": 1e3 * cold[name][1],
-                "cold_ratio_dense": cold[name][1] / cold["dense"][1],
-                "peak_mb": None if peak is None else peak.step,
-            }
-        )
-    return rows
+    tiny = models.load(models.TINY, args.dtype, torch.device("cpu"))
+    tiny.save_pretrained(folder / "tiny" / "dense")
+    save_sparse(prune_magnitude(tiny), folder / "tiny" / "packed")
+    peaks = {name: _peak(name, folder, args) for name in LOADS}
+    return [
+        {
+            "model": models.describe(model),
+            "sparsity": sparsity,
+            "variant": name,
+            "linears_ratio_dense": found[sub][0] / found["dense"][0],
+            "files_mb": found[sub][1] / memory.MB,
+            "files_ratio_dense": found[sub][1] / found["dense"][1],
+            "load_ms": 1e3 * warm[name][0],
+            "warm_ms": 1e3 * warm[name][1],
+            "warm_ratio_dense": warm[name][1] / warm["dense"][1],
+            "cold_ms": 1e3 * cold[name][1],
+            "cold_ratio_dense": cold[name][1] / cold["dense"][1],
+            "peak_mb": peaks[name],
+            "peak_ratio_dense": peaks[name] / peaks["dense"] if peaks[name] and peaks["dense"] else None,
+        }
+        for name, (sub, _) in LOADS.items()
+    ]
+
+
+def _peak(name: str, folder: Path, args: argparse.Namespace) -> float | None:
+    """Megabytes of resident memory that a load adds at most; None if it is not measured."""
+    if not args.memory:
+        return None
+    peak = memory.peak(partial(build, name, folder), partial(build, name, folder / "tiny"), args.device, args.threads)
+    return None if peak is None else peak.step
 
 
 def _times(folder: Path, load: Load, rounds: int, cold: bool) -> tuple[float, float]:

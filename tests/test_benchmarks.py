@@ -80,8 +80,8 @@ COLUMNS = {
         "peak_tensors_mb", "peak_step_mb",
     ],
     storage: [
-        "model", "sparsity", "variant", "linears_ratio", "files_mb", "files_ratio", "load_ms", "warm_ms",
-        "warm_ratio_dense", "cold_ms", "cold_ratio_dense", "peak_mb",
+        "model", "sparsity", "variant", "linears_ratio_dense", "files_mb", "files_ratio_dense", "load_ms", "warm_ms",
+        "warm_ratio_dense", "cold_ms", "cold_ratio_dense", "peak_mb", "peak_ratio_dense",
     ],
 }  # fmt: skip
 CPU = torch.device("cpu")
@@ -178,8 +178,8 @@ def test_storage(tmp_path):
     assert list(rows[0]) == [*COLUMNS[storage], *report.METADATA]
     found = by(rows, "variant")
     assert list(found) == ["dense", "packed", "packed_unverified"]
-    assert found["dense"]["linears_ratio"] == found["dense"]["warm_ratio_dense"] == "1"
-    assert 0.25 < float(found["packed"]["linears_ratio"]) < 0.36
+    assert found["dense"]["linears_ratio_dense"] == found["dense"]["warm_ratio_dense"] == "1"
+    assert 0.25 < float(found["packed"]["linears_ratio_dense"]) < 0.36
 
 
 def test_compile_step_says_that_there_is_no_compiler(monkeypatch, capsys):

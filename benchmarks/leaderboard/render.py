@@ -175,7 +175,7 @@ def draw(rows: Sequence[Row], part: Any, path: Path) -> Path | None:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     return path
 
@@ -193,7 +193,9 @@ def _draw_case(axis: Any, case: str, rows: Sequence[Row], part: Any, colours: Ma
                 row.columns["trainable"], row.mean, yerr=row.spread, color=colours[row.row], label=row.title,
                 marker="*" if row.row == part.ours else "o", markersize=12 if row.row == part.ours else 6, capsize=3,
             )  # fmt: skip
-    axis.set_xscale("log")
+    sizes = [row.columns["trainable"] for row in rows if row.case == case and _is_drawn(row)]
+    if max(sizes) > 3 * min(sizes):  # below that a log axis has labels on top of each other
+        axis.set_xscale("log")
     axis.set_title(case, fontsize=10)
     axis.set_xlabel("trained parameters", fontsize=9)
     axis.set_ylabel(f"{part.metric} ({part.better} is better)", fontsize=9)

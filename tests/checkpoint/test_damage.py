@@ -105,9 +105,29 @@ def test_a_missing_file(saved, copy):
         if path.name == "README.md":
             continue
         (copy / path.name).unlink()
-        with pytest.raises(ValueError, match=r"config.json" if path.name == "config.json" else path.name):
+        with pytest.raises(ValueError, match=r"config.json" if path.name == "config.json" else path.name) as caught:
             load_sparse(copy)
+        if path.suffix == ".safetensors":
+            assert f"It holds `{sorted(SafetensorsFile(path).header)[0]}`" in str(caught.value)
         shutil.copy(path, copy)
+
+
+def test_a_file_cut_short_names_the_first_tensor_that_is_not_there(saved, copy):
+    path = next(path for path in copy.glob("*.safetensors") if NAME + ".values" in SafetensorsFile(path).header)
+    file, content = SafetensorsFile(path), path.read_bytes()
+    start = len(content) - max(entry["data_offsets"][1] for entry in file.header.values())
+    begin, end = file.header[NAME + ".values"]["data_offsets"]
+    for length in (start + begin, start + begin + 1, start + end - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"cut short \(`{NAME}.values` is not there in full\)"):
+            load_sparse(copy)
+
+
+def test_the_only_file_is_missing(model, tmp_path):
+    save_sparse(model, tmp_path)
+    (tmp_path / "sparse_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"sparse_model.safetensors.* It holds `model.layers.0.mlp.down_proj.weight`"):
+        load_sparse(tmp_path)
 
 
 def test_files_of_two_saves(model, saved, copy, tmp_path):
@@ -289,7 +309,7 @@ def test_an_error_while_saving_changes_nothing(model, saved, copy, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("peft_sparse.checkpoint.pack.save_file", fail)
+    monkeypatch.setattr("peft_sparse.checkpoint.shards.save_file", fail)
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     for folder in (copy, copy.parent / "fresh"):
         with pytest.raises(OSError, match="no space left"):

@@ -25,7 +25,8 @@ import torch
 sys.path[:0] = [{tests!r}]
 import models
 from huggingface_hub import HfApi, ModelCard
-from peft_sparse import load_sparse, prune_magnitude, push_sparse_to_hub, verify_sparsity, sparsity_report
+from peft import get_peft_model
+from peft_sparse import SppConfig, load_sparse, prune_magnitude, push_sparse_to_hub, verify_sparsity, sparsity_report
 
 model = prune_magnitude(models.tiny_llama(), "2:4")
 card = {{"base_model": "me/base", "method": "spp"}}
@@ -46,6 +47,17 @@ files = set(HfApi().list_repo_files("me/sparse-llama"))
 assert files == {{"README.md", "config.json", "generation_config.json", "sparse_model.safetensors"}}, files
 loaded = load_sparse("me/sparse-llama", packed=True)
 assert sparsity_report(loaded).to_dict() == sparsity_report(model).to_dict()
+assert loaded.name_or_path == "me/sparse-llama"
+
+HfApi().upload_file(path_or_fileobj=b"my own words", path_in_repo="README.md", repo_id="me/sparse-llama", token="hf_x")
+push_sparse_to_hub(model, "me/sparse-llama", token="hf_x")
+assert ModelCard.load("me/sparse-llama").text.strip() == "my own words"
+
+merged = get_peft_model(prune_magnitude(models.tiny_llama(), "2:4"), SppConfig(r=4)).merge_and_unload()
+merged.save_pretrained({folder!r}, push_to_hub=True, repo_id="me/dense-llama", token="hf_x")
+card = ModelCard.load("me/dense-llama")
+assert "spp" in card.data.tags and "## Measured sparsity" in card.text, card
+assert verify_sparsity("me/dense-llama", reference=merged).ok
 try:
     load_sparse("me/nothing")
 except ValueError as error:
@@ -69,7 +81,7 @@ def test_there_and_back(tmp_path):
             "NO_PROXY": "127.0.0.1",
         }
         done = subprocess.run(
-            [sys.executable, "-c", CLIENT.format(tests=str(HERE.parent))],
+            [sys.executable, "-c", CLIENT.format(tests=str(HERE.parent), folder=str(tmp_path / "dense"))],
             env=environment,
             capture_output=True,
             text=True,

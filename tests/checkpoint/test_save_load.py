@@ -1,6 +1,7 @@
 """A packed checkpoint gives the model that a dense one gives, bit for bit, and is smaller."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -24,6 +28,7 @@ from transformers import (
 
 from peft_sparse.checkpoint import load_sparse, save_sparse
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
+from peft_sparse.linears import block_linears
 from peft_sparse.pruning import prune_magnitude, prune_wanda
 
 import models
@@ -132,6 +137,26 @@ def test_every_bit_survives(dtype, tmp_path):
         assert "model.layers.0.mlp.up_proj.weight.bitmask" in file.keys()  # noqa: SIM118
 
 
+@pytest.mark.parametrize("dtype", INTS, ids=str)
+def test_zeros_that_a_product_with_a_mask_leaves(dtype, tmp_path):
+    """Half of them are negative, and would take as much room as weights."""
+    model = models.tiny_llama().to(dtype)
+    for linear in block_linears(model).values():
+        linear.weight.data.mul_(torch.rand(linear.weight.shape) < 0.25)
+        assert (linear.weight.view(INTS[dtype]) < 0).sum() > (linear.weight < 0).sum()  # negative zeros
+    with pytest.warns(UserWarning, match=r"zeros in 14 tensors are negative, as `weight \* mask` leaves them"):
+        save_sparse(model, tmp_path)
+    loaded = load_sparse(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with safe_open(tmp_path / "sparse_model.safetensors", "pt") as file:
+        for name, linear in block_linears(model).items():
+            assert file.get_tensor(f"{name}.weight.values").numel() == linear.weight.count_nonzero()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_sparse(loaded, tmp_path)
+
+
 def test_plain_transformers_raises(tmp_path):
     save_sparse(prune_magnitude(tied_llama()), tmp_path / "one")
     save_sparse(prune_magnitude(tied_llama()), tmp_path / "many", max_shard_size="30KB")
@@ -229,6 +254,37 @@ def test_tokenizer_and_generation_config(llama_dir, tmp_path):
     assert torch.equal(ids, tokenizer(text, return_tensors="pt").input_ids)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "device_map", "dtpye", "allow_patterns"])
+def test_arguments_that_nobody_takes(name, tiny_llama, tmp_path):
+    """`torch_dtype` among the arguments of a download would be passed over in silence."""
+    save_sparse(prune_magnitude(tiny_llama), tmp_path)
+    with pytest.raises(TypeError, match=rf"got `{name}`; .* are `dtype` and `device` here"):
+        load_sparse(tmp_path, **{name: "auto"})
+    load_sparse(tmp_path, revision="main", token=False, local_files_only=True)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_auto_classes_and_other_heads(packed, tmp_path):
+    model = prune_magnitude(models.tiny_llama(), sparsity=0.6)
+    save_sparse(model, tmp_path)
+    assert type(load_sparse(tmp_path, packed=packed, model_cls=AutoModelForCausalLM)) is LlamaForCausalLM
+    headless = load_sparse(tmp_path, packed=packed, model_cls=AutoModel)
+    assert type(headless) is LlamaModel
+    with torch.no_grad():
+        ids = torch.arange(8)[None]
+        torch.testing.assert_close(headless(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    with pytest.warns(UserWarning, match=r"new and random, and has to be trained: \['score.weight'\]"):
+        classifier = load_sparse(tmp_path, packed=packed, model_cls=AutoModelForSequenceClassification)
+    assert sparsity_report(classifier).total_zeros == sparsity_report(model).total_zeros
+    save_sparse(headless, tmp_path / "headless")
+    with pytest.warns(UserWarning, match=r"new and random, and has to be trained: \['lm_head.weight'\]"):
+        again = load_sparse(tmp_path / "headless", packed=packed, model_cls=LlamaForCausalLM)
+    assert sparsity_report(again).total_zeros == sparsity_report(model).total_zeros
+    for wrong in (BertModel, AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=rf"whose config is a LlamaConfig, got {wrong.__name__}"):
+            load_sparse(tmp_path, packed=packed, model_cls=wrong)
 
 
 class OwnLlama(LlamaForCausalLM):

@@ -1,6 +1,7 @@
 """Blocks are found by structure: in many architectures, under PEFT's wrappers, and nowhere else."""
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -16,7 +17,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_sparse.linears import block_linear_names, block_linears, find_block_lists, linears_inside, unwrap
+from peft_sparse.linears import (
+    block_experts,
+    block_linear_names,
+    block_linears,
+    find_block_lists,
+    linears_inside,
+    unwrap,
+)
 
 import models
 
@@ -122,3 +130,20 @@ def test_a_list_inside_a_block_is_part_of_the_block():
     model.layers = nn.ModuleList([block])
     assert [block_list.name for block_list in find_block_lists(model)] == ["layers"]
     assert list(block_linears(model)) == [f"layers.0.experts.{index}.0" for index in range(3)]
+
+
+def test_experts_are_neither_convolutions_nor_adapters_nor_vectors():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 3)
+            self.mix = nn.Parameter(torch.ones(1, 1, 8))
+            self.experts = nn.Parameter(torch.ones(2, 4, 8))
+
+    model = nn.Sequential(nn.ModuleList([Block(), Block()]))
+    expected = ["0.0.experts", "0.1.experts"]
+    assert list(block_experts(model)) == expected
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["linear"])).base_model.model
+    for block in adapted[0]:
+        block.linear.of_three_dimensions = nn.Parameter(torch.ones(2, 2, 2))
+    assert list(block_experts(adapted)) == expected

@@ -145,7 +145,7 @@ def test_a_state_dict_that_is_no_weight_is_refused():
     x = torch.randn(3, 13)
     expected, state = packed(x), {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     state["bitmask"][2, 0] ^= 1  # a flipped bit
-    with pytest.raises(RuntimeError, match="Each bit that is set has a value"):
+    with pytest.raises(RuntimeError, match="each bit of its bitmask that is set has a value"):
         packed.load_state_dict(state)
     assert torch.equal(packed(x), expected)
 
@@ -157,8 +157,8 @@ def test_a_state_dict_that_is_no_weight_is_refused():
         ({"values": torch.ones(4, dtype=torch.int32)}, "floating"),
         ({"values": torch.ones(2, 2)}, "one dimension"),
         ({"bitmask": torch.tensor([[3], [3]])}, "uint8"),
-        ({"in_features": 9}, r"in_features=9 \(out, 2\)"),
-        ({"bitmask": torch.tensor([[3], [33]], dtype=torch.uint8)}, "after the last column"),
+        ({"in_features": 9}, r"its bitmask is uint8 \(2, 2\), got uint8 \(2, 1\)"),
+        ({"bitmask": torch.tensor([[3], [33]], dtype=torch.uint8)}, "after its last column"),
         ({"bias": torch.ones(3)}, r"\(2,\), got \(3,\)"),
     ],
 )

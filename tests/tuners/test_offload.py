@@ -66,7 +66,8 @@ def table(model) -> list[str]:
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("offload", [cpu, disk, mapped])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_training_and_merging_an_offloaded_model(config, offload, make, tmp_path):
+def test_training_and_merging_an_offloaded_model(config, offload, make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes merged weights of a disk offload into a relative folder
     torch.manual_seed(1)
     here = get_peft_model(base_of(make), config())
     torch.manual_seed(1)
@@ -109,7 +110,7 @@ def test_adapter_of_an_offloaded_model_is_saved_and_loaded(config, tmp_path):
 
 def test_loading_an_adapter_dispatches_the_model_anew(tmp_path, monkeypatch):
     """What PEFT does for a model with a device_map; factors that it offloads come back to be trained."""
-    monkeypatch.chdir(tmp_path)  # PEFT takes the first "/" off the path of the base, and writes a copy of it there
+    monkeypatch.chdir(tmp_path)  # PEFT writes adapters of a disk offload into a relative folder
     saved = get_peft_model(base_of(tiny_llama), CONFIGS["spp"]())
     saved.save_pretrained(tmp_path / "adapter")
     base_of(tiny_llama).save_pretrained(tmp_path / "base")

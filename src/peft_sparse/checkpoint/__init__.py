@@ -4,6 +4,7 @@ from peft_sparse.checkpoint.card import write_model_card
 from peft_sparse.checkpoint.convert import Converted, merge_checkpoint, pack_checkpoint, unpack_checkpoint
 from peft_sparse.checkpoint.hub import push_sparse_to_hub
 from peft_sparse.checkpoint.load import load_sparse
+from peft_sparse.checkpoint.merged import write_card_when_saved
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.checkpoint.prune import prune_checkpoint
 from peft_sparse.checkpoint.save import save_sparse
@@ -18,5 +19,6 @@ __all__ = [
     "push_sparse_to_hub",
     "save_sparse",
     "unpack_checkpoint",
+    "write_card_when_saved",
     "write_model_card",
 ]

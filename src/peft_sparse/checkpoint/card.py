@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
 from peft_sparse.evaluation import LayerSparsity, sparsity_report
 from peft_sparse.evaluation.tables import shape_cell
-from peft_sparse.storage import StoredModel, open_model
+from peft_sparse.storage import CONFIG_KEY, StoredModel, facts_of, open_model
+from peft_sparse.storage.model import transformers_class
+from peft_sparse.storage.origin import BASE_MODEL, METHOD
 
-# A README.md without this is somebody's own and stays as it is.
+# A README.md without this is somebody's own and stays as it is, unless it is the empty form of transformers and PEFT.
 MARK = "<!-- written by peft_sparse; remove this line to keep your changes when the model is saved again -->"
+_FORM = ("# Model Card for Model ID", "[More Information Needed]")
 
 METHODS = {
     "pst": "PST (parameter-efficient sparsity while fine-tuning)",
@@ -42,8 +44,9 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
 
     Args:
         folder: where `save_pretrained` or [`save_sparse`] wrote to.
-        base_model: what it was made from, as a name on the Hub.
-        method: `"pst"` or `"spp"`; None: the card names none, and cites both papers.
+        base_model: what it was made from, as a name on the Hub; None: what config.json says.
+        method: `"pst"` or `"spp"`; None: what config.json says. Where nothing is known, the card names no method and
+            cites both papers.
 
     Returns:
         The path of the card. One that is there and was not written by this function is left alone.
@@ -54,9 +57,21 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
     check_method(method)
     path = Path(folder) / "README.md"
     stored = open_model(Path(folder))
-    if not path.exists() or MARK in path.read_text(encoding="utf-8"):
-        path.write_text(_card(stored, base_model, method), encoding="utf-8")
+    if may_replace(path):
+        facts = facts_of(stored.config.get(CONFIG_KEY))
+        method = method or facts.get(METHOD)
+        check_method(method)
+        card = _card(stored, base_model or facts.get(BASE_MODEL), method)
+        path.write_text(card, encoding="utf-8")
     return path
+
+
+def may_replace(card: Path) -> bool:
+    """Whether a README.md is not there, or nobody's own."""
+    if not card.is_file():
+        return True
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return MARK in text or all(part in text for part in _FORM)
 
 
 def check_method(method: str | None) -> None:
@@ -64,12 +79,6 @@ def check_method(method: str | None) -> None:
     ValueError: for a method that no card can name."""
     if method is not None and method not in METHODS:
         raise ValueError(f"`method` is one of {sorted(METHODS)} or None, got {method!r}.")
-
-
-def hub_name(name: str | None) -> str | None:
-    """`name` if it can be a model on the Hub and is no folder here."""
-    fits = name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
-    return name if fits else None
 
 
 def _card(stored: StoredModel, base_model: str | None, method: str | None) -> str:
@@ -125,12 +134,20 @@ def _size_table(stored: StoredModel) -> str:
 
 
 def _how_to_load(stored: StoredModel) -> str:
+    name = (stored.config.get("architectures") or ["AutoModel"])[0]
+    known = transformers_class(name) is not None or name.startswith("Auto")
+    where = '"path or name of this repository"'
     if stored.layout == "packed":
-        code = 'from peft_sparse import load_sparse\n\nmodel = load_sparse("path or name of this repository")'
+        more = "" if known else ", trust_remote_code=True" if "auto_map" in stored.config else f", model_cls={name}"
+        code = f"from peft_sparse import load_sparse\n\nmodel = load_sparse({where}{more})"
         return (
             f"```python\n{code}\n```\n\nThe zeros are not stored, so that plain transformers cannot read these files; "
             "`load_sparse(..., packed=True)` also keeps them packed in memory."
         )
-    name = (stored.config.get("architectures") or ["AutoModel"])[0]
-    code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path or name of this repository")'
+    if known:
+        code = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({where})"
+    else:
+        code = (
+            f"from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained({where}, trust_remote_code=True)"
+        )
     return f"```python\n{code}\n```"

@@ -235,7 +235,7 @@ def _converted(
 
 def _packed_bytes(tensor: torch.Tensor) -> int:
     packed = pack_weight(tensor)
-    return tensor.nbytes if packed is None else sum(part.nbytes for part in packed)
+    return tensor.nbytes if packed is None else packed.values.nbytes + packed.bitmask.nbytes
 
 
 def _bytes(folder: Path) -> int:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
+from peft_sparse.checkpoint.card import may_replace
 from peft_sparse.checkpoint.save import save_sparse
 
 # Of an earlier push: other shards, and dense weights, which plain transformers would load in place of these.
@@ -27,6 +29,8 @@ def push_sparse_to_hub(
     **save: Any,
 ) -> str:
     """Save a model with [`save_sparse`] and upload it in one commit, which also removes weights of earlier ones.
+
+    The model card is part of it, unless the repository has one of somebody's own.
 
     Args:
         model: as [`save_sparse`] takes it.
@@ -57,5 +61,14 @@ def push_sparse_to_hub(
             commit_message=commit_message,
             create_pr=create_pr,
             delete_patterns=_STALE,
+            ignore_patterns=["README.md"] if _has_own_card(api, repo_id, revision) else None,
         )
     return str(commit.commit_url)
+
+
+def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    try:
+        card = api.hf_hub_download(repo_id, "README.md", revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return False
+    return not may_replace(Path(card))

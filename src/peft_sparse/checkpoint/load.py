@@ -7,18 +7,19 @@ the moment at which transformers wants it. So no second copy of the model ever e
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from peft_sparse.checkpoint.packed import StandIn, packed_targets, put_packed_linears
-from peft_sparse.storage import StoredModel, StoredTensor, locate, open_model
+from peft_sparse.linears import block_linears
+from peft_sparse.storage import CONFIG_KEY, StoredModel, StoredTensor, facts_of, locate, open_model
 from peft_sparse.storage.folders import packed_path
-from peft_sparse.storage.format import CONFIG_KEY, PRUNING
+from peft_sparse.storage.model import transformers_class
 
 _LEGACY_CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -47,15 +48,18 @@ def load_sparse(
         device: where to; None: the CPU.
         verify_checksums: False skips the comparison with the checksums, to save its time or to load files that were
             changed on purpose. Shapes, bits and values are compared with each other in any case.
-        model_cls: the class of the model; None: the one that config.json names.
+        model_cls: the class of the model, or one of transformers' Auto classes; None: the one that config.json names.
+            What another class has beyond the transformer blocks, such as a new head, is random, and you are warned.
         trust_remote_code: run the code that a repository brings along, for models whose class is there.
-        **download: `revision`, `token`, `cache_dir` and others for huggingface_hub's `snapshot_download`.
+        **download: `revision`, `token`, `cache_dir` and others for huggingface_hub's `snapshot_download`; no others.
 
     Returns:
         The model, in evaluation mode. It can be saved again, by [`save_sparse`] or densely by `save_pretrained`.
 
     Raises:
-        ValueError: if there is no such checkpoint, or if any of it is damaged; the message names the tensor or file.
+        ValueError: if there is no such checkpoint, or if any of it is damaged; the message names the tensor, and the
+            file where that is missing or unreadable.
+        TypeError: for an argument that is none of these.
     """
     folder = locate(dir_or_repo, **download)
     stored = open_model(folder, verify_checksums)
@@ -65,13 +69,14 @@ def load_sparse(
             "`from_pretrained`."
         )
     config = _config(stored, trust_remote_code)
-    model_cls = model_cls or _model_cls(stored, trust_remote_code)
-    if not packed:
-        return _build(model_cls, config, stored, {}, dtype, device)
-    targets = packed_targets(model_cls, config, stored.tensors)
-    model = _build(model_cls, config, stored, targets, dtype, None)
+    saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
+    model_cls = saved_cls or _of_auto_class(model_cls, config)
+    targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
+    model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device)
+    _check_complete(model, stored, info)
+    model.config.name_or_path = model.name_or_path = str(dir_or_repo)
     put_packed_linears(model, targets)
-    return model if device is None else model.to(device)
+    return model.to(device) if packed and device is not None else model
 
 
 def _config(stored: StoredModel, trust_remote_code: bool) -> PreTrainedConfig:
@@ -87,16 +92,16 @@ def _config(stored: StoredModel, trust_remote_code: bool) -> PreTrainedConfig:
                 )
             delattr(config, key)
     if hasattr(config, CONFIG_KEY):
-        facts = getattr(config, CONFIG_KEY).get(PRUNING)
+        facts = facts_of(getattr(config, CONFIG_KEY))
         delattr(config, CONFIG_KEY)
         if facts:
-            setattr(config, CONFIG_KEY, {PRUNING: facts})
+            setattr(config, CONFIG_KEY, facts)
     return config
 
 
-def _model_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedModel]:
-    name = (stored.config.get("architectures") or [""])[0]
-    found = getattr(transformers, name, None)
+def _saved_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedModel]:
+    name = stored.architecture
+    found = transformers_class(name)
     if found is not None:
         return found
     code = stored.config.get("auto_map") or {}
@@ -109,6 +114,21 @@ def _model_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedM
     )
 
 
+def _of_auto_class(model_cls: Any, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that an Auto class of transformers stands for; any other is itself."""
+    mapping = getattr(model_cls, "_model_mapping", None)
+    if mapping is not None and type(config) in mapping:
+        found = mapping[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    wanted = getattr(model_cls, "config_class", None)
+    if mapping is not None or (wanted is not None and not isinstance(config, wanted)):
+        raise ValueError(
+            f"`model_cls` is a class for the stored model, whose config is a {type(config).__name__}, got "
+            f"{model_cls.__name__}; pass another one, or None for the one that was saved."
+        )
+    return model_cls
+
+
 def _build(
     model_cls: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -116,22 +136,22 @@ def _build(
     packed: dict[str, StoredTensor],
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
-) -> PreTrainedModel:
-    """The model, with a stand-in for the weight of each linear in `packed`."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, with a stand-in for the weight of each linear in `packed`, and what transformers tells about it."""
     tensors = {name: _Watched(tensor) for name, tensor in stored.tensors.items()}
     generation = _generation_config(stored)
     if dtype is None or dtype == "auto":
         dtype = config.dtype or next((x.dtype for x in stored.tensors.values() if x.dtype.is_floating_point), None)
     try:
-        model, info = model_cls.from_pretrained(
+        return model_cls.from_pretrained(
             None,
             config=config,
-            state_dict=tensors | {f"{name}.weight": StandIn(tensor, _dtype(dtype)) for name, tensor in packed.items()},
+            state_dict=tensors | {tensor.name: StandIn(tensor, _dtype(dtype)) for tensor in packed.values()},
             dtype=dtype,
             device_map=None if device is None else {"": device},
             generation_config=generation,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # we name them below
+            ignore_mismatched_sizes=True,  # `_check_complete` names them
         )
     except Exception as error:
         # transformers wraps what happens while it reads: hand on our own word for it
@@ -139,16 +159,31 @@ def _build(
         if own is not None:
             raise own from error
         raise
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    for kind, names in wrong.items():
-        if names:
+
+
+def _check_complete(model: PreTrainedModel, stored: StoredModel, info: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: if the checkpoint is not that of this model. A class other than the one that was saved may have a new
+        head, of which the user is warned, and no use for the old one."""
+    cls, wrong = type(model).__name__, {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if cls != stored.architecture:
+        inside = tuple(f"{name}." for name in block_linears(model))
+        wrong.pop("unexpected_keys", None)
+        missing = wrong.get("missing_keys", [])
+        if missing and not any(name.startswith(inside) for name in missing):
+            warnings.warn(
+                f"{str(stored.folder)!r} holds a {stored.architecture or 'model'}, got `model_cls` {cls}: what only "
+                f"this has is new and random, and has to be trained: {missing[:3]} ({len(missing)} in all).",
+                stacklevel=3,
+            )
+            del wrong["missing_keys"]
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := wrong.get(kind):
             raise ValueError(
                 f"A packed checkpoint has exactly the tensors of its model, got {kind.replace('_', ' ')} {names[:3]} "
-                f"({len(names)} in all) for {model_cls.__name__} in {str(stored.folder)!r}; it is damaged, or "
-                "config.json is that of another model."
+                f"({len(names)} in all) for {cls} in {str(stored.folder)!r}; it is damaged, or config.json is that of "
+                "another model."
             )
-    model.config.name_or_path = model.name_or_path = str(stored.folder)
-    return model
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

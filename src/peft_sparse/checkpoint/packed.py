@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.linears import PackedLinear, block_linears
-from peft_sparse.linears.pack import refuse_save_pretrained
-from peft_sparse.storage import StoredTensor
+from peft_sparse.linears import PackedLinear, block_linears, refuse_save_pretrained
+from peft_sparse.storage import StoredTensor, as_in_files, names_in_model
 from peft_sparse.storage.format import pack_matrix
 
 
@@ -41,9 +40,11 @@ def packed_targets(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    names = names_in_model(model, tensors)
+    keys = {name: key for key, (name, converted) in names.items() if not converted}
     found = {}
     for name, linear in block_linears(model).items():
-        stored = tensors.get(f"{name}.weight")
+        stored = tensors.get(keys.get(f"{name}.weight", ""))
         plain = type(linear) in (nn.Linear, Conv1D) and owners[id(linear.weight)] == 1
         if stored is not None and stored.bitmask is not None and plain:
             found[name] = stored
@@ -65,7 +66,7 @@ def put_packed_linears(model: PreTrainedModel, targets: dict[str, StoredTensor])
                 f"converts on the way into {type(model).__name__}; load it without `packed=True`."
             )
         if conv1d:
-            values, bitmask = pack_matrix(stored.read().T.contiguous())
+            values, bitmask, _ = pack_matrix(stored.read().T.contiguous())
         else:
             values, bitmask = stored.read_packed()
         values = values.reshape(-1).to(dtype)
@@ -87,8 +88,28 @@ def unpacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
 
 
-def packed_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight as the dense model stores it) of each packed linear, one after the other."""
+def packed_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of each packed linear as files have it, one after the other.
+
+    Raises:
+        ValueError: if files have a weight together with others."""
     for name, module in packed_linears(model).items():
         weight = module.dense_weight().detach()
-        yield f"{name}.weight", weight.T.contiguous() if module.conv1d else weight
+        found = as_in_files(model, f"{name}.weight", weight.T.contiguous() if module.conv1d else weight)
+        if len(found) != 1:
+            raise ValueError(
+                f"A packed weight is a tensor of its own in files, got `{name}`, which {type(model).__name__} stores "
+                f"as {sorted(found)}; call `unpack_model(model)` first."
+            )
+        yield from found.items()
+
+
+def transposed_weights(model: PreTrainedModel) -> set[str]:
+    """Names, in files, of the weights that are stored as (in, out)."""
+    meta = torch.empty(0, 0, device="meta")
+    return {
+        key
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) or getattr(module, "conv1d", False)
+        for key in as_in_files(model, f"{name}.weight", meta)
+    }

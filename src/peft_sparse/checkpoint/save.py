@@ -16,13 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.checkpoint.card import MARK, METHODS, check_method, hub_name, write_model_card
+from peft_sparse.checkpoint.card import check_method, may_replace, write_model_card
 from peft_sparse.checkpoint.commit import new_files
-from peft_sparse.checkpoint.pack import pack_folder
-from peft_sparse.checkpoint.packed import packed_linears, packed_weights, unpacked_state
+from peft_sparse.checkpoint.packed import packed_linears, packed_weights, transposed_weights, unpacked_state
+from peft_sparse.checkpoint.shards import pack_folder
 from peft_sparse.pruning.offload import stored_state
+from peft_sparse.storage.origin import BASE_MODEL, CONFIG_KEY, METHOD, facts_of, hub_name
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DENSE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
@@ -38,6 +38,9 @@ def save_sparse(
 ) -> None:
     """Save a model so that zeros take one bit each. [`load_sparse`] gives it back, bit for bit.
 
+    With one exception, which is warned of: where more than a sixteenth of a weight's entries are negative zeros, as
+    `weight * mask` leaves them, they come back as zeros without a sign.
+
     A tensor that would not become smaller is stored as it is. The folder gets what `save_pretrained` writes (config,
     generation config, code of custom models), but `sparse_model*.safetensors` in place of `model*.safetensors`, so
     that plain transformers raises instead of loading random weights. It is written beside what the folder holds, and
@@ -48,7 +51,8 @@ def save_sparse(
         folder: where to; made if it is not there. An older packed checkpoint in it is replaced.
         max_shard_size: of one file, in bytes or as "200MB"; a larger tensor gets a file of its own.
         tokenizer: a tokenizer or processor to save with it.
-        base_model: for the model card, what it was made from; None: the name on the Hub that it was loaded by, if any.
+        base_model: for the model card, what it was made from; None: what the model's config says, or else the name on
+            the Hub that it was loaded by, if any.
         method: for the model card, `"pst"` or `"spp"`; None: the one that was merged, if any.
 
     Raises:
@@ -72,15 +76,16 @@ def save_sparse(
     check_method(method)
     _check_model(model)
     _check_folder(folder)
-    readme = folder / "README.md"
+    known = {BASE_MODEL: hub_name(model.name_or_path)} | facts_of(getattr(model.config, CONFIG_KEY, None))
+    facts = {BASE_MODEL: base_model or known[BASE_MODEL], METHOD: method or known.get(METHOD)}
     with new_files(folder) as temporary:
         state = _state(model)
         type(model).save_pretrained(model, temporary, max_shard_size=limit, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        pack_folder(temporary, limit, _transposed(model), packed_weights(model))
-        if not readme.is_file() or MARK in readme.read_text(encoding="utf-8"):
-            write_model_card(temporary, base_model or hub_name(model.name_or_path), method or _method(model))
+        pack_folder(temporary, limit, transposed_weights(model), packed_weights(model), facts)
+        if may_replace(folder / "README.md"):
+            write_model_card(temporary)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -124,18 +129,3 @@ def _size(size: int | str) -> int:
     if number < 1 or isinstance(size, bool):
         raise ValueError(f"`max_shard_size` is a number of bytes from 1 up, such as 10**9 or '200MB', got {size!r}.")
     return int(number)
-
-
-def _method(model: PreTrainedModel) -> str | None:
-    """The method whose adapter was merged into a model, which left a tag there."""
-    found = [tag for tag in model.model_tags or [] if tag in METHODS]
-    return found[-1] if found else None
-
-
-def _transposed(model: nn.Module) -> set[str]:
-    """Names of the weights that are stored as (in, out)."""
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, Conv1D) or getattr(module, "conv1d", False)
-    }

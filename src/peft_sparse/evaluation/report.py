@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sparse.evaluation.tables import shape_cell, table, table_rows
+from peft_sparse.evaluation.tables import Totals, shape_cell, table, table_rows
 from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.sparsity import find_pattern
 
@@ -45,7 +45,7 @@ class LayerSparsity:
 
 
 @dataclass
-class SparsityReport:
+class SparsityReport(Totals):
     """The zeros of a model. `print` it for a table.
 
     Attributes:
@@ -59,21 +59,6 @@ class SparsityReport:
     outside: int = 0
     outside_zeros: int = 0
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def total_zeros(self) -> int:
-        """Zeros in all linears."""
-        return sum(layer.zeros for layer in self.layers)
-
-    @property
-    def total_numel(self) -> int:
-        """Weights in all linears."""
-        return sum(layer.numel for layer in self.layers)
-
-    @property
-    def total_sparsity(self) -> float:
-        """Share of zeros in the weights of all linears."""
-        return self.total_zeros / max(self.total_numel, 1)
 
     @property
     def pattern(self) -> str:

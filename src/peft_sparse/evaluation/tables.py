@@ -1,7 +1,8 @@
-"""Tables for the terminal: one row a layer, or one for each place in the block where there are many layers."""
+"""What reports share: totals, and tables with a row for each layer, or for each place in the block of a deep model."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -10,6 +11,27 @@ from typing import Any, TypeVar
 MAX_ROWS = 40
 
 Layer = TypeVar("Layer", bound=Any)  # has a name
+
+
+class Totals:
+    """What every report says of all its layers, each of which has `zeros` and a `shape`."""
+
+    layers: list[Any]
+
+    @property
+    def total_zeros(self) -> int:
+        """Zeros in all layers."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def total_numel(self) -> int:
+        """Weights in all layers."""
+        return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of zeros in the weights of all layers."""
+        return self.total_zeros / max(self.total_numel, 1)
 
 
 def table_rows(layers: Sequence[Layer], row: Callable[[str, list[Layer]], tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft_sparse.evaluation.tables import shape_cell, table, table_rows
+from peft_sparse.evaluation.tables import Totals, shape_cell, table, table_rows
 
 # Indices that a report has of each layer, lest that of a dense model be as large as the model.
 MAX_INDICES = 5
@@ -49,7 +49,7 @@ class LayerCheck:
 
 
 @dataclass
-class VerifyReport:
+class VerifyReport(Totals):
     """What [`peft_sparse.verify_sparsity`] found. `print` it for a table.
 
     Attributes:
@@ -91,21 +91,6 @@ class VerifyReport:
     def violations(self) -> int:
         """Groups that violate their layer's N:M pattern, in all layers."""
         return sum(layer.violations for layer in self.layers)
-
-    @property
-    def total_zeros(self) -> int:
-        """Zeros in all layers."""
-        return sum(layer.zeros for layer in self.layers)
-
-    @property
-    def total_numel(self) -> int:
-        """Weights in all layers."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-
-    @property
-    def total_sparsity(self) -> float:
-        """Share of zeros in the weights of all layers."""
-        return self.total_zeros / max(self.total_numel, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_sparse.linears import (
     as_stored,
+    block_experts,
     block_linears,
     linears_inside,
     stored_weight,
@@ -22,8 +23,10 @@ from peft_sparse.linears import (
 )
 from peft_sparse.pruning.offload import storage_key
 from peft_sparse.sparsity import dense_weight
-from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredModel, locate, open_model
+from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredLinear, StoredModel, as_in_files, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
+
+Linears = Mapping[str, nn.Module | None]
 
 
 @dataclass
@@ -34,7 +37,8 @@ class LinearWeights:
         names: full names of the linears, in the model's order.
         read: gives the weight of one, (out, in).
         outside: gives the other tensors, one after the other.
-        linears: the modules behind the names; None if a folder did not tell which of its tensors are linears.
+        linears: the modules behind the names, None behind an expert's; None if a folder did not tell which of its
+            tensors are linears.
         errors: of the outputs that pruning left, by name, as the model's config tells them.
         notes: what a reader has to know.
     """
@@ -42,15 +46,14 @@ class LinearWeights:
     names: list[str]
     read: Callable[[str], torch.Tensor]
     outside: Callable[[], Iterator[torch.Tensor]]
-    linears: dict[str, nn.Module] | None
+    linears: Linears | None
     errors: dict[str, float]
     notes: list[str] = field(default_factory=list)
 
 
-def linear_weights(
-    source: nn.Module | str | Path | StoredModel, linears: dict[str, nn.Module] | None = None
-) -> LinearWeights:
-    """Find the linears of the transformer blocks; all linears of a model without blocks.
+def linear_weights(source: nn.Module | str | Path | StoredModel, linears: Linears | None = None) -> LinearWeights:
+    """Find the linears of the transformer blocks; all linears of a model without blocks. Experts that are one
+    parameter for all of them are taken apart, as they are on disk.
 
     Args:
         source: a model, adapters included; a folder with safetensors, dense or packed; or a repository on the Hub.
@@ -64,16 +67,37 @@ def linear_weights(
     # Names without the prefix that PEFT puts before them.
     get_base_model = getattr(source, "get_base_model", None)
     model: nn.Module = get_base_model() if get_base_model is not None else source
-    found = block_linears(model) or linears_inside(model)
-    if not found:
+    found, experts = block_linears(model) or linears_inside(model), _experts(model)
+    if not found and not experts:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
+
+    def read(name: str) -> torch.Tensor:
+        return _expert(model, *experts[name]) if name in experts else forward_weight(found[name])
+
     return LinearWeights(
-        names=list(found),
-        read=lambda name: forward_weight(found[name]),
+        names=[*found, *experts],
+        read=read,
         outside=lambda: _outside(model, found),
-        linears=found,
+        linears=found | dict.fromkeys(experts),
         errors=_pruning_errors(getattr(getattr(model, "config", None), CONFIG_KEY, None)),
     )
+
+
+def _experts(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """By name: the parameter that an expert is a part of, and the tensor that the part is in files."""
+    return {
+        key.removesuffix(".weight"): (name, key)
+        for name, parameter in block_experts(model).items()
+        for key in sorted(as_in_files(model, name, parameter.detach().to("meta")))
+    }
+
+
+def _expert(model: nn.Module, name: str, key: str) -> torch.Tensor:
+    return _as_matrix(as_in_files(model, name, model.get_parameter(name).detach())[key])
+
+
+def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    return weight.reshape(-1, weight.shape[-1])
 
 
 @torch.no_grad()
@@ -100,11 +124,12 @@ def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
     return dense_weight(weight)
 
 
-def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.Tensor]:
+def _outside(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[torch.Tensor]:
     tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
-    seen = adapters | {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    seen = adapters | {id(parameter) for parameter in block_experts(model).values()}
+    seen |= {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
     for path, module in model.named_modules():
         own = []
         for name, parameter in module.named_parameters(recurse=False):
@@ -117,39 +142,42 @@ def _outside(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[torch.
                 yield from (module.get_parameter(name) for name in own)
 
 
-def _stored(model: StoredModel, linears: dict[str, nn.Module] | None) -> LinearWeights:
+def _stored(model: StoredModel, linears: Linears | None) -> LinearWeights:
     if (model.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
         raise ValueError(
             f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where bitsandbytes has "
             "quantised them; load the model with transformers and pass it instead."
         )
     tensors, notes = model.tensors, []
-    own = model.linears()
-    if own is None and linears is not None:
-        own = {f"{name}.weight": linear for name, linear in linears.items()}
-        own = own if own.keys() <= tensors.keys() else None
-    if own is None:
+    found = model.linears() or _named_as(linears or {}, model)
+    told = bool(found)
+    if not told:
         notes.append(
             "config.json does not tell which of these are linears: every 2-D tensor is listed, embeddings included, "
             "in the orientation in which it is stored"
         )
         keys = [key for key, tensor in tensors.items() if len(tensor.shape) == 2 and tensor.dtype.is_floating_point]
-    else:
-        keys = list(own)
-    by_name = {key.removesuffix(".weight"): key for key in keys}
-    if not by_name:
+        found = {key.removesuffix(".weight"): StoredLinear(key, None) for key in keys}
+    if not found:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {str(model.folder)!r}.")
 
     def read(name: str) -> torch.Tensor:
-        weight = tensors[by_name[name]].read()
-        return weight if own is None else as_stored(own[by_name[name]], weight)
+        key, module = found[name]
+        weight = tensors[key].read()
+        return _as_matrix(weight) if module is None else as_stored(module, weight)
 
     def outside() -> Iterator[torch.Tensor]:
-        counted = set(keys)
+        counted = {linear.key for linear in found.values()}
         return (tensor.read() for key, tensor in tensors.items() if key not in counted)
 
-    modules = None if own is None else {name: own[key] for name, key in by_name.items()}
-    return LinearWeights(list(by_name), read, outside, modules, _pruning_errors(model.config.get(CONFIG_KEY)), notes)
+    modules = {name: linear.module for name, linear in found.items()} if told else None
+    return LinearWeights(list(found), read, outside, modules, _pruning_errors(model.config.get(CONFIG_KEY)), notes)
+
+
+def _named_as(linears: Linears, model: StoredModel) -> dict[str, StoredLinear]:
+    """The linears of a folder whose tensors are called as those of a like model are; none if one is missing."""
+    found = {name: StoredLinear(f"{name}.weight", linear) for name, linear in linears.items()}
+    return found if all(linear.key in model.tensors for linear in found.values()) else {}
 
 
 def _pruning_errors(entry: Any) -> dict[str, float]:

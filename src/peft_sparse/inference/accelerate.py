@@ -58,7 +58,7 @@ def accelerate_sparse(
     Every way that is possible on the layer's device and in its dtype is timed on the layers themselves, beside the
     dense one, for each number of tokens. What is not faster by a tenth, twice, is not taken:
 
-    - `csr`: lists of the non-zeros; on a CPU, in float32 and float64. Pays from about 60% zeros for a single token.
+    - `csr`: lists of the non-zeros; on a CPU, in float32 and float64. Pays from about 75% zeros for a single token.
     - `semi_structured`: torch's 2:4 matmul on NVIDIA GPUs, in half precision.
     - `bitmask`: a Triton kernel for one token on such a GPU, in half precision; only inside of `ops.use_triton`.
 

@@ -16,6 +16,7 @@ from peft_sparse.linears.accelerated import (
 from peft_sparse.linears.blocks import (
     BlockList,
     Names,
+    block_experts,
     block_linear_names,
     block_linears,
     find_block_lists,
@@ -26,7 +27,7 @@ from peft_sparse.linears.blocks import (
 )
 from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
 from peft_sparse.linears.operands import OPERANDS, Operand
-from peft_sparse.linears.pack import pack_model, packable_linears, refuse_save_pretrained, replace_module, unpack_model
+from peft_sparse.linears.pack import pack_model, packable_linears, replace_module, unpack_model
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.quantize import check_float, dequantize_model, quantize_model
 from peft_sparse.linears.quantized import (
@@ -38,6 +39,7 @@ from peft_sparse.linears.quantized import (
     quantized_weight,
     write_quantized,
 )
+from peft_sparse.linears.saving import check_saves_unpacked, refuse_save_pretrained
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
@@ -61,10 +63,12 @@ __all__ = [
     "acceleration_of",
     "as_stored",
     "bits",
+    "block_experts",
     "block_linear_names",
     "block_linears",
     "call_as",
     "check_float",
+    "check_saves_unpacked",
     "compute_dtype",
     "copy_of",
     "dequantize_model",

@@ -10,9 +10,10 @@ to the pooler.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_sparse.linears.weights import is_linear, unwrap
@@ -73,6 +74,25 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
         for index, block in enumerate(block_list.blocks)
         for path, linear in linears_inside(block).items()
     }
+
+
+def block_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters inside the model's repeated blocks that hold the weights of several experts, (experts, ., .), by full
+    name: no linears, and most of a model that has them."""
+    return {
+        f"{block_list.name}.{index}.{name}": parameter
+        for block_list in find_block_lists(model)
+        for index, block in enumerate(block_list.blocks)
+        for name, parameter in _outside_of_layers(block)
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
+    }
+
+
+def _outside_of_layers(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that belong to no convolution and no adapter."""
+    layers = (nn.modules.conv._ConvNd, BaseTunerLayer)
+    inside = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, layers))
+    return ((name, parameter) for name, parameter in block.named_parameters() if not name.startswith(inside))
 
 
 def block_linear_names(model: nn.Module) -> set[str]:

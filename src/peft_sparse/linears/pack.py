@@ -1,24 +1,21 @@
 """A whole model's linears packed in place, and back: see packed.py for what a packed linear is.
 
-One layer at a time is in memory in both forms. A packed model still is a transformers model, but what its
-`save_pretrained` would write, plain transformers would read back as random weights and a warning, so that is refused.
+One layer at a time is in memory in both forms.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.accelerated import plain_class
 from peft_sparse.linears.blocks import Names, select_linears
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.saving import allow_save_pretrained, is_packed, refuse_save_pretrained
 from peft_sparse.linears.weights import in_out_features, num_zeros, weight_parameter
 
 
@@ -49,7 +46,7 @@ def pack_model(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_sparse.sparsity import PackedWeight
+        >>> from peft_sparse.linears import block_linears
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         ... )
@@ -75,7 +72,7 @@ def pack_model(
     for linear in targets.values():
         if id(linear) in packable:
             replace_module(model, linear, PackedLinear.from_linear(linear))
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+    if not is_packed(model):
         warnings.warn(
             f"Packing pays for linears with zeros, got {len(targets)} of which none was packed (the first is "
             f"`{next(iter(targets))}`); prune the model first, for example with `peft_sparse.prune_wanda`.",
@@ -102,23 +99,8 @@ def unpack_model(model: nn.Module) -> nn.Module:
             )
     for module in [module for module in model.modules() if isinstance(module, PackedLinear)]:
         replace_module(model, module, module.to_linear())
-    model.__dict__.pop("save_pretrained", None)
+    allow_save_pretrained(model)
     return model
-
-
-def refuse_save_pretrained(model: nn.Module) -> None:
-    """Make a packed transformers model's `save_pretrained` raise, unless it saves an adapter alone."""
-    if isinstance(model, PreTrainedModel) and any(isinstance(module, PackedLinear) for module in model.modules()):
-        model.save_pretrained = partial(_save_adapter_only, model)
-
-
-def _save_adapter_only(model: Any, *args: Any, **kwargs: Any) -> Any:
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "`save_pretrained` writes weights that plain transformers can read, got a packed model, which it would "
-            "load as random weights; use `peft_sparse.save_sparse(model, dir)`, or call `unpack_model(model)` first."
-        )
-    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.ops import packed_linear
-from peft_sparse.sparsity import PackedWeight, row_starts
+from peft_sparse.sparsity import PackedWeight, packed_fault, row_starts
 
 
 class PackedLinear(nn.Module):
@@ -167,21 +167,16 @@ def _check(
         raise ValueError(
             f"`values` has one dimension and a floating dtype, got {tuple(values.shape)} {values.dtype}; {way_out}."
         )
-    row_bytes = (in_features + 7) // 8
-    if bitmask.dtype != torch.uint8 or bitmask.dim() != 2 or in_features < 1 or bitmask.shape[1] != row_bytes:
+    if bitmask.dim() != 2 or in_features < 1:
         raise ValueError(
-            f"`bitmask` is uint8 (out, ceil(in / 8)), for in_features={in_features} (out, {row_bytes}), got "
-            f"{tuple(bitmask.shape)} {bitmask.dtype}; {way_out}."
+            f"`bitmask` is (out, ceil(in / 8)) with in_features from 1 up, got {tuple(bitmask.shape)} and in_features="
+            f"{in_features}; {way_out}."
         )
     if bias is not None and tuple(bias.shape) != (bitmask.shape[0],):
         raise ValueError(f"`bias` is (out,), here ({bitmask.shape[0]},), got {tuple(bias.shape)}; {way_out}.")
     if values.is_meta or bitmask.is_meta:
         return None
-    starts = row_starts(bitmask)
-    if int(starts[-1]) != values.numel():
-        raise ValueError(
-            f"Each bit that is set has a value, got {int(starts[-1])} bits and {values.numel()} values; {way_out}."
-        )
-    if in_features % 8 and bool((bitmask[:, -1] >> (in_features % 8)).any()):
-        raise ValueError(f"The bits after the last column ({in_features}) are 0, got some that are set; {way_out}.")
-    return starts
+    fault = packed_fault(values, bitmask, bitmask.shape[0], in_features)
+    if fault:
+        raise ValueError(f"The parts of a packed weight fit each other: {fault}; {way_out}.")
+    return row_starts(bitmask)

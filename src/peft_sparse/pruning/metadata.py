@@ -24,7 +24,7 @@ from torch import nn
 
 from peft_sparse.pruning.resume import hash_tensors
 from peft_sparse.sparsity import Pattern
-from peft_sparse.storage import CONFIG_KEY, PRUNING
+from peft_sparse.storage import CONFIG_KEY, PRUNING, record_facts
 
 
 def describe(
@@ -79,11 +79,10 @@ def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] 
     config = getattr(model, "config", None)
     if config is None:
         return
-    kept = dict(getattr(config, CONFIG_KEY, None) or {})
-    before = kept.get(PRUNING)
+    before = (getattr(config, CONFIG_KEY, None) or {}).get(PRUNING)
     if before:
         earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
         facts = facts | {"earlier": earlier}
     if errors:
         facts = facts | {"errors": {name: float(f"{error:.6g}") for name, error in errors.items()}}
-    setattr(config, CONFIG_KEY, kept | {PRUNING: facts})
+    record_facts(model, pruning=facts)

@@ -115,12 +115,18 @@ def unpack_values(
         tensor([[0.0000, 1.5000, 0.0000],
                 [2.0000, 0.0000, 3.0000]])
     """
+    return unpack_after_zero(torch.cat([values.new_zeros(1), values]), bitmask, in_features, out)
+
+
+def unpack_after_zero(
+    zero_first: torch.Tensor, bitmask: torch.Tensor, in_features: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[`unpack_values`] of values that have a zero before them, (1 + nnz,), which spares a copy of them."""
     rows, columns = bitmask.shape[0], bitmask.shape[1] * 8
-    zero_first = torch.cat([values.new_zeros(1), values])
-    if out is None and (torch.compiler.is_compiling() or (values.requires_grad and torch.is_grad_enabled())):
+    if out is None and (torch.compiler.is_compiling() or (zero_first.requires_grad and torch.is_grad_enabled())):
         return zero_first[_index_of_places(bitmask, in_features)[0].long()]
-    out = values.new_empty(rows, in_features) if out is None else out
-    at_once = UNPACKED_AT_ONCE if values.device.type == "cpu" else UNPACKED_AT_ONCE_GPU
+    out = zero_first.new_empty(rows, in_features) if out is None else out
+    at_once = UNPACKED_AT_ONCE if zero_first.device.type == "cpu" else UNPACKED_AT_ONCE_GPU
     step, before = max(1, at_once // max(1, columns)), None
     for start in range(0, rows, step):
         index, before = _index_of_places(bitmask[start : start + step], in_features, before)
@@ -158,6 +164,24 @@ def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
     counts = _popcounts(bitmask.device).index_select(0, bitmask.reshape(-1).int()).view(bitmask.shape).sum(1)
     ends = F.pad(counts.cumsum(0), (1, 0)).cpu()
     return ends.int() if int(ends[-1]) < 2**31 else ends  # half the memory, and it is kept for each layer
+
+
+def packed_fault(values: torch.Tensor, bitmask: torch.Tensor, rows: int, columns: int) -> str | None:
+    """What keeps two tensors from being the values and the bitmask of a weight (rows, columns); None: nothing.
+
+    Example:
+        >>> packed_fault(torch.ones(2), torch.tensor([[2], [5]], dtype=torch.uint8), rows=2, columns=3)
+        'each bit of its bitmask that is set has a value, got 3 bits and 2 values'
+    """
+    expected = (rows, (columns + 7) // 8)
+    if tuple(bitmask.shape) != expected or bitmask.dtype != torch.uint8:
+        return f"its bitmask is uint8 {expected}, got {str(bitmask.dtype)[6:]} {tuple(bitmask.shape)}"
+    bits = int(row_starts(bitmask)[-1])
+    if bits != values.numel():
+        return f"each bit of its bitmask that is set has a value, got {bits} bits and {values.numel()} values"
+    if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
+        return f"the bits after its last column ({columns}) are 0, got some that are set"
+    return None
 
 
 @functools.lru_cache(maxsize=16)

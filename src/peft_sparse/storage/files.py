@@ -47,6 +47,26 @@ def crc32(data: bytes | memoryview | torch.Tensor) -> str:
     return f"{zlib.crc32(data):08x}"
 
 
+def _cut_off(path: Path) -> str:
+    """For a message: the first tensor that a file which is too short does not have in full."""
+    if not path.is_file():
+        return ""
+    _, text = _head(path)
+    try:
+        ends = {key: entry["data_offsets"][1] for key, entry in json.loads(text).items() if key != "__metadata__"}
+        lost = [key for key, end in ends.items() if 8 + len(text) + end > path.stat().st_size]
+    except (ValueError, TypeError, LookupError, AttributeError):  # no header either
+        return ""
+    return f" (`{min(lost, key=lambda key: ends[key])}` is not there in full)" if lost else ""
+
+
+def _head(path: Path) -> tuple[bytes, bytes]:
+    """The first 8 bytes of a file, which say how long its header is, and the header, or what there is of it."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        return size, file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
+
+
 class SafetensorsFile:
     """A file of tensors, its header read and checked.
 
@@ -69,11 +89,9 @@ class SafetensorsFile:
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"A shard is a whole safetensors file, got {str(path)!r}, which cannot be read ({error}); it is "
-                "missing, damaged or cut short: save or download it again."
+                f"missing, damaged or cut short{_cut_off(path)}: save or download it again."
             ) from error
-        with path.open("rb") as file:
-            size = file.read(8)
-            text = file.read(int.from_bytes(size, "little"))
+        size, text = _head(path)
         self.header_crc32 = crc32(size + text)
         self.header: dict[str, dict[str, Any]] = json.loads(text)
         self.metadata: dict[str, str] = self.header.pop("__metadata__", None) or {}
@@ -96,13 +114,21 @@ class SafetensorsFile:
             )
         return DTYPES[name]
 
-    def read(self, key: str) -> torch.Tensor:
+    def nbytes(self, key: str) -> int:
+        """Bytes of a tensor, from the header."""
+        begin, end = self.header[key]["data_offsets"]
+        return end - begin
+
+    def read(self, key: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """A copy of a tensor.
+
+        Args:
+            into: uint8 (nbytes,), where to read it to; None: new memory.
 
         Raises:
             ValueError: if the file ends before it does."""
         begin, end = self.header[key]["data_offsets"]
-        raw = torch.empty(end - begin, dtype=torch.uint8)
+        raw = torch.empty(end - begin, dtype=torch.uint8) if into is None else into
         left = raw.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data_start + begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from peft_sparse.storage.files import SafetensorsFile, crc32
-from peft_sparse.storage.format import CONFIG_KEY, INDEX_NAME, WEIGHTS_NAME, check_config
+from peft_sparse.storage.format import INDEX_NAME, WEIGHTS_NAME, check_config
+from peft_sparse.storage.origin import CONFIG_KEY
 
 # What a model's repository has at its top and a load needs: not the copies in other formats that lie in subfolders.
 _WANTED, _UNWANTED = ["*.json", "*.safetensors", "*.py", "*.jinja", "tokenizer*", "*.txt"], ["*/*"]
@@ -27,8 +29,14 @@ def locate(source: str | Path, **download: Any) -> Path:
 
     Raises:
         ValueError: if it is neither, or the Hub cannot be reached.
+        TypeError: for another argument.
     """
-    path = Path(source)
+    path, unknown = Path(source), sorted(download.keys() - _download_arguments())
+    if unknown:
+        raise TypeError(
+            f"Arguments beyond those that are documented are for the download, {sorted(_download_arguments())}, got "
+            f"`{unknown[0]}`; a model's `torch_dtype` and `device_map` are `dtype` and `device` here."
+        )
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source) in {".", ".."}:
@@ -43,6 +51,12 @@ def locate(source: str | Path, **download: Any) -> Path:
             f"could not be downloaded ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the "
             f"name and the connection, or {_WAY_OUT}."
         ) from error
+
+
+def _download_arguments() -> set[str]:
+    """What `snapshot_download` takes and we do not decide."""
+    ours = {"repo_id", "repo_type", "allow_patterns", "ignore_patterns", "dry_run"}
+    return inspect.signature(snapshot_download).parameters.keys() - ours
 
 
 def read_json(path: Path) -> Any:
@@ -82,7 +96,7 @@ def packed_files(folder: Path, config: dict[str, Any], verify: bool) -> list[Saf
     for name, checksum in check_config(config, folder / "config.json", verify).items():
         path = packed_path(folder, config, name)
         if path.suffix == ".safetensors":
-            files.append(SafetensorsFile(path))
+            files.append(_open(path, _packed_keys(folder, config, name)))
             found = files[-1].header_crc32
         elif path.is_file():
             found = crc32(path.read_bytes())
@@ -92,13 +106,36 @@ def packed_files(folder: Path, config: dict[str, Any], verify: bool) -> list[Saf
             raise ValueError(
                 f"{name!r} is as it was saved (CRC-32 {checksum}), got {found} in {str(folder)!r}: it is damaged, or "
                 "of another save; save or download it again, or pass `verify_checksums=False` if you changed it on "
-                "purpose."
+                f"purpose.{_holds(_packed_keys(folder, config, name))}"
             )
     if not files:
         raise ValueError(f"A packed folder has files sparse_model*.safetensors, got none listed in {str(folder)!r}.")
     if INDEX_NAME in config[CONFIG_KEY]["files"]:
         _check_index(files, packed_path(folder, config, INDEX_NAME))
     return files
+
+
+def _open(path: Path, keys: list[str]) -> SafetensorsFile:
+    """A file that holds some tensors, whose error names them."""
+    try:
+        return SafetensorsFile(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{_holds(keys)}") from error
+
+
+def _holds(keys: list[str]) -> str:
+    rest = f" and {len(keys) - 3} more tensors" if len(keys) > 3 else ""
+    return f" It holds {', '.join(f'`{key}`' for key in keys[:3])}{rest}." if keys else ""
+
+
+def _packed_keys(folder: Path, config: dict[str, Any], name: str) -> list[str]:
+    """The tensors that a file has to have: the index tells, or config.json if there is no other file."""
+    if not name.endswith(".safetensors"):
+        return []
+    if INDEX_NAME in config[CONFIG_KEY]["files"]:
+        index = packed_path(folder, config, INDEX_NAME)
+        return sorted(key for key, file in _weight_map(index).items() if file == name) if index.is_file() else []
+    return [f"{module}.weight" for module in config[CONFIG_KEY].get("modules", {})]
 
 
 def packed_path(folder: Path, config: dict[str, Any], name: str) -> Path:
@@ -115,18 +152,18 @@ def plain_files(folder: Path) -> list[SafetensorsFile]:
     Raises:
         ValueError: if there are none, or some are missing.
     """
-    index = folder / "model.safetensors.index.json"
-    paths = sorted(folder.glob("model*.safetensors"))
-    if index.is_file():
-        names = _weight_map(index).values()
-        paths = [folder / name for name in sorted(set(names))]
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    weight_map = _weight_map(index) if index.is_file() else {}
+    paths = [whole] if whole.is_file() else sorted(folder.glob("model*.safetensors"))
+    if weight_map:
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
     elif not paths:  # by another name, as some of those who publish models do
         others = sorted(folder.glob("*.safetensors"))
         paths = [path for path in others if not path.name.startswith(("adapter_model", "sparse_model"))]
     if not paths:
         raise ValueError(_nothing_to_read(folder))
-    files = [SafetensorsFile(path) for path in paths]
-    if index.is_file():
+    files = [_open(path, sorted(key for key, name in weight_map.items() if name == path.name)) for path in paths]
+    if weight_map:
         _check_index(files, index)
     return files
 

@@ -4,9 +4,11 @@ A weight `<name>` that is packed is stored as `<name>.values`, (nnz,), its entri
 `<name>.bitmask`, uint8 (rows, ceil(columns / 8)), 1 = kept, least significant bit first; see `sparsity/packing.py`. It
 is packed in the orientation in which the model stores it, (out, in) for nn.Linear and (in, out) for Conv1D, so that a
 reader needs no model; a tensor of more than two dimensions counts as a matrix with columns of its last one. What is
-kept is whatever has a bit that is set, so negative zeros and every NaN come back as they were. All other tensors are
-plain safetensors. The files' name keeps plain transformers from loading them: it would take the packed tensors for
-unknown ones and draw the weights at random.
+kept is whatever has a bit that is set, so every NaN comes back as it was, and so do negative zeros, unless they are
+more than a sixteenth of a tensor: those are what `weight * mask` leaves of negative weights, no model knows them from
+other zeros, and half of the zeros would have to be stored. All other tensors are plain safetensors. The files' name
+keeps plain transformers from loading them: it would take the packed tensors for unknown ones and draw the weights at
+random.
 
 Three layers of CRC-32 make a damaged folder an error and not a wrong model:
 
@@ -17,26 +19,29 @@ Three layers of CRC-32 make a damaged folder an error and not a wrong model:
 * and its own under `crc32`: of config.json as compact JSON with sorted keys, without this entry.
 
 It also says `format`, `version`, `sparsity`, and under `modules` the pattern and the sparsity of each packed weight.
-What a pruner wrote into the same entry, under `pruning`, stays there; a dense model's entry holds nothing else.
+What is known about the model itself (`pruning`, `base_model`, `method`, see `storage/origin.py`) stays in the same
+entry; a dense model's holds nothing else.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from peft_sparse.sparsity import pack_mask, pack_values, row_starts, unpack_values
+from peft_sparse.sparsity import pack_mask, unpack_after_zero
 from peft_sparse.storage.files import SafetensorsFile, crc32
+from peft_sparse.storage.origin import CONFIG_KEY, facts_of
 
-CONFIG_KEY = "peft_sparse"
-PRUNING = "pruning"  # the part of that entry that tells how a model was pruned, see pruning/metadata.py
 FORMAT, VERSION = "bitmask", 1
 WEIGHTS_NAME = "sparse_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
 VALUES, BITMASK = ".values", ".bitmask"
+
+# The share of negative zeros above which they are stored as zeros.
+NEGATIVE_ZEROS = 1 / 16
 
 # What the second tensor costs in the header: its name, dtype, shape, place and checksum.
 HEADER_BYTES = 256
@@ -45,52 +50,48 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WAY_OUT = "save or download it again"
 
 
-def pack_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The values and the bitmask of a tensor, or None if they are not smaller than the tensor itself.
+class Packed(NamedTuple):
+    """A weight in two parts, and how many negative zeros became positive ones."""
+
+    values: torch.Tensor
+    bitmask: torch.Tensor
+    turned: int = 0
+
+
+def pack_weight(weight: torch.Tensor) -> Packed | None:
+    """Pack a tensor; None if that is not smaller than the tensor itself.
 
     Example:
         >>> weight = torch.zeros(64, 64)
         >>> weight[3, 8] = -0.0
-        >>> values, bitmask = pack_weight(weight)
+        >>> values, bitmask, _ = pack_weight(weight)
         >>> values, bitmask.shape
         (tensor([-0.]), torch.Size([64, 8]))
     """
     if weight.dim() < 2 or not weight.is_floating_point() or not weight.numel():
         return None
-    matrix = weight.detach().cpu().reshape(-1, weight.shape[-1])
-    bits = matrix.view(_BITS[weight.element_size()])
-    kept = bits != 0
-    mask_bytes = matrix.shape[0] * ((matrix.shape[1] + 7) // 8)
-    if int(kept.sum()) * weight.element_size() + mask_bytes + HEADER_BYTES >= weight.nbytes:
-        return None
-    return pack_matrix(matrix)
+    packed = pack_matrix(weight.detach().cpu().reshape(-1, weight.shape[-1]))
+    return packed if packed.values.nbytes + packed.bitmask.nbytes + HEADER_BYTES < weight.nbytes else None
 
 
-def pack_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values and the bitmask of a matrix, whether they are smaller than it or not."""
+def pack_matrix(matrix: torch.Tensor) -> Packed:
+    """Pack a matrix, whether that is smaller than it or not."""
     bits = matrix.detach().view(_BITS[matrix.element_size()])
-    bitmask = pack_mask(bits != 0)
-    return pack_values(bits, bitmask).view(matrix.dtype), bitmask
+    kept = bits != 0
+    negative_zeros = kept & (matrix == 0)
+    turned = int(negative_zeros.sum())
+    if turned > NEGATIVE_ZEROS * matrix.numel():
+        kept &= ~negative_zeros
+    else:
+        turned = 0
+    bitmask = pack_mask(kept)
+    return Packed(bits.masked_select(kept).view(matrix.dtype), bitmask, turned)
 
 
-def unpack_weight(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of [`pack_weight`], for parts that [`packed_fault`] finds nothing wrong with."""
-    bits = values.reshape(-1).view(_BITS[values.element_size()])
-    return unpack_values(bits, bitmask, shape[-1]).view(values.dtype).view(shape)
-
-
-def packed_fault(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...]) -> str | None:
-    """What keeps two tensors from being a packed weight of this shape; None: nothing."""
-    rows, columns = torch.Size(shape[:-1]).numel(), shape[-1]
-    if tuple(bitmask.shape) != (rows, (columns + 7) // 8) or bitmask.dtype != torch.uint8:
-        expected = (rows, (columns + 7) // 8)
-        return f"its bitmask is uint8 {expected}, got {str(bitmask.dtype)[6:]} {tuple(bitmask.shape)}"
-    bits = int(row_starts(bitmask)[-1])
-    if bits != values.numel():
-        return f"each bit of its bitmask that is set has a value, got {bits} bits and {values.numel()} values"
-    if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
-        return f"the bits after its last column ({columns}) are 0, got some that are set"
-    return None
+def unpack_weight(zero_first: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of [`pack_weight`], for parts that fit each other; a zero is before the values."""
+    bits = zero_first.view(_BITS[zero_first.element_size()])
+    return unpack_after_zero(bits, bitmask, shape[-1]).view(zero_first.dtype).view(shape)
 
 
 def file_metadata(shapes: dict[str, list[int]], checksums: dict[str, str]) -> dict[str, str]:
@@ -150,8 +151,8 @@ def config_crc32(config: dict[str, Any]) -> str:
 
 def says_packed(config: dict[str, Any]) -> bool:
     """Whether config.json is that of a packed folder, whole or damaged, and not of a dense model that was pruned."""
-    entry = config.get(CONFIG_KEY, {PRUNING: None})
-    return not isinstance(entry, dict) or not entry.keys() <= {PRUNING}
+    entry = config.get(CONFIG_KEY, {})
+    return not isinstance(entry, dict) or entry.keys() != facts_of(entry).keys()
 
 
 def check_config(config: dict[str, Any], path: Path, verify: bool) -> dict[str, str]:

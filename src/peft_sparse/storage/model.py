@@ -8,16 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
-from peft_sparse.linears import block_linears, linears_inside
+from peft_sparse.linears import block_experts, block_linears, linears_inside
 from peft_sparse.storage.folders import packed_files, plain_files, read_config
 from peft_sparse.storage.format import says_packed
+from peft_sparse.storage.names import names_in_model
 from peft_sparse.storage.tensors import StoredTensor, is_legacy, legacy_tensors, packed_tensors, plain_tensors
+
+
+class StoredLinear(NamedTuple):
+    """A linear on disk.
+
+    Attributes:
+        key: of its weight, in the model's files.
+        module: what it is in the model, on the meta device; None for one that is a part of something there, such as an
+            expert: its weight is then (out, in) in the files, as far as anyone can tell.
+    """
+
+    key: str
+    module: nn.Module | None
 
 
 @dataclass
@@ -37,18 +52,41 @@ class StoredModel:
     config: dict[str, Any]
     tensors: dict[str, StoredTensor] = field(repr=False)
 
-    def linears(self) -> dict[str, nn.Module] | None:
-        """The linears (on the meta device) of the transformer blocks by the name of their stored weight; all linears
-        for a model without blocks, None if the folder does not tell."""
-        names = self.config.get("architectures") or [""]
-        model_cls = getattr(transformers, names[0], None)
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class, as config.json has it; "" where it says nothing."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
+
+    def linears(self) -> dict[str, StoredLinear] | None:
+        """The linears of the transformer blocks by name, and the experts of fused ones; all linears for a model
+        without blocks, None if the folder does not tell, or lacks one."""
+        model_cls: Any = transformers_class(self.architecture)
         if model_cls is None:
             return None
         with torch.device("meta"):
             model = model_cls(model_cls.config_class.from_pretrained(self.folder))
-        linears = block_linears(model) or linears_inside(model)
-        stored = {f"{name}.weight": linear for name, linear in linears.items()}
-        return stored if stored.keys() <= self.tensors.keys() else None
+        linears: dict[str, nn.Module | None] = {
+            f"{name}.weight": linear for name, linear in (block_linears(model) or linears_inside(model)).items()
+        }
+        wanted = linears | dict.fromkeys(block_experts(model))
+        keys: dict[str, list[StoredLinear]] = {}
+        for key, (name, converted) in names_in_model(model, self.tensors).items():
+            if name in wanted and len(self.tensors[key].shape) > 1:
+                keys.setdefault(name, []).append(StoredLinear(key, None if converted else wanted[name]))
+        found: dict[str, StoredLinear] = {}
+        for name in wanted:
+            stored = sorted(keys.get(name, []), key=lambda linear: linear.key)
+            if not stored:
+                return None
+            found |= {linear.key if linear.module is None else name: linear for linear in stored}
+        return {name.removesuffix(".weight"): linear for name, linear in found.items()}
+
+
+def transformers_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of transformers that has this name, if any."""
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def open_model(folder: Path, verify_checksums: bool = True) -> StoredModel:

@@ -8,17 +8,20 @@ them `<module>.shape`, and in `sparse-bitmask` `<module>.row_offsets`, which fol
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from peft_sparse.sparsity import packed_fault
 from peft_sparse.storage.files import SafetensorsFile, crc32
-from peft_sparse.storage.format import BITMASK, VALUES, packed_fault, read_metadata, unpack_weight
+from peft_sparse.storage.format import BITMASK, VALUES, read_metadata, unpack_weight
 
 LEGACY_PARTS = (".compressed", ".bitmask", ".shape")
 ROW_OFFSETS = ".row_offsets"
+LARGEST_SCRATCH = 32 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Part:
     key: str
     crc32: str | None = None
 
-    def read(self) -> torch.Tensor:
-        """The tensor.
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, in memory of its own or in `into`, see [`SafetensorsFile.read`].
 
         Raises:
             ValueError: if it is not what was saved."""
-        tensor = self.file.read(self.key)
+        tensor = self.file.read(self.key, into)
         if self.crc32 is not None and crc32(tensor) != self.crc32:
             raise ValueError(
                 f"`{self.key}` is damaged: its CRC-32 is {self.crc32}, got {crc32(tensor)} from "
@@ -70,7 +73,13 @@ class StoredTensor:
             ValueError: that names it, if it is damaged."""
         if self.bitmask is None:
             return self.data.read()
-        return unpack_weight(*self.read_packed(), self.shape)
+        size = self.dtype.itemsize
+        raw = _scratch("values", size + self.data.file.nbytes(self.data.key))  # one more, for a zero before them
+        raw[:size] = 0
+        values = self.data.read(raw[size:])
+        bitmask = self.bitmask.read(_scratch("bitmask", self.bitmask.file.nbytes(self.bitmask.key)))
+        self._check(values, bitmask)
+        return unpack_weight(raw.view(values.dtype), bitmask, self.shape)
 
     def read_packed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and bitmask of one that is packed, checked against each other.
@@ -79,12 +88,31 @@ class StoredTensor:
             ValueError: as `read` does."""
         assert self.bitmask is not None, f"{self.name} is not packed"
         values, bitmask = self.data.read(), self.bitmask.read()
-        fault = packed_fault(values, bitmask, self.shape)
+        self._check(values, bitmask)
+        return values, bitmask
+
+    def _check(self, values: torch.Tensor, bitmask: torch.Tensor) -> None:
+        rows, columns = torch.Size(self.shape[:-1]).numel(), self.shape[-1]
+        fault = packed_fault(values, bitmask, rows, columns)
         if fault:
             raise ValueError(
                 f"`{self.name}` is damaged: {fault}, in {str(self.data.file.path)!r}; save or download it again."
             )
-        return values, bitmask
+
+
+_memory = threading.local()
+
+
+def _scratch(name: str, nbytes: int) -> torch.Tensor:
+    """Memory for one part of a packed tensor, uint8 (nbytes,), good until this thread asks for it again: a load frees
+    nothing between the weights that it makes, which would leave holes that take as much room as the parts did."""
+    if nbytes > LARGEST_SCRATCH:  # goes back to the system when it is freed, and leaves no hole
+        return torch.empty(nbytes, dtype=torch.uint8)
+    buffer = getattr(_memory, name, None)
+    if buffer is None or buffer.numel() < nbytes:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        setattr(_memory, name, buffer)
+    return buffer[:nbytes]
 
 
 def plain_tensors(files: list[SafetensorsFile]) -> dict[str, StoredTensor]:

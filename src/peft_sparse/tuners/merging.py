@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_sparse import ops
 from peft_sparse.linears import bits, copy_of, quantized_weight, weight_parameter
-from peft_sparse.sparsity import Weight, round_keeping_support, weight_entries, with_entries
+from peft_sparse.sparsity import Weight, dense_weight, round_keeping_support, weight_entries, with_entries
 
 # Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
 # float32 allows for TF32 matmuls.
@@ -119,14 +119,17 @@ class RoundingErrors:
         self.largest = 0.0
         self._squares, self._norm = 0.0, 0.0
 
-    def add(self, name: str, merged: torch.Tensor, kept: torch.Tensor) -> None:
-        """Count one layer.
+    def add(self, name: str, merged: Weight, kept: Weight) -> None:
+        """Count one layer, unless it keeps the very weight.
 
         Args:
             merged: (out, in), as the adapters make it.
             kept: (out, in), as it is stored.
         """
-        difference = kept.to(merged.dtype) - merged
+        if kept is merged:
+            return
+        merged = dense_weight(merged)
+        difference = dense_weight(kept).to(merged.dtype) - merged
         squares, norm = float(difference.square().sum()), float(merged.square().sum())
         self._squares, self._norm = self._squares + squares, self._norm + norm
         self.largest = max(self.largest, float(difference.abs().max()))
@@ -138,11 +141,13 @@ class RoundingErrors:
         return math.sqrt(self._squares / self._norm) if self._norm else 0.0
 
     def warn(self, dtype: torch.dtype | None) -> None:
-        """State the error.
+        """State the error, if there is one.
 
         Args:
             dtype: of dense weights; None: they were quantised again.
         """
+        if not self.worst:
+            return
         name = max(self.worst, key=lambda name: self.worst[name])
         layers, outputs = f"{len(self.worst)} quantised layers", "so that outputs may differ"
         how = f"quantises {layers} again" if dtype is None else f"rounds {layers} to {dtype}"

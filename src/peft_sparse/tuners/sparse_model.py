@@ -6,6 +6,7 @@ fails at one layer would leave the others merged. Both loops are therefore run d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ from peft_sparse.linears import (
     reshard,
     unwrap,
 )
-from peft_sparse.sparsity import dense_weight
+from peft_sparse.storage import record_facts
 from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
+
+# What rooms above do with each merged model of transformers before its user gets it.
+AFTER_MERGE: list[Callable[[PreTrainedModel], None]] = []
 
 
 class SparseTuner(BaseTuner):
@@ -162,8 +166,12 @@ class SparseTuner(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if merge and isinstance(unloaded, PreTrainedModel):
-            # transformers puts these into the model card when it pushes, and so does `save_sparse`
-            unloaded.add_model_tags(["sparse", "pruned", self.prefix.removesuffix("_")])
+            method = self.prefix.removesuffix("_")
+            # transformers puts these into the model card when it pushes
+            unloaded.add_model_tags(["sparse", "pruned", method])
+            record_facts(unloaded, method=method)
+            for action in AFTER_MERGE:
+                action(unloaded)
         return unloaded
 
     def merge_and_unload(
@@ -222,11 +230,8 @@ class SparseTuner(BaseTuner):
             names = layer.active_adapters if adapter_names is None else adapter_names
             with layer.weights_loaded():
                 merged = layer.merged_weight([name for name in names if name not in layer.merged_adapters])
-                kept = layer.requantized(merged, dtype)
-                if kept is not merged:
-                    errors.add(layer._module_name, dense_weight(merged), dense_weight(kept))
-        if errors.worst:
-            errors.warn(dtype)
+                errors.add(layer._module_name, merged, layer.requantized(merged, dtype))
+        errors.warn(dtype)
 
     def sparse_layers(self) -> list[SparseLayer]:
         """The tuner layers of this method in the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,8 @@ from peft_sparse.storage.files import SafetensorsFile, crc32
 from peft_sparse.storage.folders import plain_files, read_config
 from peft_sparse.storage.format import (
     BITMASK,
-    CONFIG_KEY,
     FORMAT,
     INDEX_NAME,
-    PRUNING,
     VALUES,
     VERSION,
     WEIGHTS_NAME,
@@ -26,10 +25,15 @@ from peft_sparse.storage.format import (
     file_metadata,
     pack_weight,
 )
+from peft_sparse.storage.origin import CONFIG_KEY, facts_of
 
 
 def pack_folder(
-    folder: Path, max_shard_size: int, transposed: set[str], others: Iterable[tuple[str, torch.Tensor]] = ()
+    folder: Path,
+    max_shard_size: int,
+    transposed: set[str],
+    others: Iterable[tuple[str, torch.Tensor]],
+    facts: dict[str, str | None],
 ) -> None:
     """Replace the dense files of a folder by packed ones, and say so in its config.json.
 
@@ -38,6 +42,7 @@ def pack_folder(
         max_shard_size: in bytes.
         transposed: names of the weights that are stored as (in, out).
         others: tensors that are not in the folder and belong there.
+        facts: what to write about the model itself, see `storage/origin.py`, where it is not None.
     """
     shards = ShardWriter(folder, max_shard_size, transposed)
     for file in plain_files(folder):
@@ -47,19 +52,27 @@ def pack_folder(
     for name, tensor in others:
         shards.add(name, tensor)
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    finish(folder, shards)
+    finish(folder, shards, facts)
 
 
-def finish(folder: Path, shards: ShardWriter) -> None:
+def finish(folder: Path, shards: ShardWriter, facts: dict[str, str | None]) -> None:
     """Write the last shard, the index if there are several, and config.json's entry."""
     names = shards.finish()
+    if shards.turned:
+        warnings.warn(
+            f"{sum(shards.turned.values()):,} zeros in {len(shards.turned)} tensors are negative, as `weight * mask` "
+            f"leaves them (the first are in `{next(iter(shards.turned))}`); they are stored as zeros, without their "
+            "sign, since each would take the room of a weight otherwise.",
+            stacklevel=4,
+        )
     checksums = {name: SafetensorsFile(folder / name).header_crc32 for name in names}
-    for name in (INDEX_NAME, "generation_config.json"):
+    code = sorted(path.name for path in folder.glob("*.py"))
+    for name in (INDEX_NAME, "generation_config.json", *code):
         if (folder / name).is_file():
             checksums[name] = crc32((folder / name).read_bytes())
     config = read_config(folder) or {}
-    facts = (config.get(CONFIG_KEY) or {}).get(PRUNING)
-    config[CONFIG_KEY] = ({PRUNING: facts} if facts else {}) | {
+    known = facts_of(config.get(CONFIG_KEY)) | {key: value for key, value in facts.items() if value is not None}
+    config[CONFIG_KEY] = known | {
         "format": FORMAT,
         "version": VERSION,
         "sparsity": round(shards.zeros / max(shards.numel, 1), 6),
@@ -76,12 +89,14 @@ class ShardWriter:
     Attributes:
         modules: pattern and sparsity of each packed weight, by module.
         zeros, numel: of all packed weights together.
+        turned: by name, how many negative zeros became positive ones.
     """
 
     def __init__(self, folder: Path, max_shard_size: int, transposed: set[str]) -> None:
         self.folder, self.max_shard_size, self.transposed = folder, max_shard_size, transposed
         self.modules: dict[str, dict[str, Any]] = {}
         self.zeros, self.numel, self._total = 0, 0, 0
+        self.turned: dict[str, int] = {}
         self._shards: list[list[str]] = []  # the names in each file so far
         self._tensors: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, list[int]] = {}
@@ -94,12 +109,10 @@ class ShardWriter:
             return
         matrix = tensor.reshape(-1, tensor.shape[-1])
         self._note(name, matrix.T if name in self.transposed else matrix)
-        self.add_packed(name, *packed, list(tensor.shape))
-
-    def add_packed(self, name: str, values: torch.Tensor, bitmask: torch.Tensor, shape: list[int]) -> None:
-        """Take in the two parts of a weight."""
-        self._add({name + VALUES: values.contiguous(), name + BITMASK: bitmask.contiguous()})
-        self._shapes[name] = shape
+        if packed.turned:
+            self.turned[name] = packed.turned
+        self._add({name + VALUES: packed.values, name + BITMASK: packed.bitmask})
+        self._shapes[name] = list(tensor.shape)
 
     def _note(self, name: str, matrix: torch.Tensor) -> None:
         zeros = int((matrix == 0).sum())
