@@ -27,12 +27,20 @@ from peft_sparse.pruning import (
     prune_wanda,
     uniform_sparsity,
 )
-from peft_sparse.training import SparsityCallback, finetune, load_recipe, pst_param_groups
+from peft_sparse.training import (
+    CheckpointCallback,
+    SparsityCallback,
+    finetune,
+    last_complete_checkpoint,
+    load_recipe,
+    pst_param_groups,
+)
 from peft_sparse.tuners.pst import PstConfig, PstModel
 from peft_sparse.tuners.spp import SppConfig, SppModel
 
 __all__ = [
     "AccelerationReport",
+    "CheckpointCallback",
     "PstConfig",
     "PstModel",
     "SparsityCallback",
@@ -45,6 +53,7 @@ __all__ = [
     "calibration_batches",
     "dequantize_model",
     "finetune",
+    "last_complete_checkpoint",
     "load_recipe",
     "load_sparse",
     "owl_sparsity",

@@ -181,7 +181,7 @@ def test_checks_at_merge(monkeypatch):
         packed.merge_adapter()
     zeroed = wrong._replace(values=torch.zeros_like(wrong.values))
     monkeypatch.setattr(layer, "effective_weight", lambda name, weight=None: zeroed)
-    monkeypatch.setattr("peft_sparse.tuners.sparse_layer.round_keeping_support", lambda w, support, dtype: w)
+    monkeypatch.setattr("peft_sparse.tuners.merging.round_keeping_support", lambda w, support, dtype: w)
     with pytest.raises(RuntimeError, match="keeps every zero"):
         packed.merge_adapter()
 

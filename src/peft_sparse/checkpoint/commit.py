@@ -29,7 +29,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.iterdir():
-            _flush(path)
+            flush(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if created and not any(folder.iterdir()):
@@ -45,12 +45,12 @@ def _replace(folder: Path, temporary: Path) -> None:
     shutil.rmtree(moving, ignore_errors=True)  # of a save of the same that ended here
     temporary.rename(moving)
     os.replace(moving / "config.json", folder / "config.json")
-    _flush(folder)
+    flush(folder)
     for path in sorted(moving.iterdir()):
         if path.is_dir():
             shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
-    _flush(folder)
+    flush(folder)
     for path in folder.iterdir():
         if path.name.startswith(_TEMPORARY) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -58,7 +58,7 @@ def _replace(folder: Path, temporary: Path) -> None:
             path.unlink()  # of an earlier save with other shards
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders

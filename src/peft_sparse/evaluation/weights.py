@@ -103,12 +103,11 @@ def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
-    they are disabled."""
-    if isinstance(linear, SparseLayer):
-        with linear.weights_loaded():
-            return _weight_with_adapters(linear)
-    with weights_loaded(unwrap(linear)):
-        return _weight_with_adapters(linear)
+    they are disabled. Of a sharded model it is gathered, in all processes at once."""
+    here = linear.weights_loaded() if isinstance(linear, SparseLayer) else weights_loaded(linear, unwrap(linear))
+    with here as was_sharded:
+        weight = _weight_with_adapters(linear)
+        return weight.clone() if was_sharded else weight
 
 
 def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
@@ -139,7 +138,7 @@ def _outside(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tor
                 own.append(name)
                 seen.add(key)
         if own:
-            with weights_loaded(module):
+            with weights_loaded(module, recurse=False):
                 yield from (module.get_parameter(name) for name in own)
 
 

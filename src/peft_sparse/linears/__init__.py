@@ -40,6 +40,7 @@ from peft_sparse.linears.quantized import (
     write_quantized,
 )
 from peft_sparse.linears.saving import check_saves_unpacked, refuse_save_pretrained
+from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
     get_weight,
@@ -74,12 +75,15 @@ __all__ = [
     "dequantized_linear",
     "device_of",
     "find_block_lists",
+    "gathered",
     "get_weight",
     "has_hooks",
     "in_out_features",
     "install",
+    "is_dtensor",
     "is_foreign",
     "is_linear",
+    "is_share",
     "keep_loaded",
     "linears_inside",
     "linears_not_called",
@@ -94,6 +98,7 @@ __all__ = [
     "refuse_save_pretrained",
     "refuses_acceleration",
     "replace_module",
+    "reshard",
     "select_linears",
     "set_weight",
     "stored_weight",
@@ -102,5 +107,6 @@ __all__ = [
     "unwrap",
     "weight_parameter",
     "weights_loaded",
+    "whole_parameter",
     "write_quantized",
 ]

@@ -16,6 +16,8 @@ from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from accelerate.utils import named_module_tensors, set_module_tensor_to_device
 from torch import nn
 
+from peft_sparse.linears.sharded import gathered
+
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook of accelerate that brings in a module's offloaded parameters, if it has one."""
@@ -47,18 +49,34 @@ def call_as(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def weights_loaded(*modules: nn.Module) -> Iterator[None]:
-    """The weights that accelerate keeps elsewhere for these modules are in them. Changes do not last."""
-    hooked = [(hook, module) for module in modules if (hook := offload_hook(module)) is not None]
+def weights_loaded(*modules: nn.Module, recurse: bool = True) -> Iterator[bool]:
+    """The weights of these modules are in them and whole, to read: those that accelerate keeps elsewhere, and those
+    that are sharded over processes, which then enter this together. Changes do not last.
+
+    Args:
+        recurse: sharded weights of submodules, too.
+
+    Yields:
+        Whether something was sharded. Then a parameter is gone after the block, unless it was copied.
+    """
+    hooked = [
+        (hook, module) for module in modules if (hook := offload_hook(module)) is not None and _is_away(hook, module)
+    ]
     entered: list[tuple[AlignDevicesHook, nn.Module]] = []
     try:
         for hook, module in hooked:
             hook.pre_forward(module)
             entered.append((hook, module))
-        yield
+        with gathered(*modules, recurse=recurse) as was_sharded:
+            yield was_sharded
     finally:
         for hook, module in entered:
             hook.post_forward(module, torch.empty(0))
+
+
+def _is_away(hook: AlignDevicesHook, module: nn.Module) -> bool:
+    """Whether a hook is still to bring in something: a second time, its end would also be that of the first."""
+    return any(tensor.is_meta for _, tensor in named_module_tensors(module, recurse=hook.place_submodules))
 
 
 def keep_loaded(module: nn.Module, stored: dict[str, torch.Tensor] | None = None) -> None:

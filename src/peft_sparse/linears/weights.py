@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_sparse.linears.hooks import weights_loaded
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.quantized import bits, is_foreign, quantized_weight, write_quantized
+from peft_sparse.linears.sharded import is_share, whole_shape
 from peft_sparse.sparsity import (
     EightBitWeight,
     FourBitWeight,
@@ -44,14 +48,18 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear module."""
     if isinstance(module, PackedLinear) or bits(module) is not None:
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type] # a quantised weight is flat
-    rows, columns = module.get_parameter("weight").shape
+    rows, columns = whole_shape(weight_parameter(module))
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def weight_parameter(module: nn.Module) -> nn.Parameter:
     """The parameter with the entries of a linear's weight: `weight` (codes, where it is quantised), or the values of a
-    PackedLinear."""
-    return module.get_parameter("values" if isinstance(module, PackedLinear) else "weight")
+    PackedLinear.
+
+    Of a sharded model this may be a share, and within a forward of FSDP1 a tensor that is no parameter.
+    """
+    linear: Any = module
+    return linear.values if isinstance(module, PackedLinear) else linear.weight
 
 
 def stored_weight(module: nn.Module) -> Weight:
@@ -67,12 +75,21 @@ def get_weight(module: nn.Module) -> torch.Tensor:
 
     That of a PackedLinear or a quantised linear is a new tensor, unpacked for this call: to read, while [`set_weight`]
     writes.
+
+    Raises:
+        RuntimeError: if this process has only a share of it.
     """
     if isinstance(module, PackedLinear):
         return module.dense_weight()
     if bits(module) is not None:
         return quantized_weight(module).dense()
-    return as_stored(module, module.get_parameter("weight"))
+    weight = weight_parameter(module)
+    if is_share(weight):
+        raise RuntimeError(
+            f"A weight is read when it is whole, got this process's share of a {tuple(whole_shape(weight))} weight "
+            "(FSDP2 or ZeRO-3); read it inside `peft_sparse.linears.gathered(module)`, in all processes at once."
+        )
+    return as_stored(module, weight)
 
 
 def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -94,7 +111,7 @@ def set_weight(module: nn.Module, weight: Weight) -> None:
         write_quantized(module, weight)
         return
     if not isinstance(module, PackedLinear):
-        module.get_parameter("weight").copy_(as_stored(module, dense_weight(weight)))
+        get_weight(module).copy_(dense_weight(weight))
         return
     if isinstance(weight, PackedWeight) and torch.equal(weight.bitmask, module.bitmask):
         module.values.copy_(weight.values)
@@ -119,4 +136,5 @@ def num_zeros(module: nn.Module) -> int:
         weight, step = quantized_weight(module), max(1, (1 << 21) // in_features)
         blocks = (slice(start, min(start + step, out_features)) for start in range(0, out_features, step))
         return sum(int((weight.rows(rows) == 0).sum()) for rows in blocks)
-    return in_features * out_features - int(torch.count_nonzero(weight_parameter(module)))
+    with weights_loaded(module):
+        return in_features * out_features - int(torch.count_nonzero(weight_parameter(module)))

@@ -7,6 +7,7 @@ kept copy; tensors of the weight's size by identity, version and a sample.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -44,4 +45,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() <= COMPARED_ELEMENTS:
         return tensor
     rows_first = tensor if tensor.is_contiguous() else tensor.T  # as stored: a view, no copy
-    return rows_first.reshape(-1)[:: tensor.numel() // SAMPLED_ELEMENTS]
+    stride = tensor.numel() // SAMPLED_ELEMENTS
+    while math.gcd(stride, rows_first.shape[-1]) > 1:
+        stride += 1  # else it would meet few columns, and a column whose input is never used never changes
+    return rows_first.reshape(-1)[::stride]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sparse.linears import is_dtensor
+
 _WAY_OUT = (
     "load it onto its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
     "saved with. Nothing was loaded."
@@ -73,8 +75,10 @@ def _check_tensor(key: str, tensor: torch.Tensor, here: torch.Tensor) -> None:
             f"The tensors of an adapter checkpoint are numbers of the same kind as the model's, got {tensor.dtype} "
             f"for `{key}`, which is {here.dtype} here; {_DAMAGED}"
         )
-    if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
-        found = int((~tensor.isfinite()).sum())
+    share: Any = tensor
+    own = share.to_local() if is_dtensor(tensor) else tensor  # of FSDP2's shards each process checks its own
+    if own.is_floating_point() and not own.is_meta and not bool(own.isfinite().all()):
+        found = int((~own.isfinite()).sum())
         raise ValueError(
             f"The tensors of an adapter checkpoint are finite, got {found} NaN or infinite of {tensor.numel()} in "
             f"`{key}`: its training diverged, or {_DAMAGED}"

@@ -11,14 +11,58 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 
 from peft_sparse import ops
-from peft_sparse.sparsity import Weight, weight_entries
+from peft_sparse.linears import bits, copy_of, quantized_weight, weight_parameter
+from peft_sparse.sparsity import Weight, dense_weight, round_keeping_support, weight_entries, with_entries
 
 # Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
 # float32 allows for TF32 matmuls.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 PROBE_ROWS = 4
+
+
+def merged_into(layer: Any, weight: Weight, adapter_name: str) -> Weight:
+    """One adapter of a layer merged into a weight, checked; nothing is written.
+
+    Raises:
+        ValueError, RuntimeError: see [`SparseLayer.merged_weight`].
+    """
+    effective, support = layer.effective_weight(adapter_name, weight), layer.support(adapter_name, weight)
+    entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
+    check_finite(entries, adapter_name, layer._module_name)
+    merged = with_entries(effective, entries)
+    check_merge(layer, merged, support, weight, adapter_name)
+    return merged
+
+
+def rounded_to(dtype: torch.dtype, merged: torch.Tensor, module_name: str) -> torch.Tensor:
+    """A merged weight in another dtype, with the same zeros.
+
+    Raises:
+        ValueError: if the dtype cannot hold a weight.
+    """
+    rounded = round_keeping_support(merged, merged != 0, dtype)
+    if not rounded.isfinite().all():
+        raise ValueError(
+            f"Weights of {dtype} are below {torch.finfo(dtype).max:g}, got {float(merged.abs().max()):g} in "
+            f"`{module_name}`; take torch.bfloat16. Nothing was merged."
+        )
+    return rounded
+
+
+def copy_to_restore(base_layer: nn.Module, own: torch.Tensor) -> Any:
+    """What unmerging puts back into a base layer whose weight is whole now.
+
+    Args:
+        own: what this process has of that weight at other times.
+    """
+    if bits(base_layer) is not None:
+        return copy_of(quantized_weight(base_layer))
+    whole = weight_parameter(base_layer).detach()
+    # FSDP2's share of it is enough; ZeRO-3 has none that could be kept in this way
+    return (own if own.shape == whole.shape else whole).clone()
 
 
 def check_finite(merged: torch.Tensor, adapter_name: str, module_name: str) -> None:
@@ -75,14 +119,17 @@ class RoundingErrors:
         self.largest = 0.0
         self._squares, self._norm = 0.0, 0.0
 
-    def add(self, name: str, merged: torch.Tensor, kept: torch.Tensor) -> None:
-        """Count one layer.
+    def add(self, name: str, merged: Weight, kept: Weight) -> None:
+        """Count one layer, unless it keeps the very weight.
 
         Args:
             merged: (out, in), as the adapters make it.
             kept: (out, in), as it is stored.
         """
-        difference = kept.to(merged.dtype) - merged
+        if kept is merged:
+            return
+        merged = dense_weight(merged)
+        difference = dense_weight(kept).to(merged.dtype) - merged
         squares, norm = float(difference.square().sum()), float(merged.square().sum())
         self._squares, self._norm = self._squares + squares, self._norm + norm
         self.largest = max(self.largest, float(difference.abs().max()))
@@ -94,11 +141,13 @@ class RoundingErrors:
         return math.sqrt(self._squares / self._norm) if self._norm else 0.0
 
     def warn(self, dtype: torch.dtype | None) -> None:
-        """State the error.
+        """State the error, if there is one.
 
         Args:
             dtype: of dense weights; None: they were quantised again.
         """
+        if not self.worst:
+            return
         name = max(self.worst, key=lambda name: self.worst[name])
         layers, outputs = f"{len(self.worst)} quantised layers", "so that outputs may differ"
         how = f"quantises {layers} again" if dtype is None else f"rounds {layers} to {dtype}"

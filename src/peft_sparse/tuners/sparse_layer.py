@@ -4,6 +4,9 @@ A method says what f is ([`SparseLayer.effective_weight`]) and how to compute a 
 ([`SparseLayer.adapted_linear`]). Here is the rest: several active adapters compose in order, W -> f_b(f_a(W)); merging
 writes that weight into the base layer after checking that zeros and function are the same; unmerging puts a kept copy
 back.
+
+Of a sharded model (FSDP2, ZeRO-3) a forward sees whole weights. What is asked for outside of one is gathered first, so
+that all processes have to ask for it.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from peft_sparse.linears import (
     bits,
     call_as,
     compute_dtype,
-    copy_of,
     dequantized_linear,
     device_of,
+    gathered,
     has_hooks,
     in_out_features,
+    is_dtensor,
     keep_loaded,
     offload_hook,
     set_weight,
@@ -39,11 +43,10 @@ from peft_sparse.sparsity import (
     Weight,
     dense_weight,
     quantize_like,
-    round_keeping_support,
     weight_entries,
     with_entries,
 )
-from peft_sparse.tuners.merging import check_finite, check_merge
+from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
@@ -126,10 +129,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """f(W) - W, as the base layer stores its weight (a Conv1D's is transposed), in the weight's dtype. Dense."""
-        weight = self.base_weight
-        entries = weight_entries(weight)
-        delta = weight_entries(self.effective_weight(adapter_name, weight)) - entries
-        return as_stored(self.base_layer, dense_weight(with_entries(weight, delta.to(entries.dtype))))
+        with self.weights_loaded():
+            weight = self.base_weight
+            entries = weight_entries(weight)
+            delta = weight_entries(self.effective_weight(adapter_name, weight)) - entries
+            return as_stored(self.base_layer, dense_weight(with_entries(weight, delta.to(entries.dtype))))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -179,7 +183,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 keep_loaded(container, own)
 
     def weights_loaded(self) -> Any:
-        """A context in which the base weight and the adapters' are here, wherever accelerate keeps them; to read."""
+        """A context in which the base weight and the adapters' are here and whole, to read, wherever accelerate keeps
+        them and however they are sharded; of a sharded model all processes enter it at once. Yields whether it is."""
         return weights_loaded(self.base_layer, *self._containers())
 
     def _containers(self) -> list[nn.Module]:
@@ -206,15 +211,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             ValueError: if it holds NaN or infinity.
             RuntimeError: if its zeros, or its outputs, would not be those of the unmerged layer.
         """
-        weight = self.base_weight
-        for adapter_name in self._present(adapter_names):
-            effective, support = self.effective_weight(adapter_name, weight), self.support(adapter_name, weight)
-            entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-            check_finite(entries, adapter_name, self._module_name)
-            merged = with_entries(effective, entries)
-            check_merge(self, merged, support, weight, adapter_name)
-            weight = merged
-        return weight
+        with gathered(self):
+            weight = self.base_weight
+            for adapter_name in self._present(adapter_names):
+                weight = merged_into(self, weight, adapter_name)
+            return weight
 
     @torch.no_grad()
     def requantized(self, merged: Weight, dtype: torch.dtype | None = None) -> Weight:
@@ -231,13 +232,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             return merged
         if dtype is None:
             return quantize_like(self.base_weight, merged)
-        rounded = round_keeping_support(merged, merged != 0, dtype)
-        if not rounded.isfinite().all():
-            raise ValueError(
-                f"Weights of {dtype} are below {torch.finfo(dtype).max:g}, got {float(merged.abs().max()):g} in "
-                f"`{self._module_name}`; take torch.bfloat16. Nothing was merged."
-            )
-        return rounded
+        return rounded_to(dtype, merged, self._module_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight of the adapters into the base weight.
@@ -252,11 +247,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
-        merged = self.requantized(self.merged_weight(adapter_names))
-        if not self.merged:
-            parameter = weight_parameter(self.base_layer).detach()
-            self._weight_before_merge = parameter.clone() if self._bits is None else copy_of(self.base_weight)
-        set_weight(self.base_layer, merged)
+        own = weight_parameter(self.base_layer).detach()
+        with gathered(self, write=[self.base_layer]):
+            merged = self.requantized(self.merged_weight(adapter_names))
+            if not self.merged:
+                self._weight_before_merge = copy_to_restore(self.base_layer, own)
+            set_weight(self.base_layer, merged)
         self.merged_adapters.extend(adapter_names)
 
     def dequantized(self, dtype: torch.dtype, adapter_names: list[str] | None = None) -> nn.Linear:
@@ -269,15 +265,28 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return dequantized_linear(self.base_layer, dense_weight(weight))
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before the first merge, bit for bit."""
-        if self._weight_before_merge is None:
+        """Put the base weight back as it was before the first merge, bit for bit.
+
+        Raises:
+            RuntimeError: in a forward of a sharded model, where it would be lost.
+        """
+        before = self._weight_before_merge
+        if before is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if is_dtensor(before) != is_dtensor(weight_parameter(self.base_layer)):
+            raise RuntimeError(
+                f"Unmerging writes into this process's share of a weight, got the whole one of `{self._module_name}`, "
+                "which lives as long as a forward; call `unmerge_adapter()` before disabling adapters."
+            )
         with torch.no_grad():
             if self._bits is not None:
-                set_weight(self.base_layer, self._weight_before_merge)
+                set_weight(self.base_layer, before)
+            elif is_dtensor(before):
+                weight_parameter(self.base_layer).copy_(before)
             else:
-                weight_parameter(self.base_layer).copy_(self._weight_before_merge)
+                with gathered(self.base_layer, write=[self.base_layer]):
+                    weight_parameter(self.base_layer).copy_(before)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 

@@ -25,9 +25,9 @@ from peft_sparse.linears import (
     is_foreign,
     is_linear,
     linears_not_called,
+    reshard,
     unwrap,
 )
-from peft_sparse.sparsity import dense_weight
 from peft_sparse.storage import record_facts
 from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
 from peft_sparse.tuners.merging import RoundingErrors
@@ -149,6 +149,10 @@ class SparseTuner(BaseTuner):
         self._check_all_merges(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        reshard(self.model)
+        super().unmerge_adapter()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -220,16 +224,14 @@ class SparseTuner(BaseTuner):
                 f"`adapter_names` is a list of the model's adapters, got {adapter_names!r}; it has "
                 f"{', '.join(map(repr, self.peft_config))}. Nothing was merged."
             )
+        reshard(self.model)
         errors = RoundingErrors()
         for layer in self.sparse_layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             with layer.weights_loaded():
                 merged = layer.merged_weight([name for name in names if name not in layer.merged_adapters])
-                kept = layer.requantized(merged, dtype)
-                if kept is not merged:
-                    errors.add(layer._module_name, dense_weight(merged), dense_weight(kept))
-        if errors.worst:
-            errors.warn(dtype)
+                errors.add(layer._module_name, merged, layer.requantized(merged, dtype))
+        errors.warn(dtype)
 
     def sparse_layers(self) -> list[SparseLayer]:
         """The tuner layers of this method in the model."""

@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from peft_sparse import ops
+from peft_sparse.linears import is_dtensor, unwrap, weight_parameter
 from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
 from peft_sparse.tuners.pst.config import PstConfig
+from peft_sparse.tuners.pst.counts import PrunedCounts
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 FACTORS = ops.PstFactors._fields
@@ -57,7 +58,7 @@ class PstLinear(SparseLayer):
         super().__init__(base_layer, name)
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict({}))
-        self.pst_pruned = BufferDict({}, persistent=True)
+        self.pst_pruned = PrunedCounts()
         self._settings: dict[str, _Settings] = {}
         self._masks: dict[str, ops.MaskCache] = {}
         self._driven: set[str] = set()  # adapters whose schedule was set in this process; for warnings only
@@ -114,6 +115,11 @@ class PstLinear(SparseLayer):
         pruned = self.pst_pruned[adapter_name]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.pst_pruned[adapter_name] = pruned.to(self.pst_pruned[adapter_name].device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = weight_parameter(unwrap(self.base_layer))
+        self.pst_pruned.withheld = is_dtensor(weight) and weight.is_meta
 
     # The schedule
 
@@ -173,7 +179,10 @@ class PstLinear(SparseLayer):
         Args:
             weight: W, (out, in); None: the base weight as it is now.
         """
-        weight = self.base_weight if weight is None else weight
+        with self.weights_loaded():
+            return self._mask(adapter_name, self.base_weight if weight is None else weight)
+
+    def _mask(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
 
     def get_scores(self, adapter_name: str) -> torch.Tensor:
@@ -184,7 +193,7 @@ class PstLinear(SparseLayer):
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
-        mask, scales = self.get_mask(adapter_name, weight), self._settings[adapter_name].scales
+        mask, scales = self._mask(adapter_name, weight), self._settings[adapter_name].scales
         return ops.reference.pst_weight(weight, mask, self.factors(adapter_name), scales)
 
     def adapted_linear(
@@ -196,7 +205,7 @@ class PstLinear(SparseLayer):
     def support(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         scales = self._settings[adapter_name].scales
         updated = ops.reference.pst_updated_weight(weight, self.factors(adapter_name), scales)
-        return self.get_mask(adapter_name, weight) & (updated != 0)
+        return self._mask(adapter_name, weight) & (updated != 0)
 
 
 def _sparsity_of_step(step: int, total_steps: int, **settings: Any) -> float:

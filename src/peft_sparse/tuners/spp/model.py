@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 
 from torch import nn
@@ -35,7 +36,7 @@ class SppModel(SparseTuner):
             if not weight_parameter(linear).is_meta
             and num_zeros(linear) < DENSE_BELOW * math.prod(in_out_features(linear))
         ]
-        if dense:
+        if dense and int(os.environ.get("RANK", 0)) == 0:  # the others may not have loaded the weights yet
             warnings.warn(
                 f"SPP tunes a model that is already pruned and keeps its zeros, but {len(dense)} of {len(targets)} "
                 f"target layers have fewer than {DENSE_BELOW:.0%} zeros (the first is `{dense[0]}`). They would be "

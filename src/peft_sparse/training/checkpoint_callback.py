@@ -1,0 +1,87 @@
+"""The callback by which a run can be killed at any moment; [`checkpoints`] has what it writes and how that is read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_sparse.training.checkpoints import manifest_size, set_aside_incomplete, write_manifest
+
+
+class CheckpointCallback(TrainerCallback):
+    """Lets a run be killed at any moment, also in the middle of a save, and go on from its last complete checkpoint.
+
+    When a Trainer with it is made, unfinished checkpoints that are newer than the last complete one are renamed to
+    `incomplete-checkpoint-<step>`: `train(resume_from_checkpoint=True)` takes the newest folder without looking. After
+    each save, when all processes are done, a manifest of the files is written, by which
+    [`last_complete_checkpoint`](peft_sparse.last_complete_checkpoint) knows a complete checkpoint. Before training
+    and before each save it is checked that there is a place for it.
+
+    One run at a time may write to an `output_dir`.
+
+    Raises:
+        OSError: when training starts, if nothing can be written to `output_dir`; before a save, if the disk has not
+            enough space for it. Older checkpoints stay as they are.
+
+    Example:
+        >>> callback = CheckpointCallback()  # trainer = Trainer(model, args, callbacks=[callback], ...)
+        >>> # trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+    """
+
+    def __init__(self) -> None:
+        self._expected_size = 0  # bytes of a checkpoint
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_save:
+            set_aside_incomplete(args.output_dir)
+        PartialState().wait_for_everyone()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if not args.should_save or args.save_strategy == "no":
+            return
+        if not self._expected_size:  # until the first save tells: at least what is trained
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            self._expected_size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.output_dir):
+                pass
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Checkpoints are written to `output_dir`, got {args.output_dir!r}, where nothing can be written "
+                f"({error.strerror}); choose another folder, or `save_strategy='no'`",
+            ) from error
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.should_save or not control.should_save:
+            return
+        free = shutil.disk_usage(args.output_dir).free
+        if free < self._expected_size:
+            raise OSError(
+                errno.ENOSPC,
+                f"A checkpoint takes about {self._expected_size:,} bytes, got {free:,} free in {args.output_dir!r} at "
+                f"step {state.global_step}; make room (`save_total_limit` removes old checkpoints) and resume. Older "
+                "checkpoints are as they were",
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # the first process writes its last file before others have written theirs
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():  # not so where hyperparameters are searched
+            write_manifest(folder)
+            self._expected_size = manifest_size(folder)

@@ -1,0 +1,176 @@
+"""A small training, to be started by `accelerate launch` or `torchrun` as users start theirs, or by python alone.
+
+    python train_script.py '[{"tuner": "pst", "output_dir": "out"}]'
+
+For each of the settings it trains a tiny random model with an unchanged Trainer and leaves in `output_dir` what a test
+may want to compare: `rank-0.json`, `rank-1.json`, ... (losses, the masks that the forwards used, where the schedule
+was) and the adapter.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from peft import get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_sparse import PstConfig, SparsityCallback, SppConfig, sparsity_report
+from peft_sparse.linears import is_share, whole_parameter
+from peft_sparse.pruning import prune_magnitude
+from peft_sparse.tuners.pst import PstLinear
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import models
+
+CONFIGS = {
+    "pst": lambda **kw: PstConfig(sparsity=0.75, **kw),
+    "pst-2:4": lambda **kw: PstConfig(pattern="2:4", **kw),
+    "movement": lambda **kw: PstConfig(sparsity=0.75, importance="movement", weight_update="full", **kw),
+    "magnitude": lambda **kw: PstConfig(sparsity=0.75, importance="magnitude", weight_update="full", **kw),
+    "spp": lambda **kw: SppConfig(**kw),
+    "spp-dropout": lambda **kw: SppConfig(spp_dropout=0.1, **kw),
+}
+
+
+class Sentences(Dataset):
+    """Random token ids; the label is a function of the first one, or the ids themselves for a language model."""
+
+    def __init__(self, model, size: int = 48, seed: int = 0):
+        self.ids = torch.randint(3, 90, (size, 8), generator=torch.Generator().manual_seed(seed))
+        self.is_classifier = hasattr(model, "classifier")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict:
+        ids = self.ids[index]
+        return {"input_ids": ids, "labels": (ids[0] > 45).long() if self.is_classifier else ids}
+
+
+class Recorder(TrainerCallback):
+    """Digests of the masks that the forwards of each step used, and the counts, by step."""
+
+    def __init__(self, model):
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, PstLinear)}
+        self.masks: dict[int, dict[str, str]] = {}
+        self.counts: dict[int, list[int]] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.masks[state.global_step] = {
+            name: digest(layer._masks["default"]._kept[0]) for name, layer in self.layers.items()
+        }
+        self.counts[state.global_step] = [int(layer.pst_pruned["default"]) for layer in self.layers.values()]
+
+
+def make_model(settings: dict):
+    model = getattr(models, settings["model"])(settings["seed"])
+    if settings["tuner"].startswith("spp"):
+        prune_magnitude(model, pattern="2:4")
+    torch.manual_seed(settings["seed"])
+    task = {"task_type": "SEQ_CLS"} if settings["model"] == "tiny_bert" else {}
+    return model.to(getattr(torch, settings["dtype"])), CONFIGS[settings["tuner"]](**task)
+
+
+def wants_fsdp() -> bool:
+    """Whether `accelerate launch` was asked for it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def make_trainer(settings: dict, callbacks=()) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=settings["output_dir"], max_steps=settings["steps"], learning_rate=1e-2, report_to=[], seed=1,
+        per_device_train_batch_size=settings["batch_size"], disable_tqdm=True, logging_steps=1,
+        use_cpu=True, **settings["arguments"],
+    )  # fmt: skip
+    if wants_fsdp():
+        # accelerate shards on accelerators only, and would train with DDP here without a word. Told that these
+        # processes are GPUs, it does with gloo and CPU memory all that it does with nccl.
+        assert arguments.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    base, config = make_model(settings)
+    model = get_peft_model(base, config)
+    callbacks = [Recorder(model), *callbacks]
+    if not settings["tuner"].startswith("spp"):
+        callbacks.append(SparsityCallback())
+    data = Sentences(base)
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+DEFAULTS = {
+    "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
+    "arguments": {"save_strategy": "no"}, "merge": False,
+}  # fmt: skip
+
+
+def train(settings: dict, callbacks=()) -> Trainer:
+    """One training, from its settings to the adapter in `output_dir`/final."""
+    settings = DEFAULTS | settings
+    output = Path(settings["output_dir"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(settings, callbacks)
+        plugin = trainer.accelerator.state.fsdp_plugin if wants_fsdp() else None
+        trainer.train(resume_from_checkpoint=settings["resume"])
+    recorder = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
+    report = {
+        "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
+        "masks": recorder.masks,
+        "counts": recorder.counts,
+        "final_masks": {name: digest(layer.get_mask("default")) for name, layer in recorder.layers.items()},
+        "engine": str(trainer.accelerator.distributed_type),
+        "shares": sum(is_share(parameter) for parameter in trainer.model.parameters()),
+        "warnings": [str(w.message) for w in caught if "peft_sparse" in str(w.filename)],
+    }
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # else `save_model` saves nothing
+    trainer.save_model(str(output / "final"))
+    if settings["merge"]:
+        trainer.evaluate()  # FSDP2 keeps the outermost unit's weights after a forward
+        report["sparsity"] = sparsity_report(trainer.model).total_sparsity
+        report |= merge_and_unmerge(trainer.model)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(report))
+    return trainer
+
+
+def base_digests(model) -> dict[str, str]:
+    """Digests of all base weights that are whole in every process, by their name without adapters."""
+    return {
+        name.removeprefix("base_model.model.").replace("base_layer.", ""): digest(whole_parameter(parameter))
+        for name, parameter in model.named_parameters()
+        if "base_layer.weight" in name
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    # a copy: memory that numpy has seen cannot be resized, as FSDP2 does with a whole weight
+    return hashlib.sha256(tensor.detach().clone().numpy().tobytes()).hexdigest()[:16]
+
+
+def merge_and_unmerge(model) -> dict:
+    """Merge where the weights are shares, and take it back."""
+    before = base_digests(model)
+    model.merge_adapter()
+    merged = base_digests(model)
+    model.unmerge_adapter()
+    return {"merged": merged, "restored": base_digests(model) == before}
+
+
+def main(runs: list[dict]) -> None:
+    torch.set_num_threads(1)
+    for settings in runs:
+        train(settings)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""The counts of pruned weights, on the way through the meta device that accelerate takes to shard a model."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_sparse import PstConfig
+from peft_sparse.tuners.pst import PstLinear
+
+from models import tiny_llama
+
+
+@pytest.fixture
+def model():
+    model = get_peft_model(tiny_llama(), PstConfig(sparsity=0.75))
+    model.base_model.set_sparsity_step(9, 10)
+    return model
+
+
+def counts(model) -> list[int]:
+    return [int(m.pst_pruned["default"]) for m in model.modules() if isinstance(m, PstLinear)]
+
+
+def test_the_meta_device_does_not_take_them(model):
+    expected = counts(model)
+    model.to("meta")
+    assert counts(model) == expected and min(expected) > 0
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_they_are_in_the_state(model):
+    names = [name for name in model.state_dict() if "pst_pruned" in name]
+    assert len(names) == len(counts(model))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = get_peft_model(tiny_llama(), PstConfig(sparsity=0.75))
+    other.load_state_dict(state)
+    assert counts(other) == counts(model)
+    del state[names[0]]
+    with pytest.raises(RuntimeError, match="pst_pruned"):
+        other.load_state_dict(state)
+
+
+def test_they_follow_casts_and_copies(model):
+    expected = counts(model)
+    assert counts(model.to(torch.bfloat16)) == expected
+    layer = next(m for m in model.modules() if isinstance(m, PstLinear))
+    assert layer.pst_pruned["default"].dtype == torch.int64
