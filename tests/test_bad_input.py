@@ -558,6 +558,18 @@ ADAPTERS = {
     "weights: a bit of a number": damaged(
         saved_spp, flip(ADAPTER, -7), then=read_adapter, words=r"CRC-32 .*is damaged, or"
     ),
+    "whole modules that are not in the weights": damaged(
+        saved_spp, settings(CONFIG, modules_to_save=["norm"]), then=read_adapter, words=r"got \['norm'\] in .*again"
+    ),
+    "whole modules that have adapters": damaged(
+        saved_spp,
+        settings(CONFIG, modules_to_save=["q_proj"]),
+        then=read_adapter,
+        words=r"got \['q_proj'\] in .*again",
+    ),
+    "whole blocks that hold adapters": damaged(
+        saved_pst, settings(CONFIG, modules_to_save=["mlp"]), then=read_adapter, words=r"got \['mlp'\] in .*again"
+    ),
     "weights of another save": damaged(saved_pst, another_save, then=read_adapter, words="of another save; save or"),
     "only a pickle": damaged(
         saved_pst, only_pickled, then=read_adapter, words="a pickle, which can run code .*safe_serial"

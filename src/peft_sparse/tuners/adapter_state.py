@@ -6,13 +6,13 @@ be taken for numbers, and nothing but a warning would tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_sparse.linears import is_dtensor
+from peft_sparse.linears import block_linears, is_dtensor
 
 _WAY_OUT = (
     "load it onto its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
@@ -83,3 +83,22 @@ def _check_tensor(key: str, tensor: torch.Tensor, here: torch.Tensor) -> None:
             f"The tensors of an adapter checkpoint are finite, got {found} NaN or infinite of {tensor.numel()} in "
             f"`{key}`: its training diverged, or {_DAMAGED}"
         )
+
+
+def check_modules_to_save(names: Sequence[str] | None, model: nn.Module, targets: Container[str]) -> None:
+    """What PEFT would find out when half of the model has adapters.
+
+    Raises:
+        ValueError: if one of the names is that of an adapted linear, or of a part of a block that holds some.
+    """
+    if not names:
+        return
+    adapted = {name for name, _ in model.named_modules() if name in targets}
+    in_blocks = adapted & block_linears(model).keys()
+    for name, _ in model.named_modules():
+        inside = [target for target in in_blocks if target.startswith(f"{name}.")]
+        if name.endswith(tuple(names)) and (name in adapted or inside):
+            raise ValueError(
+                f"A module is trained whole or its linears get adapters, got `{name}` in `modules_to_save`"
+                f"{f', which holds `{inside[0]}`,' if inside else ''} and in `target_modules`; leave it out of one."
+            )

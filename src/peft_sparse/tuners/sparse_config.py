@@ -82,7 +82,7 @@ class SparseConfig(PeftConfig):
         if not isinstance(config, SparseConfig):  # the folder is that of another method's adapter
             return config
         expected, config.checksums = (config.checksums or {}).get("weights"), None
-        check_folder(pretrained_model_name_or_path, subfolder, expected)
+        check_folder(pretrained_model_name_or_path, subfolder, expected, config.modules_to_save)
         config._awaits_weights = True
         return config
 

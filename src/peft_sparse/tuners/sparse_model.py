@@ -29,7 +29,7 @@ from peft_sparse.linears import (
     unwrap,
 )
 from peft_sparse.storage import record_facts
-from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state
+from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state, check_modules_to_save
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -76,6 +76,7 @@ class SparseTuner(BaseTuner):
                     f"An adapter works where its linear is called, got `{name}`, whose weight {not_called[name]} "
                     "takes without calling it; leave it out of `target_modules`, or exclude it with `exclude_modules`."
                 )
+        check_modules_to_save(peft_config.modules_to_save, model, targets)
         self._check_targets(targets, peft_config)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
