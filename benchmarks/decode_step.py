@@ -12,6 +12,7 @@ faster of the two for one token on some machines. Nothing is reported if a varia
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Mapping
 
@@ -30,20 +31,10 @@ TOLERANCE = {"dense_bf16": 2e-2, "dense_bf16_mv": 2e-2}  # of the norm; 1e-4 for
 
 def make_stacks(dense: nn.Sequential, tokens: int) -> dict[str, nn.Sequential]:
     """The accelerated ones, which share the weights of the dense one, and that in bfloat16."""
-    made = {"csr": _sharing(dense), "chosen": _sharing(dense), "dense_bf16": _sharing(dense)}
+    made = {name: nn.Sequential(*map(stacks.twin, dense)) for name in ("csr", "chosen")}
     accelerate_sparse(made["csr"], tokens, kernel="csr")
     accelerate_sparse(made["chosen"], tokens)
-    made["dense_bf16"].bfloat16()
-    return made
-
-
-def _sharing(dense: nn.Sequential) -> nn.Sequential:
-    def shared(linear: nn.Linear) -> nn.Linear:
-        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight = nn.Parameter(linear.weight.data, requires_grad=False)
-        return made
-
-    return nn.Sequential(*map(shared, dense))
+    return made | {"dense_bf16": copy.deepcopy(dense).bfloat16()}
 
 
 def make_ways(dense: nn.Sequential, others: Mapping[str, nn.Sequential], tokens: int) -> dict[str, list[stacks.Run]]:
@@ -78,7 +69,7 @@ def measure(args: argparse.Namespace) -> list[runner.Row]:
 
 
 def _rows(out: int, columns: int, sparsity: float, args: argparse.Namespace) -> list[runner.Row]:
-    dense = stacks.stack_of(out, columns, torch.float32, args.device, args.quick)
+    dense = stacks.stack_of(out, columns, args)
     prune_magnitude(dense, sparsity=sparsity, target_modules=[str(place) for place in range(len(dense))])
     others = make_stacks(dense, args.tokens)
     ways = make_ways(dense, others, args.tokens)

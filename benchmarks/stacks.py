@@ -14,6 +14,7 @@ second name, `CONTROL`: what its ratio is away from 1 is the protocol's own erro
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -22,20 +23,26 @@ from torch import nn
 from benchmarks import runner
 
 STACK_BYTES = 1 << 30  # of dense weights: a tenth of it kept, with its columns, still is 215 MB
-CALLS = 8  # for one time of a layer whose weight is in a cache
+CALLS = 4  # for one time of a layer whose weight is in a cache
 BASELINE, CONTROL = "dense", "control"
 
 Run = Callable[[], object]
 
 
-def stack_of(out: int, columns: int, dtype: torch.dtype, device: torch.device, quick: bool = False) -> nn.Sequential:
-    """Random linears without bias, each computed by itself."""
-    number = 2 if quick else -(-STACK_BYTES // (out * columns * dtype.itemsize))
+def stack_of(out: int, columns: int, args: argparse.Namespace, nbytes: int = STACK_BYTES) -> nn.Sequential:
+    """Random linears without bias, each computed by itself: `nbytes` of weights, or two layers with `--quick`."""
+    number = 2 if args.quick else -(-nbytes // (out * columns * args.dtype.itemsize))
+    options = {"bias": False, "dtype": args.dtype, "device": args.device}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(
-            *(nn.Linear(columns, out, bias=False, dtype=dtype, device=device) for _ in range(number))
-        ).requires_grad_(False)
+        return nn.Sequential(*(nn.Linear(columns, out, **options) for _ in range(number))).requires_grad_(False)
+
+
+def twin(layer: nn.Module) -> nn.Module:
+    """The same layer once more, with the same weights in the same place, to be accelerated or left as it is."""
+    made = copy.copy(layer)
+    made.__dict__["_parameters"] = dict(layer._parameters)
+    return made
 
 
 def runs(layers: Sequence[nn.Module], x: torch.Tensor) -> list[Run]:

@@ -1,5 +1,6 @@
 """The timing: paired, in turns, and of the machine's clock alone."""
 
+import itertools
 import time
 
 import torch
@@ -34,9 +35,12 @@ def test_a_pass_goes_through_all_layers_and_short_ones_are_repeated():
     ]
     probe.measure_ratios(layers, "a", CPU)
     a, b = ["a0", "a1"], ["b0", "a1"]  # the second layer has no other way
-    assert order[:6] == a + b + a  # warm-up, and a look at how long it takes
+    a, b = [3 * [run] for run in a], [3 * b[:1], b[1:]]  # once, and twice more; what is not counted once
+    a, b = sum(a, []), sum(b, [])
+    assert order[: 2 * len(a) + len(b)] == a + b + a  # warm-up, and a look at how long it takes
     passes = probe.MAX_PASSES
-    assert order[6 : 6 + 8 * passes] == a * passes + b * passes + b * passes + a * passes
+    timed = a * passes + b * passes + b * passes + a * passes
+    assert order[2 * len(a) + len(b) :][: len(timed)] == timed
 
 
 def test_a_slow_way_is_timed_a_few_times_only(monkeypatch):
@@ -48,7 +52,17 @@ def test_a_slow_way_is_timed_a_few_times_only(monkeypatch):
         waits(5e-3)()
 
     probe.measure_ratios([(0, {"a": run})], "a", CPU)
-    assert len(order) == 2 + probe.MIN_ROUNDS
+    assert len(order) == (2 + probe.MIN_ROUNDS) * (1 + probe.CACHED)
+
+
+def test_what_wins_from_memory_alone_or_from_a_cache_alone_does_not_win():
+    def first_of_three(first, then):
+        return itertools.cycle([waits(first), waits(then), waits(then)])
+
+    for times in [(1e-3, 3e-3), (3e-3, 1e-3)]:
+        runs = first_of_three(*times)
+        found = probe.measure_ratios([(0, {"a": waits(2e-3), "b": lambda runs=runs: next(runs)()})], "a", CPU)
+        assert found[0]["b"] > 1.2
 
 
 def test_example_inputs_are_the_same_every_time():

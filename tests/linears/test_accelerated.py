@@ -26,7 +26,7 @@ from peft_sparse.linears import (
     refuses_acceleration,
     uninstall,
 )
-from peft_sparse.linears.accelerated import KEPT, SAMPLED
+from peft_sparse.linears.accelerated import KEPT, SAMPLED, _sample
 from peft_sparse.linears.operands import CsrOperand, is_two_of_four
 from peft_sparse.sparsity import PackedWeight
 
@@ -105,6 +105,15 @@ def test_numbers_of_tokens():
     assert Acceleration(packed, {2: first, 4: second}).by_tokens(1000) is second
     assert Acceleration(packed, {2: first, 4: second}).by_tokens(1) is None
     assert Acceleration(packed, {2: None}).by_tokens(7) is None and Acceleration().by_tokens(1) is None
+
+
+def test_numbers_in_between_take_what_is_clear_on_both_sides():
+    linear = pruned(nn.Linear(8, 4))
+    operand = CsrOperand.of(linear)
+    found = Acceleration(linear, dict.fromkeys((1, 4, 8, 16), operand), clear={1, 4, 16})
+    assert [tokens for tokens in range(20) if found.by_tokens(tokens) is operand] == [1, 2, 3, 4, 8, 16]
+    packed = PackedLinear.from_linear(linear)
+    assert Acceleration(packed, {1: operand, 4: operand}, clear={1}).by_tokens(5) is None
 
 
 @each_kind

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from operator import itemgetter
 from typing import Any, cast
@@ -29,6 +29,8 @@ from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+REMEMBERED = 256  # shapes of inputs
+_UNSEEN: Any = object()
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 SAMPLED, KEPT, LOOKED_THROUGH = 16, 12, 4096
 CHANGED = (
@@ -101,6 +103,7 @@ class Acceleration:
         linear: whose weight the operands are forms of.
         operands: by number of tokens; None: the linear's own way.
         packed: whether the linear was dense before it was accelerated, and is now packed.
+        clear: the numbers of tokens whose operand is good for those up to the next one as well; None: all.
     """
 
     def __init__(
@@ -108,18 +111,21 @@ class Acceleration:
         linear: nn.Module | None = None,
         operands: Mapping[int, Operand | None] | None = None,
         packed: bool = False,
+        clear: Collection[int] | None = None,
     ) -> None:
         self.operands = dict(sorted((operands or {}).items()))
         self.packed = packed
         self._tokens, self._chosen = list(self.operands), list(self.operands.values())
+        self._clear = [clear is None or tokens in clear for tokens in self._tokens]
         # the values of a packed weight are shared, so that what is written into them is seen
         sampled = not isinstance(linear, PackedLinear)
         tensors = () if linear is None else _tensors(linear)
         self._tracked = tuple(_Tracked(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
-        self._device = self._tracked[0].alias.device if self._tracked else None
+        self._dtype, self._device = (self._tracked[0].dtype, self._tracked[0].alias.device) if tensors else (None, None)
         self._autocast = "cpu" if self._device is None else self._device.type
         self._to_the_end = isinstance(linear, PackedLinear)
         self._in_features = 0 if linear is None else in_features_of(linear)
+        self._by_shape: dict[torch.Size, Operand | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Acceleration, (None, None, self.packed)
@@ -130,27 +136,28 @@ class Acceleration:
         return sum(operand.nbytes for operand in {id(o): o for o in self._chosen if o is not None}.values())
 
     def by_tokens(self, tokens: int) -> Operand | None:
-        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both;
-        above the largest none, as a dense product only gets better with more; that of the largest for a packed linear,
-        whose own way is no dense product."""
+        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both, if it
+        is clear for both; above the largest none, as a dense product only gets better with more; that of the largest
+        for a packed linear, whose own way is no dense product."""
         place = bisect_left(self._tokens, tokens)
         if place == len(self._tokens):
-            return self._chosen[-1] if self._chosen and self._to_the_end else None
+            return self._chosen[-1] if self._chosen and self._to_the_end and self._clear[-1] else None
         if self._tokens[place] == tokens:
             return self._chosen[place]
         upper = self._chosen[place]
-        return upper if place > 0 and self._chosen[place - 1] is upper else None
+        same = place > 0 and self._chosen[place - 1] is upper
+        return upper if same and self._clear[place - 1] and self._clear[place] else None
 
     def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
         """What to multiply `x` with, None for the linear's own way."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._chosen:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        found = self.by_tokens(x.numel() // self._in_features)
+        found = self._by_shape.get(x.shape, _UNSEEN)
+        if found is _UNSEEN:
+            found = self._by_shape[x.shape] = self._for_shape(x.shape)
         if found is None:  # first of all: what is not accelerated is not to be slowed down by questions
             return None
-        if type(x) not in _PLAIN_TENSORS or x.dim() == 0 or x.size(-1) != self._in_features:
-            return None
-        if x.dtype != self._tracked[0].dtype or x.device != self._device:
+        if type(x) not in _PLAIN_TENSORS or x.dtype != self._dtype or x.device != self._device:
             return None
         if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
             return None
@@ -159,13 +166,23 @@ class Acceleration:
             return None
         return found if found.takes(x, linear._parameters.get("bias")) else None
 
+    def _for_shape(self, shape: torch.Size) -> Operand | None:
+        """For an input of this shape, which is remembered: most forwards have the same few."""
+        if len(self._by_shape) >= REMEMBERED:
+            self._by_shape.clear()
+        if not shape or shape[-1] != self._in_features or self._in_features == 0:
+            return None
+        return self.by_tokens(shape.numel() // self._in_features)
+
     def matches(self, linear: nn.Module) -> bool:
         """Whether the weight is still the one that the operands were made from."""
+        if len(self._tracked) == 1:
+            return self._tracked[0].matches(linear._parameters.get("weight"))
         return all(map(_Tracked.matches, self._tracked, _tensors(linear)))
 
     def drop(self) -> None:
         """Forget the operands, and say so."""
-        self.operands, self._tokens, self._chosen, self._tracked = {}, [], [], ()
+        self.operands, self._tokens, self._chosen, self._tracked, self._by_shape = {}, [], [], (), {}
         warnings.warn(CHANGED, stacklevel=2)
 
     def __repr__(self) -> str:
