@@ -27,8 +27,8 @@ from peft_sparse.linears import acceleration_of, in_out_features
 
 SPARSITIES = (0.5, 0.75, 0.9)
 TOKENS = (1, 3, 4, 8, 33, 64)
-SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096), (1000, 3000), (777, 1333))  # (out, in)
-QUICK_SHAPES = ((64, 48),)
+SHAPES = ("2048x2048", "4096x4096", "11008x4096", "1000x3000", "777x1333")  # out x in
+QUICK_SHAPES = ("64x48",)
 STACK_BYTES = 1 << 28
 LIMIT = 1.05
 
@@ -46,12 +46,13 @@ def measure(args: argparse.Namespace) -> list[runner.Row]:
 
 
 def _models(sparsity: float, args: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
-    model = _model(args)
-    yield models.describe(model), prune_magnitude(models.load(model, args.dtype, args.device), sparsity=sparsity)
-    for out, columns in QUICK_SHAPES if args.quick else SHAPES:
-        stack = stacks.stack_of(out, columns, args, STACK_BYTES)
+    if "model" in args.cases:
+        model = _model(args)
+        yield models.describe(model), prune_magnitude(models.load(model, args.dtype, args.device), sparsity=sparsity)
+    for shape in QUICK_SHAPES if args.quick else [case for case in args.cases if case != "model"]:
+        stack = stacks.stack_of(*map(int, shape.split("x")), args, STACK_BYTES)
         places = [str(place) for place in range(len(stack))]
-        yield f"{out}x{columns}", prune_magnitude(stack, sparsity=sparsity, target_modules=places)
+        yield shape, prune_magnitude(stack, sparsity=sparsity, target_modules=places)
 
 
 @torch.no_grad()
@@ -95,6 +96,9 @@ def _used(linear: nn.Module, tokens: int) -> str:
 def options() -> argparse.ArgumentParser:
     found = runner.parser(__doc__, rounds=9)
     found.add_argument("--model", type=Path, default=None, help="transformers folder (default: the demo's SmolLM2)")
+    found.add_argument(
+        "--cases", nargs="+", default=("model", *SHAPES), help="`model` and shapes of layers (default: model and five)"
+    )
     found.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES, help="default: 0.5 0.75 0.9")
     return found
 

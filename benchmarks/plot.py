@@ -178,8 +178,11 @@ def _draw_lines(figure: Figure, rows: Sequence[dict[str, str]], over: str) -> No
         if row[column]:
             points = lines.setdefault(size, {}).setdefault(row[name_column], [])
             points.append((float(row[over]), float(row[column])))
-    _set_size(figure, CHART_WIDTH * len(lines), CHART_WIDTH)
-    for axis, (size, variants) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+    across = min(len(lines), MOST_ACROSS if len(lines) % MOST_ACROSS == 0 else len(lines))
+    down = len(lines) // across
+    _set_size(figure, CHART_WIDTH * across, CHART_WIDTH * down)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis, (size, variants) in zip(axes, lines.items(), strict=True):
         for place, (name, points) in enumerate(variants.items()):
             style = "-" if place < 10 else "--"  # matplotlib has ten colours
             axis.plot(*zip(*sorted(points), strict=True), style, label=name, marker=".", color=f"C{place % 10}")

@@ -1,6 +1,6 @@
 """The shared runner: interleaved runs, medians, ratios paired run by run, and a gate before all of it.
 
-The variants of a comparison take turns, A B C C B A A B C ..., after a warm-up, so that a machine that slows down for a
+The variants of a comparison take turns, A B C C B A ..., after a warm-up, so that a machine that slows down for a
 while slows all of them, and none of them always follows the same other one. A ratio is the median over rounds of
 (variant's time / baseline's time of the same round); it is therefore not exactly the ratio of the two medians. Nothing
 is reported when the ops' correctness check fails, and no option turns that check off.

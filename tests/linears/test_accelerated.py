@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
@@ -152,6 +153,14 @@ def test_other_inputs_are_the_linears_own_business():
     assert operand.uses == 0
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), nn.functional.linear(x, linear.weight, linear.bias))
+    assert torch.fx.symbolic_trace(nn.Sequential(linear)).graph.nodes
+    assert torch.vmap(linear)(x).shape == (1, 9)
+    tangents = [torch.func.jvp(linear, (x,), (torch.ones_like(x),))[1]]
+    with forward_ad.dual_level():
+        tangents.append(forward_ad.unpack_dual(linear(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    for tangent in tangents:
+        torch.testing.assert_close(tangent, linear.weight.sum(1)[None])
+    assert operand.uses == 0
     traced = torch.jit.trace(linear, x, check_trace=False)
     torch.testing.assert_close(traced(2 * x), nn.functional.linear(2 * x, linear.weight, linear.bias))
     assert operand.uses == 0
@@ -215,7 +224,7 @@ def test_the_sample_is_small():
         linear = pruned(nn.Linear(size, 2, bias=False), zeros)
         places = _sample(linear.weight)
         assert 0 < len(places) <= SAMPLED and len(set(places)) == len(places)
-        content = [float(linear.weight[place]) for place in places]
+        content = [float(linear.weight.detach()[place]) for place in places]
         assert sum(entry != 0 for entry in content) >= min(KEPT, 2 * size) * (zeros in (0, 0.5))
 
 

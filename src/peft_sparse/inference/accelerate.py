@@ -74,7 +74,7 @@ def accelerate_sparse(
         model: without adapters; dense with zeros, or packed. A packed layer stays packed, and is compared with
             unpacking it at each forward: call `unpack_model` before if there is memory for the dense weights.
         tokens: for how many tokens at a time (batch size times length) to choose. Numbers in between get what both
-            neighbours got, if it took 0.6 or less of the time for both; numbers above the largest are computed densely.
+            neighbours got, if it took 0.6 or less of the time for both; above the largest they are computed densely.
         target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
             all linears inside the repeated transformer blocks; of a model without such blocks, all linears.
         exclude_modules: what to leave out of them, given in the same way.
@@ -129,6 +129,7 @@ def remove_acceleration(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     """
+    _check_model(model)
     for module in list(model.modules()):
         acceleration = acceleration_of(module)
         if acceleration is None:
@@ -146,14 +147,21 @@ def _default_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_tokens(tokens: int | Iterable[int]) -> tuple[int, ...]:
-    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    several = isinstance(tokens, Iterable) and not isinstance(tokens, torch.Tensor)
+    counts: tuple[Any, ...] = tuple(tokens) if several else (tokens,)  # type: ignore[arg-type]
     if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in counts):
         raise ValueError(f"`tokens` is a positive number of tokens or some of them, such as (1, 128), got {tokens!r}.")
     return tuple(sorted(set(counts)))
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a model in memory (an nn.Module), got {model!r}; load it first.")
+
+
 def _check(model: nn.Module, kernel: str | None) -> None:
-    if kernel is not None and kernel not in OPERANDS:
+    _check_model(model)
+    if kernel is not None and kernel not in list(OPERANDS):
         raise ValueError(f"`kernel` is one of {sorted(OPERANDS)}, or None to have them timed, got {kernel!r}.")
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):

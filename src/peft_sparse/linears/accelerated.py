@@ -4,7 +4,8 @@ The weight stays where it is, under its name: a state dict, tied weights, saving
 the linear that it was. What is added is an `Acceleration`: for each number of tokens, the operand (operands.py) to
 multiply with, or none. None is used, and the linear computes as it always did,
 
-- where autograd records, since the kernels have no backward; in autocast and in compiled or traced graphs;
+- where autograd records, since the kernels have no backward; in autocast, in compiled or traced graphs, and inside of
+  `torch.func` and forward-mode differentiation;
 - for inputs of another dtype or device than the weight, and for numbers of tokens that nobody chose for;
 - from the moment on at which the weight is no longer the one that the operand was made from.
 
@@ -23,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
@@ -64,10 +66,10 @@ class _Tracked:
 
 
 def _reader(weight: torch.Tensor) -> Callable[[], tuple[int, ...]]:
-    """A function that reads the bits of a sample of the entries. Two operations of torch, a gather and a comparison,
-    would take several times as long: a tenth of the layer's own time, right after its weight went through the caches."""
-    bits = memoryview(weight.view(_INTEGERS[weight.element_size()]).numpy())
-    return partial(itemgetter(*_sample(weight)), bits)
+    """A function that reads the bits of a sample of the entries. A gather and a comparison by torch would take several
+    times as long: a tenth of a layer's time, where the layer before has emptied the caches."""
+    bits: Any = weight.view(_INTEGERS[weight.element_size()]).numpy()
+    return partial(itemgetter(*_sample(weight)), memoryview(bits))
 
 
 def _sample(weight: torch.Tensor) -> list[tuple[int, int]]:
@@ -87,6 +89,11 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _records(linear: nn.Module, x: torch.Tensor) -> bool:
     tensors = (x, linear._parameters.get("bias"), *_tensors(linear))
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _transformed() -> bool:
+    """Inside of `torch.func` or forward-mode differentiation, which the kernels know nothing of."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
@@ -121,7 +128,8 @@ class Acceleration:
         sampled = not isinstance(linear, PackedLinear)
         tensors = () if linear is None else _tensors(linear)
         self._tracked = tuple(_Tracked(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
-        self._dtype, self._device = (self._tracked[0].dtype, self._tracked[0].alias.device) if tensors else (None, None)
+        self._dtype = self._tracked[0].dtype if self._tracked else None
+        self._device = self._tracked[0].alias.device if self._tracked else None
         self._autocast = "cpu" if self._device is None else self._device.type
         self._to_the_end = isinstance(linear, PackedLinear)
         self._in_features = 0 if linear is None else in_features_of(linear)
@@ -136,9 +144,9 @@ class Acceleration:
         return sum(operand.nbytes for operand in {id(o): o for o in self._chosen if o is not None}.values())
 
     def by_tokens(self, tokens: int) -> Operand | None:
-        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both, if it
-        is clear for both; above the largest none, as a dense product only gets better with more; that of the largest
-        for a packed linear, whose own way is no dense product."""
+        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both, if
+        clear for both; above the largest none, as a dense product only gets better with more; that of the largest for
+        a packed linear, whose own way is no dense product."""
         place = bisect_left(self._tokens, tokens)
         if place == len(self._tokens):
             return self._chosen[-1] if self._chosen and self._to_the_end and self._clear[-1] else None
@@ -150,14 +158,14 @@ class Acceleration:
 
     def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
         """What to multiply `x` with, None for the linear's own way."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if type(x) not in _PLAIN_TENSORS or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         found = self._by_shape.get(x.shape, _UNSEEN)
         if found is _UNSEEN:
             found = self._by_shape[x.shape] = self._for_shape(x.shape)
         if found is None:  # first of all: what is not accelerated is not to be slowed down by questions
             return None
-        if type(x) not in _PLAIN_TENSORS or x.dtype != self._dtype or x.device != self._device:
+        if x.dtype != self._dtype or x.device != self._device or _transformed():
             return None
         if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
             return None
