@@ -94,7 +94,7 @@ def _used(linear: nn.Module, tokens: int) -> str:
 
 
 def options() -> argparse.ArgumentParser:
-    found = runner.parser(__doc__, rounds=9)
+    found = runner.parser(__doc__, rounds=25)
     found.add_argument("--model", type=Path, default=None, help="transformers folder (default: the demo's SmolLM2)")
     found.add_argument(
         "--cases", nargs="+", default=("model", *SHAPES), help="`model` and shapes of layers (default: model and five)"

@@ -292,6 +292,7 @@ def test_what_refuses():
     replaced = nn.Linear(2, 2)
     replaced.forward = lambda x: x
     assert "replaced" in refuses_acceleration(replaced)
+    assert "no weights" in refuses_acceleration(nn.Linear(0, 2)) == refuses_acceleration(nn.Linear(2, 0))
     masked = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
     assert "no plain tensor" in refuses_acceleration(masked)
     assert refuses_acceleration(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is not None

@@ -158,13 +158,17 @@ class Acceleration:
 
     def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
         """What to multiply `x` with, None for the linear's own way."""
-        if type(x) not in _PLAIN_TENSORS or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             return None
         found = self._by_shape.get(x.shape, _UNSEEN)
-        if found is _UNSEEN:
-            found = self._by_shape[x.shape] = self._for_shape(x.shape)
         if found is None:  # first of all: what is not accelerated is not to be slowed down by questions
             return None
+        if type(x) not in _PLAIN_TENSORS or torch.jit.is_tracing():
+            return None
+        if found is _UNSEEN:
+            found = self._by_shape[x.shape] = self._for_shape(x.shape)
+            if found is None:
+                return None
         if x.dtype != self._dtype or x.device != self._device or _transformed():
             return None
         if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
@@ -262,6 +266,8 @@ def refuses_acceleration(linear: nn.Module) -> str | None:
         return "its forward was replaced, as offloading does it"
     if any(t is None or type(t) not in _PLAIN_TENSORS for t in _tensors(linear)):
         return "its weight is no plain tensor"
+    if 0 in cast(torch.Tensor, _tensors(linear)[-1]).shape:
+        return "it has no weights"
     return None
 
 
