@@ -40,6 +40,7 @@ from peft_sparse import (
     verify_sparsity,
     write_model_card,
 )
+from peft_sparse.checkpoint import load_model
 from peft_sparse.sparsity import NM, Unstructured
 from peft_sparse.tuners.adapter_files import SEAL
 
@@ -801,6 +802,15 @@ STORED = {
     ),
     "load: a pickle": damaged(
         saved_dense, pickled_model, then=read_sparse(), words="only pickled ones .*are not opened here"
+    ),
+    "load for the command line: pickled": damaged(
+        saved_dense, pickled_model, then=folder_to(load_model), words="only pickled ones .*are not opened here"
+    ),
+    "load for the command line: no weights": damaged(
+        saved_dense,
+        remove("model.safetensors"),
+        then=folder_to(load_model),
+        words=r"model\*\.safetensors, got none in",
     ),
     "load: dense beside packed": damaged(
         saved_sparse,

@@ -168,6 +168,17 @@ def test_no_room_for_the_next_checkpoint(tmp_path, monkeypatch):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_no_room_for_the_first_checkpoint(tmp_path, monkeypatch):
+    """Weights would fit, but not what the optimizer keeps of them, twice as much: none to go by is there yet."""
+    trainer = train_script.make_trainer(train_script.DEFAULTS | settings(tmp_path, "pst"), [CheckpointCallback()])
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    usage = shutil.disk_usage(tmp_path)._replace(free=(1 << 16) + 2 * trained)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"takes about [\d,]+ bytes, got .* at step 1"):
+        trainer.train()
+    assert not checkpoints(tmp_path)
+
+
 def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
