@@ -19,6 +19,7 @@ from peft_sparse.linears import (
     bits,
     block_linear_names,
     check_float,
+    computes_linear,
     dequantize_model,
     is_foreign,
     is_linear,
@@ -91,7 +92,7 @@ class SparseTuner(BaseTuner):
                 f"{type(self).__name__} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
                 "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
                 f"{type(module).__name__} in `{name}`"
-                f"{', quantised in a way that is not read here' if is_foreign(module) else ''}; take it out of "
+                f"{_odd_about(module)}; take it out of "
                 "`target_modules`, or exclude it with `exclude_modules`."
             )
 
@@ -263,6 +264,13 @@ class SparseTuner(BaseTuner):
     def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
         """What a method wants of the tensors that are about to be loaded, by their key in the model; raises
         ValueError."""
+
+
+def _odd_about(module: nn.Module) -> str:
+    if is_foreign(module):
+        return ", quantised in a way that is not read here"
+    odd = isinstance(module, nn.Linear) and not computes_linear(module)
+    return ", whose own forward is not x W^T + b" if odd else ""
 
 
 def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:
