@@ -78,22 +78,34 @@ def make_model(settings: dict):
     return model.to(getattr(torch, settings["dtype"])), CONFIGS[settings["tuner"]](**task)
 
 
-def wants_fsdp() -> bool:
-    """Whether `accelerate launch` was asked for it."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+def wants(engine: str) -> bool:
+    """Whether `accelerate launch` was asked for "FSDP" or "DEEPSPEED"."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true"
 
 
-def make_trainer(settings: dict, callbacks=()) -> Trainer:
+def make_arguments(settings: dict) -> TrainingArguments:
+    """With them the processes find each other, so they come before the model."""
+    # DeepSpeed is left out where `use_cpu` is asked for, and without it gloo has to be.
+    device = {"ddp_backend": "gloo"} if wants("DEEPSPEED") else {"use_cpu": True}
     arguments = TrainingArguments(
         output_dir=settings["output_dir"], max_steps=settings["steps"], learning_rate=1e-2, report_to=[], seed=1,
         per_device_train_batch_size=settings["batch_size"], disable_tqdm=True, logging_steps=1,
-        use_cpu=True, **settings["arguments"],
+        **device, **settings["arguments"],
     )  # fmt: skip
-    if wants_fsdp():
+    assert arguments.device.type == "cpu"
+    if wants("FSDP"):
         # accelerate shards on accelerators only, and would train with DDP here without a word. Told that these
         # processes are GPUs, it does with gloo and CPU memory all that it does with nccl.
-        assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if wants("DEEPSPEED"):
+        # ZeRO-3 keeps parameters whole that are as small as all of these are
+        zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    return arguments
+
+
+def make_trainer(settings: dict, callbacks=()) -> Trainer:
+    arguments = make_arguments(settings)
     base, config = make_model(settings)
     model = get_peft_model(base, config)
     callbacks = [Recorder(model), *callbacks]
@@ -116,7 +128,7 @@ def train(settings: dict, callbacks=()) -> Trainer:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_trainer(settings, callbacks)
-        plugin = trainer.accelerator.state.fsdp_plugin if wants_fsdp() else None
+        plugin = trainer.accelerator.state.fsdp_plugin if wants("FSDP") else None
         trainer.train(resume_from_checkpoint=settings["resume"])
     recorder = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
     report = {
@@ -165,6 +177,11 @@ def merge_and_unmerge(model) -> dict:
 
 def main(runs: list[dict]) -> None:
     torch.set_num_threads(1)
+    if wants("DEEPSPEED"):
+        import deepspeed
+
+        # it would compile its own all-reduce for CPUs, which takes minutes, where it finds a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for settings in runs:
         train(settings)
     if torch.distributed.is_initialized():
