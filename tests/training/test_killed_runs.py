@@ -1,8 +1,8 @@
-"""Runs of two processes that are killed, one of them or both, at chosen files, in chosen steps, at random moments: what
-goes on from the last complete checkpoint ends with the parameters and masks of the run that was never killed.
+"""Runs of two processes that are killed, one of them or both, at chosen files, in chosen steps, at random moments:
+what goes on from the last complete checkpoint ends with the parameters and masks of the run that was never killed.
 
-The processes are forked from a server that has imported everything, with the environment of `accelerate launch`, so that
-dying often takes seconds; one test lets `accelerate launch` itself start them again.
+The processes are forked from a server that has imported everything, with the environment of `accelerate launch`, so
+that dying often takes seconds; one test lets `accelerate launch` itself start them again.
 """
 
 import json
