@@ -61,7 +61,8 @@ def load_model(
         raise ValueError(f"A base belongs to an adapter, got {str(source)!r}, which has no adapter_config.json.")
     if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}, which is no folder here.")
-    stored_packed = folder.is_dir() and _is_packed(folder)
+    # also where there is nothing to read but a pickle, which is refused
+    stored_packed = folder.is_dir() and gguf_file is None and open_model(folder).layout != "dense"
     if packed and not stored_packed:
         raise ValueError(
             f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
@@ -79,6 +80,8 @@ def load_model(
         arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
         if gguf_file is not None:
             arguments |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        else:
+            arguments |= {"use_safetensors": True}  # never a pickle from the Hub
         model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
         return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ImportError, KeyError, RuntimeError) as error:
@@ -89,10 +92,6 @@ def load_model(
                 "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
             ) from error
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
-
-
-def _is_packed(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) and open_model(folder).layout != "dense"
 
 
 def _auto_class(task: str) -> Any:
