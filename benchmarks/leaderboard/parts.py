@@ -25,12 +25,12 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     },
     "encoders": {
         "smoke": Budget("smoke", 6, 4, 32, 2, 16, 16),
-        "small": Budget("small", 100, 16, 64, 4, 500, None),
+        "small": Budget("small", 200, 16, 64, 4, 500, None),
         "full": Budget("full", 2000, 32, 128, 6, 1000, None),
     },
     "nlg": {
         "smoke": Budget("smoke", 6, 2, 256, 2, 4, 4),
-        "small": Budget("small", 100, 8, 256, 4, 64, 32),
+        "small": Budget("small", 100, 4, 256, 4, 64, 32),
         "full": Budget("full", 2000, 16, 256, 6, 300, None),
     },
 }
