@@ -347,14 +347,21 @@ def test_metrics_by_hand():
     assert short == pytest.approx(100 * math.exp(1 - 2))
 
 
-def test_generation_stops_at_the_end_of_a_line(tmp_path):
+def test_generation_is_the_greedy_one_of_each_prompt_up_to_the_end_of_its_line(tmp_path):
     folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path)
     tokenizer, model = PreTrainedTokenizerFast.from_pretrained(folder), models.tiny_gpt2()
-    ids = tokenizer("n[1]\n", return_tensors="pt")["input_ids"]
-    text = nlg.generate(model, tokenizer, "n[1]\n")
-    greedy = model.generate(ids, max_new_tokens=models.MAX_LENGTH - ids.shape[1], do_sample=False, eos_token_id=4)
-    expected = tokenizer.decode(greedy[0, ids.shape[1] :]).split("\n")[0]
-    assert text[:20] == expected[:20]
+    with torch.no_grad():  # so that it does more than repeat its last token, which is the end of a line
+        for linear in block_linears(model).values():
+            linear.weight.mul_(20)
+    prompts = ["n[1]\n", "a much longer prompt[2]\n", "o\n"]
+    lengths = []
+    for prompt, text in zip(prompts, nlg.generate(model, tokenizer, prompts), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        limit = models.MAX_LENGTH - ids.shape[1]
+        greedy = model.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=4)
+        assert text == tokenizer.decode(greedy[0, ids.shape[1] :]).split("\n")[0]
+        lengths.append(len(text))
+    assert len(set(lengths)) > 1
 
 
 # What the table says

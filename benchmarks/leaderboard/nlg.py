@@ -93,24 +93,29 @@ class Nlg(Sparsifying):
         bits = total / count / math.log(2)
         found = {"score": bits, self.metric: bits}
         if final:
-            texts = [generate(model, self._tokenizer(), meaning + END) for meaning, _ in pairs]
+            texts = generate(model, self._tokenizer(), [meaning + END for meaning, _ in pairs])
             found["BLEU"] = metrics.bleu(texts, [references for _, references in pairs])
         return found
 
 
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer: Any, prompt: str) -> str:
-    """The greedy continuation up to the end of the line."""
-    ids = torch.tensor(tokenizer(prompt)["input_ids"])[None].to(next(model.parameters()).device)
-    limit = model.config.max_position_embeddings
-    cache_of_keys, found, given = None, [], ids
-    end = tokenizer(END)["input_ids"][-1]
-    while len(found) < MAX_NEW_CHARACTERS and ids.shape[1] + len(found) < limit:
-        result = model(input_ids=given, past_key_values=cache_of_keys, use_cache=True)
-        cache_of_keys = result.past_key_values
-        token = int(result.logits[0, -1].argmax())
-        if token == end:
-            break
-        found.append(token)
-        given = torch.tensor([[token]], device=ids.device)
-    return tokenizer.decode(found)
+def generate(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """The greedy continuation of each prompt up to the end of its line; all are continued at once, padded in front."""
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    end, width = tokenizer(END)["input_ids"][-1], max(len(row) for row in encoded)
+    device = next(model.parameters()).device
+    given = torch.tensor([[end] * (width - len(row)) + row for row in encoded], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
+    last = model.config.max_position_embeddings - 1
+    limits = [min(MAX_NEW_CHARACTERS, last + 1 - len(row)) for row in encoded]
+    cache_of_keys, found = None, given[:, :0]
+    while found.shape[1] < max(limits) and not (found == end).any(1).all():
+        # A row beyond its limit stays at the last position; what it gets there is cut off.
+        positions = (mask.cumsum(1) - 1).clamp(0, last)[:, -given.shape[1] :]
+        result = model(
+            input_ids=given, attention_mask=mask, position_ids=positions, past_key_values=cache_of_keys, use_cache=True
+        )
+        cache_of_keys, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        found, mask = torch.cat([found, given], 1), torch.cat([mask, torch.ones_like(given)], 1)
+    rows = [row[:limit] for row, limit in zip(found.tolist(), limits, strict=True)]
+    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
