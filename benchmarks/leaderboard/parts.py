@@ -25,7 +25,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     },
     "encoders": {
         "smoke": Budget("smoke", 6, 4, 32, 2, 16, 16),
-        "small": Budget("small", 200, 16, 64, 4, 500, None),
+        "small": Budget("small", 120, 16, 64, 4, 500, None),
         "full": Budget("full", 2000, 32, 128, 6, 1000, None),
     },
     "nlg": {
