@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.leaderboard import runs
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.settings import Budget
 from benchmarks.leaderboard.store import Record
@@ -39,7 +40,7 @@ def render(
     base = out / "-".join([part.name, part.model, part.budget.name, *([name] if name else [])])
     out.mkdir(parents=True, exist_ok=True)
     report.write([_flat(row) for row in rows], base.with_name(base.name + ".csv"))
-    _write_runs(lines, records, base.with_name(base.name + "-runs.csv"))
+    runs.write(lines, records, base.with_name(base.name + "-runs.csv"))
     chart = draw(rows, part, base.with_name(base.name + ".png")) if find_spec("matplotlib") else None
     path = base.with_name(base.name + ".md")
     path.write_text(markdown(part, rows, chart), encoding="utf-8")
@@ -51,24 +52,6 @@ def _flat(row: Row) -> dict[str, Any]:
     found = {name: getattr(row, name) for name in names} | {"mean": row.mean, "spread": row.spread}
     found["rates"] = " ".join(f"{rate:g}" for rate in row.rates)
     return found | row.columns
-
-
-def _write_runs(lines: Sequence[Line], records: Mapping[str, Record], path: Path) -> None:
-    keys = {(line.part, line.model, line.case, line.row, line.budget.name) for line in lines}
-    found = []
-    for record in records.values():
-        where = tuple(record[name] for name in ("part", "model", "case", "row"))
-        if (*where, record["budget"]["name"]) in keys:
-            plain = {name: value for name, value in record.items() if name not in ("budget", "rates")}
-            rates = " ".join(f"{rate:g}" for rate in record["rates"])
-            found.append({"budget": record["budget"]["name"], "rates": rates, **plain})
-    _write_ragged(found, path)
-
-
-def _write_ragged(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rows of which some lack columns."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    report.write([{name: row.get(name) for name in columns} for row in rows], path)
 
 
 # The table

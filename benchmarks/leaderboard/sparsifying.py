@@ -7,7 +7,7 @@ once, the same for every row; the test set is read by the final runs alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Sparsifying:
 
     # The rest
 
-    def lines(self, cases: list[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
+    def lines(self, cases: Sequence[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
         """The rows of all cases; dense fine-tuning first, once for each task.
 
         Raises:
