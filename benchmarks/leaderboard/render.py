@@ -74,7 +74,7 @@ def markdown(part: Any, rows: Sequence[Row], chart: Path | None) -> str:
 
 
 def _budget_text(budget: Budget) -> str:
-    test = "the whole test set" if budget.test_rows is None else f"the first {budget.test_rows} rows of the test set"
+    test = "the whole test set" if budget.test_rows is None else f"{budget.test_rows} rows of the test set"
     return (
         f"Budget `{budget.name}`: {budget.steps} steps of {budget.batch_size} x {budget.length} tokens, AdamW, "
         f"{budget.warmup:.0%} warm-up and linear decay; {budget.tries} learning rates tried for each row on the "
