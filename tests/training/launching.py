@@ -122,8 +122,8 @@ def check_adapter(folder: Path, tuner: str, model: str = "tiny_llama") -> dict[s
     }
 
 
-def finetune_in_two(folder: Path, engine: str, device: dict, steps: int = 3) -> dict:
-    """`accelerate launch -m peft_sparse_cli finetune`: prune, tune with SPP, merge.
+def finetune_in_two(folder: Path, engine: str, device: dict, merge: bool, steps: int = 3) -> dict:
+    """`accelerate launch -m peft_sparse_cli finetune`: prune, tune with SPP.
 
     Returns:
         What is in result.json, the losses beside it.
@@ -140,7 +140,7 @@ def finetune_in_two(folder: Path, engine: str, device: dict, steps: int = 3) -> 
             "output_dir": str(folder / "run"), "max_steps": steps, "per_device_train_batch_size": 2, "seed": 1,
             "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, **device,
         },
-        "output": {"merge": True},
+        "output": {"merge": merge},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["--num_processes", "2", "-m", "peft_sparse_cli", "finetune", str(folder / "recipe.yaml")]

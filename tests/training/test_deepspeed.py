@@ -82,9 +82,11 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 
 def test_a_recipe(tmp_path):
-    """Pruned and merged by one process, tuned by two."""
-    result = finetune_in_two(tmp_path / "zero3", "zero3", {"ddp_backend": "gloo"})
-    expected = finetune_in_two(tmp_path / "ddp", "ddp", {"use_cpu": True})
-    assert result["zeros_lost"] == expected["zeros_lost"] == 0 and result["sparsity"] == 0.5
+    """Pruned by one process, tuned by two; what is sharded is not merged."""
+    result = finetune_in_two(tmp_path / "zero3", "zero3", {"ddp_backend": "gloo"}, merge=False)
+    expected = finetune_in_two(tmp_path / "ddp", "ddp", {"use_cpu": True}, merge=True)
+    assert expected["zeros_lost"] == 0 and result["sparsity"] == expected["sparsity"] == 0.5
     assert result["metrics"]["train_loss"] == pytest.approx(expected["metrics"]["train_loss"], abs=1e-4)
     assert result["trainable"] == expected["trainable"]
+    with pytest.raises(AssertionError, match="merged by a process that has whole weights"):
+        finetune_in_two(tmp_path / "merge", "zero3", {"ddp_backend": "gloo"}, merge=True)
