@@ -137,6 +137,17 @@ def test_no_room_for_the_next_checkpoint(tmp_path, monkeypatch):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_no_room_for_the_first_checkpoint(tmp_path, monkeypatch):
+    """Weights would fit, but not what the optimizer keeps of them, twice as much: none to go by is there yet."""
+    trainer = train_script.make_trainer(train_script.DEFAULTS | settings(tmp_path, "pst"), [CheckpointCallback()])
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    usage = shutil.disk_usage(tmp_path)._replace(free=(1 << 16) + 2 * trained)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"takes about [\d,]+ bytes, got .* at step 1"):
+        trainer.train()
+    assert not checkpoints(tmp_path)
+
+
 def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -205,6 +216,20 @@ def test_a_changed_byte_is_seen(finished, tmp_path):
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert "CRC-32" in checkpoint_fault(file.parent)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_changed_byte_is_seen_by_trainer_alone(finished, tmp_path, resume):
+    """Without a callback that looks: when it resumes, and when it takes the best checkpoint at the end."""
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    trainer = train_script.make_trainer(train_script.DEFAULTS | settings(tmp_path / "run", "pst"))
+    trainer.state.best_model_checkpoint = str(file.parent)
+    with pytest.raises(ValueError, match="others than the checksums"):
+        trainer.train(resume_from_checkpoint=str(file.parent)) if resume else trainer._load_best_model()
 
 
 def test_a_folder_that_another_run_began_to_overwrite(finished, tmp_path):

@@ -24,7 +24,7 @@ from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_sparse.checkpoint.convert import check_new_folder, copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.convert import check_new_folder, check_writable, copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning import PRUNERS, calibration_batches
@@ -174,6 +174,7 @@ def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
             f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
             "choose another `training.output_dir`."
         )
+    check_writable(folder)
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)
     return named
