@@ -22,10 +22,10 @@ from peft_sparse import CheckpointCallback, last_complete_checkpoint
 from peft_sparse.training import checkpoint_callback
 from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpoints, set_aside_incomplete
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import train_script  # noqa: E402
+import train_script
+from killing import kill_at_file
 
+HERE = Path(__file__).resolve().parent
 STEPS = 6
 # A server that has imported everything and has computed nothing: a new process takes a moment, and no thread is lost.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -49,43 +49,12 @@ def train(run: dict, kill_at: int | None = None, file_limit: int | None = None) 
     """The body of a process: train, and resume if there is something to resume from."""
     torch.set_num_threads(1)
     if kill_at is not None:
-        _kill_at_file(kill_at)
+        kill_at_file(kill_at)
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel ends the process, with no error to see
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     resume = any(checkpoint_fault(folder) is None for folder in checkpoints(run["output_dir"]))
     train_script.train(run | {"resume": resume or None}, [CheckpointCallback()])
-
-
-def _kill_at_file(number: int) -> None:
-    """SIGKILL this process when it has written half of its file number `number`, or, for a deletion, half of that."""
-    left = [number]
-
-    def counted(function, path_of):
-        def wrapper(*args, **kwargs):
-            left[0] -= 1
-            if left[0]:
-                return function(*args, **kwargs)
-            path = Path(path_of(*args))
-            if path.is_dir():  # a checkpoint that is rotated away
-                next(file for file in path.iterdir() if file.is_file()).unlink()
-            else:
-                function(*args, **kwargs)
-                os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        return wrapper
-
-    import peft.peft_model
-    import transformers.trainer_callback
-
-    torch.save = counted(torch.save, lambda data, path, *_: path)
-    peft.peft_model.safe_save_file = counted(peft.peft_model.safe_save_file, lambda data, path, *_: path)
-    state = transformers.trainer_callback.TrainerState
-    state.save_to_json = counted(state.save_to_json, lambda self, path: path)
-    shutil.rmtree = counted(shutil.rmtree, lambda path, *_: path)
-    write_manifest = checkpoint_callback.write_manifest
-    checkpoint_callback.write_manifest = counted(write_manifest, lambda folder: Path(folder) / MANIFEST)
 
 
 def run_process(*args) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, GgufConfig
 
 from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.storage import open_model
+from peft_sparse.storage import may_be_on_the_hub, open_model
 
 # task: transformers' class for it, and PEFT's task type
 TASKS = {
@@ -59,7 +59,7 @@ def load_model(
         return _load_adapter(folder, base, task, dtype, packed, trust_remote_code, config or {})
     if base is not None:
         raise ValueError(f"A base belongs to an adapter, got {str(source)!r}, which has no adapter_config.json.")
-    if folder.is_file() or (not folder.exists() and str(source).count("/") != 1 and "/" in str(source)):
+    if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}, which is no folder here.")
     # also where there is nothing to read but a pickle, which is refused
     stored_packed = folder.is_dir() and gguf_file is None and open_model(folder).layout != "dense"
