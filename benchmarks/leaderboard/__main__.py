@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import check_pruning, models, report
 from benchmarks.leaderboard import __doc__ as description
-from benchmarks.leaderboard import parts, render
+from benchmarks.leaderboard import parts, render, runs
 from benchmarks.leaderboard.plan import work
 from benchmarks.leaderboard.settings import SEARCH_SEED
 from benchmarks.leaderboard.store import Store
@@ -30,7 +30,7 @@ def options() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("--part", nargs="+", choices=parts.PARTS, default=list(parts.PARTS), help="default: all")
-    found.add_argument("--model", default=None, help="a folder, or a name the part knows (default: the part's own)")
+    found.add_argument("--model", default=None, help="a name or a folder (default: all of the part)")
     found.add_argument("--cases", nargs="+", default=None, help='such as "wanda 2:4", "sst2 90%%" (default: all)')
     found.add_argument("--rows", nargs="+", default=None, help="such as spp pst (default: all)")
     found.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the final runs (default: 0 1 2)")
@@ -47,6 +47,9 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--store", type=Path, default=STORE, help="where runs are kept (default: .leaderboard)")
     found.add_argument("--out", type=Path, default=OUT, help="tables and charts (default: results/leaderboard)")
     found.add_argument("--name", default=None, help="added to the files' names, for a table of some --rows")
+    found.add_argument(
+        "--restore", action="store_true", help="first take over the runs of the *-runs.csv in --out that are missing"
+    )
     found.add_argument("--render", action="store_true", help="make no runs, only the tables and charts")
     found.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
     return found
@@ -57,8 +60,8 @@ def _work(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     store, facts = Store(args.store), _facts(args)
-    for part in parts.make(args, store):
-        lines = part.lines(args.cases, args.rows, tuple(args.seeds))
+    for part, cases in parts.make(args, store):
+        lines = part.lines(cases, args.rows, tuple(args.seeds))
         work(store, lines, part.run, deadline, lambda text: print(text, flush=True), facts)
 
 
@@ -81,8 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"--workers and --threads are at least 1, got {args.workers} and {args.threads}.")
     if SEARCH_SEED in args.seeds:
         raise SystemExit(f"--seeds are of the final runs and none is {SEARCH_SEED}, the search's; got {args.seeds}.")
+    if args.restore:
+        several = sorted(args.out.glob("*-runs.csv"))
+        print(f"{sum(runs.restore(path, Store(args.store)) for path in several)} runs taken over from {args.out}.")
     found = parts.make(args, Store(args.store))
-    lines = {part: part.lines(args.cases, args.rows, tuple(args.seeds)) for part in found}
+    lines = {part: part.lines(cases, args.rows, tuple(args.seeds)) for part, cases in found}
     if args.list:
         records = Store(args.store).records()
         for line in (line for several in lines.values() for line in several):

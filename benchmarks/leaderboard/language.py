@@ -7,7 +7,7 @@ the test text is `test_a`; C4 calibrates the pruners. (WikiText-2's own training
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class CausalLm:
         self.model = folder.name if label is None else label
         logging.disable_progress_bar()  # of each load
 
-    def lines(self, cases: list[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
+    def lines(self, cases: Sequence[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
         """The rows of all cases; those that start from the dense model come first, once.
 
         Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import HiraConfig, IA3Config, LoraConfig, TaskType, get_peft_model
@@ -59,9 +59,9 @@ def _is_transposed(model: nn.Module) -> bool:
     return any(isinstance(linear, Conv1D) for linear in block_linears(model).values())
 
 
-def spp(model: nn.Module, r: int = ROW_GROUPS, scaling: float = 2.0) -> Tuned:
+def spp(model: nn.Module, r: int = ROW_GROUPS, scaling: float = 2.0, **options: Any) -> Tuned:
     """Ours."""
-    return _peft(model, SppConfig(r=r, spp_alpha=scaling * r, task_type=TaskType.CAUSAL_LM))
+    return _peft(model, SppConfig(r=r, spp_alpha=scaling * r, task_type=TaskType.CAUSAL_LM, **options))
 
 
 def hira(model: nn.Module, r: int = RANK) -> Tuned:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks import check_pruning
+from benchmarks import check_pruning, models
 from benchmarks.leaderboard.encoders import Encoders, minilm, relabel_as_roberta
 from benchmarks.leaderboard.language import CausalLm
 from benchmarks.leaderboard.nlg import Nlg
@@ -25,23 +26,45 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     },
     "encoders": {
         "smoke": Budget("smoke", 6, 4, 32, 2, 16, 16),
-        "small": Budget("small", 100, 16, 64, 4, 500, None),
+        "small": Budget("small", 120, 16, 64, 4, 500, None),
         "full": Budget("full", 2000, 32, 128, 6, 1000, None),
     },
     "nlg": {
         "smoke": Budget("smoke", 6, 2, 256, 2, 4, 4),
-        "small": Budget("small", 100, 8, 256, 4, 64, 32),
+        "small": Budget("small", 100, 4, 256, 4, 64, 32),
         "full": Budget("full", 2000, 16, 256, 6, 300, None),
     },
 }
 CLASSES: dict[str, type[Part]] = {"causal-lm": CausalLm, "encoders": Encoders, "nlg": Nlg}
 PARTS = tuple(BUDGETS)
 BUDGET_NAMES = ("smoke", "small", "full")
-ROBERTA = "minilm-roberta"  # the name of MiniLM's relabelling, for --model
 
 
-def make(args: argparse.Namespace, store: Store) -> list[Part]:
-    """The parts that the command line asks for.
+class Board(NamedTuple):
+    """A part on a model.
+
+    Attributes:
+        model: a name of [`find_model`].
+        cases: without `--cases`; None: all of the part.
+    """
+
+    part: str
+    model: str
+    cases: tuple[str, ...] | None = None
+
+
+# What the command makes when it is not told less.
+BOARDS = (
+    Board("causal-lm", "stories260k-llama"),
+    Board("causal-lm", "smollm2-135m", ("wanda 2:4", "wanda 75%")),
+    Board("encoders", "minilm"),
+    Board("encoders", "minilm-roberta", ("sst2 90%",)),
+    Board("nlg", "gpt2-byte-shakespeare"),
+)
+
+
+def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, ...] | None]]:
+    """The parts that the command line asks for, each with its cases.
 
     Raises:
         SystemExit: if a model or the data are not there, or one model is asked for more than one part.
@@ -53,23 +76,36 @@ def make(args: argparse.Namespace, store: Store) -> list[Part]:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a GPU that torch sees, got none; leave it out to run on the CPU.")
-    found: list[Part] = []
-    for name in args.part:
-        budget = BUDGETS[name][args.budget].change(steps=args.steps, tries=args.tries)
-        folder, label = _folder(name, args.model, store)
-        found.append(CLASSES[name](folder, args.data, store, budget, device, label))
+    boards = [board for board in BOARDS if board.part in args.part]
+    if args.model is not None:
+        named = [board for board in boards if board.model == args.model]
+        boards = named or [Board(args.part[0], args.model)]
+    found: list[tuple[Part, tuple[str, ...] | None]] = []
+    for part, model, cases in boards:
+        budget = BUDGETS[part][args.budget].change(steps=args.steps, tries=args.tries)
+        folder, label = find_model(model, store)
+        made = CLASSES[part](folder, args.data, store, budget, device, label)
+        found.append((made, cases if args.cases is None else tuple(args.cases)))
     return found
 
 
-def _folder(part: str, given: str | None, store: Store) -> tuple[Path, str | None]:
-    """A part's model, and its name where the folder's says nothing."""
-    if part == "encoders" and given is None:
-        return minilm(), "minilm"
-    if part == "encoders" and given == ROBERTA:
-        with store.claim(ROBERTA, wait=True):
-            return relabel_as_roberta(minilm(), store.checkpoints / ROBERTA), None
-    defaults = {"causal-lm": "stories260k-llama", "nlg": "gpt2-byte-shakespeare"}
-    folder = check_pruning.SHARED / "models" / defaults[part] if given is None else Path(given)
+def find_model(name: str, store: Store) -> tuple[Path, str]:
+    """A model's folder, and its name in tables.
+
+    Args:
+        name: a model of `shared/models`, "minilm" or "minilm-roberta", "smollm2-135m", or a folder.
+    """
+    if name == "minilm":
+        return minilm(), name
+    if name == "minilm-roberta":
+        with store.claim(name, wait=True):
+            return relabel_as_roberta(minilm(), store.checkpoints / name), name
+    if name == "smollm2-135m":
+        if not models.DEMO_MODEL.is_dir():
+            raise SystemExit(f"The model {name} is where `make demo` leaves it, which was not run; or leave it out.")
+        return models.DEMO_MODEL, name
+    shared = check_pruning.SHARED / "models" / name
+    folder = shared if shared.is_dir() else Path(name)
     if not folder.is_dir():
-        raise SystemExit(f"--model is a folder that transformers reads, got {folder}, which is none.")
-    return folder, None
+        raise SystemExit(f"--model is a name that a part knows or a folder that transformers reads, got {name!r}.")
+    return folder, folder.name

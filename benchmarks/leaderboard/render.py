@@ -1,7 +1,7 @@
 """Tables, CSVs and charts from the store.
 
 For each part and model: `<part>-<model>-<budget>.md` (the table and what it says), `.csv` (the same with every
-column), `-runs.csv` (every single run, searches too), `.png` (quality over trained parameters).
+column), `-runs.csv` (every single run, searches too), `.png` (quality over trained parameters and memory).
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.leaderboard import runs
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.settings import Budget
 from benchmarks.leaderboard.store import Record
 from benchmarks.leaderboard.summary import LARGEST, WHERE_FROM, Row, rows_of, verdicts
 
-PANEL = 3.6  # inches
+PANEL = 4.2  # inches
+COSTS = {"trainable": "trained parameters", "peak_mb": "peak of tensors beyond the model, MB"}
 
 
 def render(
@@ -39,7 +41,7 @@ def render(
     base = out / "-".join([part.name, part.model, part.budget.name, *([name] if name else [])])
     out.mkdir(parents=True, exist_ok=True)
     report.write([_flat(row) for row in rows], base.with_name(base.name + ".csv"))
-    _write_runs(lines, records, base.with_name(base.name + "-runs.csv"))
+    runs.write(lines, records, base.with_name(base.name + "-runs.csv"))
     chart = draw(rows, part, base.with_name(base.name + ".png")) if find_spec("matplotlib") else None
     path = base.with_name(base.name + ".md")
     path.write_text(markdown(part, rows, chart), encoding="utf-8")
@@ -51,24 +53,6 @@ def _flat(row: Row) -> dict[str, Any]:
     found = {name: getattr(row, name) for name in names} | {"mean": row.mean, "spread": row.spread}
     found["rates"] = " ".join(f"{rate:g}" for rate in row.rates)
     return found | row.columns
-
-
-def _write_runs(lines: Sequence[Line], records: Mapping[str, Record], path: Path) -> None:
-    keys = {(line.part, line.model, line.case, line.row, line.budget.name) for line in lines}
-    found = []
-    for record in records.values():
-        where = tuple(record[name] for name in ("part", "model", "case", "row"))
-        if (*where, record["budget"]["name"]) in keys:
-            plain = {name: value for name, value in record.items() if name not in ("budget", "rates")}
-            rates = " ".join(f"{rate:g}" for rate in record["rates"])
-            found.append({"budget": record["budget"]["name"], "rates": rates, **plain})
-    _write_ragged(found, path)
-
-
-def _write_ragged(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rows of which some lack columns."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    report.write([{name: row.get(name) for name in columns} for row in rows], path)
 
 
 # The table
@@ -86,12 +70,12 @@ def markdown(part: Any, rows: Sequence[Row], chart: Path | None) -> str:
     lines += [f"- {text}" for text in found] or ["No case has our row and another one yet."]
     lines += ["", f"Ours loses beyond the spread in {len(lost)} of {len(found)} comparisons.", ""]
     if chart is not None:
-        lines += [f"![{part.metric} over trained parameters]({chart.name})", ""]
+        lines += [f"![{part.metric} over trained parameters and memory]({chart.name})", ""]
     return "\n".join([*lines, *_notes(rows)]) + "\n"
 
 
 def _budget_text(budget: Budget) -> str:
-    test = "the whole test set" if budget.test_rows is None else f"the first {budget.test_rows} rows of the test set"
+    test = "the whole test set" if budget.test_rows is None else f"{budget.test_rows} rows of the test set"
     return (
         f"Budget `{budget.name}`: {budget.steps} steps of {budget.batch_size} x {budget.length} tokens, AdamW, "
         f"{budget.warmup:.0%} warm-up and linear decay; {budget.tries} learning rates tried for each row on the "
@@ -154,49 +138,63 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], part: Any, path: Path) -> Path | None:
-    """The metric over trained parameters, a panel for each case; None: no row has both."""
+    """What a row costs and what it gives: the metric over each of [`COSTS`], a line of panels for each case, with what
+    the dense model reaches. None: no row has a cost."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(row.case for row in rows if row.case.rpartition(" ")[2] != "dense"))
-    panels = [case for case in cases if any(row.case == case and _is_drawn(row) for row in rows)]
-    if not panels:
+    cases = [case for case in dict.fromkeys(row.case for row in rows) if not _is_dense(case)]
+    cases = [case for case in cases if any(row.case == case and _is_drawn(row) for row in rows)]
+    if not cases:
         return None
-    columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
-    figure = Figure(figsize=(PANEL * columns, PANEL * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False).flatten()
+    figure = Figure(figsize=(PANEL * len(COSTS), 0.85 * PANEL * len(cases) + 0.8), layout="constrained")
+    axes = figure.subplots(len(cases), len(COSTS), squeeze=False)
     names = [name for name in part.titles if any(row.row == name and _is_drawn(row) for row in rows)]
     colours = {name: f"C{index}" for index, name in enumerate(names)}
-    for axis, case in zip(axes, panels, strict=False):
-        _draw_case(axis, case, rows, part, colours)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    for line, case in zip(axes, cases, strict=True):
+        task = case.rpartition(" ")[0]
+        shown = [row for row in rows if row.case == case and _is_drawn(row)]
+        ceilings = [row for row in rows if row.case in ("dense", f"{task} dense") and _is_drawn(row)]
+        for axis, cost in zip(line, COSTS, strict=True):
+            _draw_panel(axis, shown, ceilings, cost, part, colours)
+            axis.set_title(case, fontsize=10)
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _is_dense(case: str) -> bool:
+    return case.rpartition(" ")[2] == "dense"
 
 
 def _is_drawn(row: Row) -> bool:
     return row.mean is not None and bool(row.columns.get("trainable"))
 
 
-def _draw_case(axis: Any, case: str, rows: Sequence[Row], part: Any, colours: Mapping[str, str]) -> None:
+def _draw_panel(
+    axis: Any, rows: Sequence[Row], ceilings: Sequence[Row], cost: str, part: Any, colours: Mapping[str, str]
+) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for row in ceilings:
+        axis.axhline(row.mean, color=colours[row.row], linestyle="--", linewidth=1, label=row.title)
     for row in rows:
-        if row.case != case or row.mean is None:
-            continue
-        if _is_drawn(row):
-            axis.errorbar(
-                row.columns["trainable"], row.mean, yerr=row.spread, color=colours[row.row], label=row.title,
-                marker="*" if row.row == part.ours else "o", markersize=12 if row.row == part.ours else 6, capsize=3,
-            )  # fmt: skip
-    sizes = [row.columns["trainable"] for row in rows if row.case == case and _is_drawn(row)]
-    if max(sizes) > 3 * min(sizes):  # below that a log axis has labels on top of each other
+        axis.errorbar(
+            row.columns[cost], row.mean, yerr=row.spread, color=colours[row.row], label=row.title, linestyle="none",
+            marker="*" if row.row == part.ours else "o", markersize=12 if row.row == part.ours else 6, capsize=3,
+        )  # fmt: skip
+    costs = [row.columns[cost] for row in rows]
+    if max(costs) > 3 * min(costs):  # below that a log axis has labels on top of each other
         axis.set_xscale("log")
-    axis.set_title(case, fontsize=10)
-    axis.set_xlabel("trained parameters", fontsize=9)
+    means = [row.mean for row in (*rows, *ceilings)]
+    if min(means) > 0 and max(means) > 2 * min(means):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(COSTS[cost], fontsize=9)
     axis.set_ylabel(f"{part.metric} ({part.better} is better)", fontsize=9)
     axis.grid(alpha=0.3)

@@ -39,7 +39,7 @@ def next_rates(tried: Sequence[tuple[Rates, float]], start: Rates, tries: int) -
     axis = 0 if len(start) == 1 or len(tried) < (tries + 1) // 2 else 1
     best, _ = min(tried, key=lambda pair: pair[1])
     line = {rates[axis]: score for rates, score in tried if _others(rates, axis) == _others(best, axis)}
-    found = _round(_next_on_line(line))
+    found = rounded(_next_on_line(line))
     return tuple(found if index == axis else rate for index, rate in enumerate(best))
 
 
@@ -61,7 +61,7 @@ def _next_on_line(scores: dict[float, float]) -> float:
     return math.sqrt(best * neighbour)
 
 
-def _round(rate: float) -> float:
+def rounded(rate: float) -> float:
     """Three significant digits, so that a rate reads the same in a table and in the store."""
     return float(f"{rate:.3g}")
 

@@ -23,7 +23,7 @@ class Budget:
         steps, batch_size, length: optimizer steps, sequences in each, tokens of each.
         tries: learning rates tried for a row.
         validation_rows: windows or examples that judge a try.
-        test_rows: windows or examples of the test set that the final runs are measured on, the first ones; None: all.
+        test_rows: windows (the first) or examples (evenly chosen) of the test set for the final runs; None: all.
         zeroshot_rows: questions of each zero-shot task, the first ones; None: all; 0: no zero-shot.
         calibration_rows: sequences of `length` tokens of C4 for the pruners.
         warmup: share of the steps in which the rates rise; they fall linearly afterwards.

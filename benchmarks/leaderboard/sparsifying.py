@@ -7,7 +7,7 @@ once, the same for every row; the test set is read by the final runs alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 from benchmarks.leaderboard import methods, pst_methods, training
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.pst_methods import METHODS, Setup
+from benchmarks.leaderboard.search import rounded
 from benchmarks.leaderboard.settings import FINAL, Budget, Trial
 from benchmarks.leaderboard.store import Store
 from peft_sparse import verify_sparsity
@@ -39,6 +40,7 @@ class Sparsifying:
     rivals = pst_methods.RIVALS
     titles: Mapping[str, str] = {name: method.title for name, method in METHODS.items()}
     sparsities = ("50%", "90%")
+    rate_scale = 1.0  # of all first learning rates, where the model takes higher ones than a BERT
 
     def __init__(
         self, folder: Path, data: Path, store: Store, budget: Budget, device: torch.device, label: str | None = None
@@ -67,7 +69,7 @@ class Sparsifying:
 
     # The rest
 
-    def lines(self, cases: list[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
+    def lines(self, cases: Sequence[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
         """The rows of all cases; dense fine-tuning first, once for each task.
 
         Raises:
@@ -84,7 +86,8 @@ class Sparsifying:
         tasks = dict.fromkeys(self._task(case) for case in cases)
         pairs = [(f"{task} dense", row) for task in tasks for row in rows if METHODS[row].dense]
         pairs += [(case, row) for case in cases for row in rows if not METHODS[row].dense]
-        return [Line(self.name, self.model, case, row, METHODS[row].start, seeds, self.budget) for case, row in pairs]
+        starts = {row: tuple(rounded(rate * self.rate_scale) for rate in METHODS[row].start) for row in rows}
+        return [Line(self.name, self.model, case, row, starts[row], seeds, self.budget) for case, row in pairs]
 
     @staticmethod
     def _task(case: str) -> str:

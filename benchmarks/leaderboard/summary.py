@@ -76,7 +76,7 @@ def _columns(records: list[Record]) -> dict[str, Any]:
     first = records[0]
     found: dict[str, Any] = {"trainable": first.get("trainable", 0), "fingerprint": first.get("fingerprint")}
     for name, value in first.items():
-        if name.startswith(("acc_", "zeroshot", "BLEU")) and isinstance(value, float):
+        if name.startswith(("acc_", "zeroshot", "BLEU")) and isinstance(value, (int, float)):
             values = [record[name] for record in records]
             found[name] = statistics.fmean(values)
             found[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None

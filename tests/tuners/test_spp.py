@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_sparse import SppConfig
@@ -44,6 +44,39 @@ def test_starts_with_b_at_zero_and_a_kaiming_uniform():
     _, layer = one_linear(SppConfig(), 32, 100)
     assert (layer.spp_B["default"] == 0).all()
     assert layer.spp_A["default"].abs().max() <= 0.1 and layer.spp_A["default"].abs().max() > 0.09
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_ones_starts_as_the_base_and_its_first_gradient_is_the_whole_of_a_group_s(dropout):
+    config = SppConfig(r=3, spp_alpha=6, spp_dropout=dropout, init_weights="ones")
+    model, layer = one_linear(config, 8, 12)
+    A, B = layer.spp_A["default"], layer.spp_B["default"]
+    assert (A == 0).all() and (B == 1).all()
+    assert torch.equal(layer.effective_weight("default"), layer.base_layer.weight)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(model(x), layer.base_layer(x))
+    model.eval()
+    effective = layer.effective_weight("default").detach().requires_grad_(True)
+    (x @ effective.T).square().sum().backward()
+    (model(x) - layer.base_layer.bias).square().sum().backward()
+    products = (effective.grad * layer.base_layer.weight).tensor_split(3)
+    torch.testing.assert_close(A.grad, 2.0 * torch.stack([product.sum(0) for product in products]))
+    assert (B.grad == 0).all()
+
+
+def test_ones_is_kept_in_the_file_of_the_config(tmp_path):
+    model, layer = one_linear(SppConfig(init_weights="ones"), 8, 12)
+    nn.init.normal_(layer.spp_A["default"])
+    x = torch.randn(5, 12)
+    expected = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    assert SppConfig.from_pretrained(tmp_path).init_weights == "ones"
+    loaded = PeftModel.from_pretrained(nn.Sequential(layer.base_layer), tmp_path)
+    assert torch.equal(loaded(x), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    with pytest.raises(ValueError, match="`init_weights` should be True or False, got 'one', or 'ones' to start"):
+        SppConfig(init_weights="one")
 
 
 def test_dropout_touches_the_update_alone():

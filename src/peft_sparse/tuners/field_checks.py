@@ -37,11 +37,11 @@ def check_fraction(name: str, value: Any, of: str) -> None:
         raise ValueError(f"`{name}` is a fraction of {of} in [0, 1], got {value!r}.")
 
 
-def check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any, way_out: str = "") -> None:
     """Raises:
-    ValueError: if `value` is neither True nor False."""
+    ValueError: if `value` is neither True nor False. It ends with `way_out`."""
     if not isinstance(value, bool):
-        raise ValueError(f"`{name}` should be True or False, got {value!r}.")
+        raise ValueError(f"`{name}` should be True or False, got {value!r}{way_out}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

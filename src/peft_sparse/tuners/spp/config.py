@@ -9,6 +9,8 @@ from peft import PeftType
 from peft_sparse.tuners.field_checks import check_bool, check_number, check_positive_int
 from peft_sparse.tuners.sparse_config import SparseConfig
 
+ONES = "ones"
+
 
 @dataclass
 class SppConfig(SparseConfig):
@@ -23,7 +25,10 @@ class SppConfig(SparseConfig):
         r: number of row groups that share a row of A. More than a layer has rows: one group per row.
         spp_alpha: scaling s = spp_alpha / r.
         spp_dropout: dropout probability on the input of the update alone; the base weight sees the whole input.
-        init_weights: True starts at the identity (B = 0); False draws B too, which only tests want.
+        init_weights: True starts at the identity with A drawn and B = 0, as the authors do. "ones": A = 0 and B = 1,
+            the identity too, but A's first steps follow the whole gradient of a row group, not its projection on a
+            random A; better at 75% sparsity in `benchmarks/results/leaderboard`. False draws both, which only tests
+            want.
         checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
@@ -37,8 +42,9 @@ class SppConfig(SparseConfig):
     r: int = field(default=16, metadata={"help": "Number of row groups that share a row of the factor A."})
     spp_alpha: float = field(default=32, metadata={"help": "The update is scaled by spp_alpha / r."})
     spp_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "True: start at the identity. False: start at random (for tests)."}
+    init_weights: bool | str = field(
+        default=True,
+        metadata={"help": "True: start with B = 0. 'ones': with A = 0 and B = 1. False: at random (for tests)."},
     )
 
     def __post_init__(self) -> None:
@@ -51,5 +57,6 @@ class SppConfig(SparseConfig):
         check_number("spp_dropout", self.spp_dropout, "; 0.0 drops nothing")
         if not 0 <= self.spp_dropout < 1:
             raise ValueError(f"`spp_dropout` is a probability in [0, 1), got {self.spp_dropout!r}.")
-        check_bool("init_weights", self.init_weights)
+        if self.init_weights != ONES:
+            check_bool("init_weights", self.init_weights, f", or {ONES!r} to start with A = 0 and B = 1")
         self._check_checksums()

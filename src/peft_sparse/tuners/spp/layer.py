@@ -15,7 +15,7 @@ from peft_sparse import ops
 from peft_sparse.linears import weight_parameter
 from peft_sparse.sparsity import Weight, weight_entries
 from peft_sparse.tuners.sparse_layer import SparseLayer
-from peft_sparse.tuners.spp.config import SppConfig
+from peft_sparse.tuners.spp.config import ONES, SppConfig
 
 
 class SppLinear(SparseLayer):
@@ -38,10 +38,14 @@ class SppLinear(SparseLayer):
         self._csr = ops.CsrCache()
 
     def update_layer(self, adapter_name: str, config: SppConfig, **kwargs: Any) -> None:
-        """Add an adapter. `A` starts kaiming-uniform and `B` at zero, as the authors' do."""
+        """Add an adapter. `A` starts kaiming-uniform and `B` at zero, as the authors' do, unless the config says
+        otherwise."""
         num_groups = min(config.r, self.out_features)
-        A, B = torch.empty(num_groups, self.in_features), torch.zeros(self.out_features)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        A, B = torch.zeros(num_groups, self.in_features), torch.zeros(self.out_features)
+        if config.init_weights == ONES:
+            nn.init.ones_(B)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if not config.init_weights:
             nn.init.normal_(B)
         self.spp_A[adapter_name], self.spp_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
