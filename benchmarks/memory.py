@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,10 +69,10 @@ def tensor_peak(step: Callable[[], object], device: torch.device) -> float | Non
         None where torch's profiler does not tell.
     """
     if device.type == "cuda":
-        before = _reset(device)
+        before = reset(device)
         for _ in range(PEAK_STEPS):
             step()
-        return (_highest(device) - before) / MB
+        return (highest(device) - before) / MB
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for _ in range(PEAK_STEPS):
             step()
@@ -94,11 +94,16 @@ def peak(build: Build, warm_up: Build, device: torch.device, threads: int) -> Pe
     Returns:
         None if the process died, as one that runs out of memory does; its error is on stderr.
     """
-    # A server that has the libraries forks a child for each variant: a child's memory is its own from the fork on.
+    return in_new_process(_measure, threads, build, warm_up, device)
+
+
+def in_new_process(function: Callable[..., Any], threads: int, *args: Any) -> Any:
+    """What a function returns in a process of its own; None if the process died. All of it picklable."""
+    # A server that has the libraries forks a child for each call: a child's memory is its own from the fork on.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "peft", "transformers", "peft_sparse", "benchmarks.peers"])
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(sender, build, warm_up, device, threads), daemon=True)
+    child = context.Process(target=_answer, args=(sender, function, threads, args), daemon=True)
     child.start()
     sender.close()
     try:
@@ -109,20 +114,24 @@ def peak(build: Build, warm_up: Build, device: torch.device, threads: int) -> Pe
         child.join()
 
 
-def _measure(sender: Connection, build: Build, warm_up: Build, device: torch.device, threads: int) -> None:
+def _answer(sender: Connection, function: Callable[..., Any], threads: int, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
+    sender.send(function(*args))
+
+
+def _measure(build: Build, warm_up: Build, device: torch.device) -> Peak:
     warm = warm_up()
     for _ in range(PEAK_STEPS):
         warm()
-    start = _reset(device)
+    start = reset(device)
     step = build()
-    before = _reset(device)
+    before = reset(device)
     for _ in range(PEAK_STEPS):
         step()
-    sender.send(Peak((before - start) / MB, max(0.0, (_highest(device) - before) / MB)))
+    return Peak((before - start) / MB, max(0.0, (highest(device) - before) / MB))
 
 
-def _reset(device: torch.device) -> int:
+def reset(device: torch.device) -> int:
     """Forget the peak so far; the bytes that are in use now."""
     gc.collect()
     if device.type == "cuda":
@@ -135,17 +144,18 @@ def _reset(device: torch.device) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS, see proc(5)
         return _status("VmRSS")
     except (OSError, AttributeError, KeyError):
-        return _highest(device)
+        return highest(device)
 
 
-def _highest(device: torch.device) -> int:
+def highest(device: torch.device) -> int:
+    """The peak, in bytes, since [`reset`]."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         return _status("VmHWM")
     except (OSError, KeyError):
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return highest if sys.platform == "darwin" else highest * 1024  # bytes on macOS, KiB elsewhere
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found if sys.platform == "darwin" else found * 1024  # bytes on macOS, KiB elsewhere
 
 
 def _status(name: str) -> int:

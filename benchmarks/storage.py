@@ -4,16 +4,17 @@
     python -m benchmarks.storage --dtype bfloat16 --append
 
 Magnitude pruned at 50, 75 and 90%. Three ways to load: `packed` (load_sparse), `packed_unverified` (without checksums)
-and `dense` (from_pretrained). A load counts until every weight was read once: from_pretrained only maps the file into
-memory, so that until then nothing was loaded, and neither time nor memory was spent. `load_ms` is the time until the
-model is returned. The files are in the page cache for `warm`; for `cold` the kernel is asked to drop them before each
-load, so that they come from the disk. Nothing is reported if the models differ.
+and `dense` (from_pretrained), each in a new process that has loaded a tiny model before, in turns. Until when a load
+counts is told by the columns, since from_pretrained only maps the file into memory, and reads it when it is used:
+`load_ms` until the model is returned, `read_ms` until each of its weights was read once, `token_ms` until it has
+computed the logits of one token. The files are in the page cache for `warm`; for `cold` the kernel is asked to drop
+them before, so that they come from the disk. `peak_mb` is the highest resident memory, mapped pages included, until
+every weight was read, minus that before. Nothing is reported if the models differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -42,12 +43,6 @@ LOADS: dict[str, tuple[str, Load]] = {
 }
 
 
-def touch(model: nn.Module) -> None:
-    """Read every weight once."""
-    for parameter in model.parameters():
-        parameter.detach().sum()
-
-
 def drop_cache(folder: Path) -> None:
     """Ask the kernel to forget what it has of a folder's files."""
     for path in folder.iterdir():
@@ -57,15 +52,25 @@ def drop_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_and_touch(folder: Path, load: Load) -> None:
-    touch(load(folder))
-    gc.collect()  # lest the next load finds this model still there
-
-
-def build(variant: str, folder: Path) -> Callable[[], None]:
-    """For `memory.peak`: the step is the load."""
+def load_once(folder: Path, tiny: Path, variant: str) -> runner.Row:
+    """Seconds of one load, see above, and the bytes of its peak. In a process of its own."""
     sub, load = LOADS[variant]
-    return partial(load_and_touch, folder / sub, load)
+    _token(load(tiny / sub))  # the code, and what it sets up once
+    device = torch.device("cpu")
+    before, start = memory.reset(device), time.perf_counter()
+    model = load(folder / sub)
+    found = {"load": time.perf_counter() - start}
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    found |= {"read": time.perf_counter() - start, "peak": memory.highest(device) - before}
+    start = time.perf_counter() - found["load"]
+    _token(model)
+    return found | {"token": time.perf_counter() - start}
+
+
+def _token(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1]]))
 
 
 def sizes(folder: Path, linears: dict[str, nn.Module]) -> tuple[int, int]:
@@ -87,63 +92,53 @@ def measure(args: argparse.Namespace) -> list[runner.Row]:
 
 
 def _rows(sparsity: float, model: Path | dict[str, int], parent: Path, args: argparse.Namespace) -> list[runner.Row]:
-    folder = parent / str(sparsity)
+    folder, tiny = parent / str(sparsity), parent / "tiny"
     pruned = prune_magnitude(models.load(model, args.dtype, torch.device("cpu")), sparsity=sparsity)
     linears = block_linears(pruned)
-    pruned.save_pretrained(folder / "dense")
-    save_sparse(pruned, folder / "packed")
+    _save(pruned, folder)
     found = {sub: sizes(folder / sub, linears) for sub in ("dense", "packed")}
     del pruned, linears
     _check(folder)
-    warm = {name: _times(folder / sub, load, args.rounds, cold=False) for name, (sub, load) in LOADS.items()}
-    cold = {name: _times(folder / sub, load, args.rounds, cold=True) for name, (sub, load) in LOADS.items()}
-    tiny = models.load(models.TINY, args.dtype, torch.device("cpu"))
-    tiny.save_pretrained(folder / "tiny" / "dense")
-    save_sparse(prune_magnitude(tiny), folder / "tiny" / "packed")
-    peaks = {name: _peak(name, folder, args) for name in LOADS}
-    return [
-        {
+    _save(prune_magnitude(models.load(models.TINY, args.dtype, torch.device("cpu"))), tiny)
+    rows: dict[str, runner.Row] = {
+        name: {
             "model": models.describe(model),
             "sparsity": sparsity,
             "variant": name,
             "linears_ratio_dense": found[sub][0] / found["dense"][0],
             "files_mb": found[sub][1] / memory.MB,
             "files_ratio_dense": found[sub][1] / found["dense"][1],
-            "load_ms": 1e3 * warm[name][0],
-            "warm_ms": 1e3 * warm[name][1],
-            "warm_ratio_dense": warm[name][1] / warm["dense"][1],
-            "cold_ms": 1e3 * cold[name][1],
-            "cold_ratio_dense": cold[name][1] / cold["dense"][1],
-            "peak_mb": peaks[name],
-            "peak_ratio_dense": peaks[name] / peaks["dense"] if peaks[name] and peaks["dense"] else None,
         }
         for name, (sub, _) in LOADS.items()
-    ]
+    }
+    for files in ("warm", "cold"):
+        medians = _medians(folder, tiny, args, cold=files == "cold")
+        for name, row in rows.items():
+            for until in ("load", "read", "token"):
+                row[f"{files}_{until}_ms"] = 1e3 * medians[name][until]
+                row[f"{files}_{until}_ratio_dense"] = medians[name][until] / medians["dense"][until]
+            row[f"{files}_peak_mb"] = medians[name]["peak"] / memory.MB
+            row[f"{files}_peak_ratio_dense"] = medians[name]["peak"] / medians["dense"]["peak"]
+    return list(rows.values())
 
 
-def _peak(name: str, folder: Path, args: argparse.Namespace) -> float | None:
-    """Megabytes of resident memory that a load adds at most; None if it is not measured."""
-    if not args.memory:
-        return None
-    peak = memory.peak(partial(build, name, folder), partial(build, name, folder / "tiny"), args.device, args.threads)
-    return None if peak is None else peak.step
+def _save(model: nn.Module, folder: Path) -> None:
+    model.save_pretrained(folder / "dense")
+    save_sparse(model, folder / "packed")
 
 
-def _times(folder: Path, load: Load, rounds: int, cold: bool) -> tuple[float, float]:
-    """Medians of the seconds until the model is there, and until it was read."""
-    loaded, touched = [], []
-    for turn in range(rounds + 1):
-        if cold:
-            drop_cache(folder)
-        start = time.perf_counter()
-        model = load(folder)
-        loaded.append(time.perf_counter() - start)
-        touch(model)
-        touched.append(time.perf_counter() - start)
-        del model
-        if turn == 0:
-            loaded, touched = [], []
-    return statistics.median(loaded), statistics.median(touched)
+def _medians(folder: Path, tiny: Path, args: argparse.Namespace, cold: bool) -> dict[str, runner.Row]:
+    """By variant, the medians over the rounds of what [`load_once`] gives."""
+    runs: dict[str, list[runner.Row]] = {name: [] for name in LOADS}
+    for _ in range(args.rounds):
+        for name, (sub, _) in LOADS.items():
+            if cold:
+                drop_cache(folder / sub)
+            run = memory.in_new_process(load_once, args.threads, folder, tiny, name)
+            if run is None:
+                raise SystemExit(f"No benchmark is reported: the process that loads {name} died (out of memory?).")
+            runs[name].append(run)
+    return {name: {key: statistics.median(run[key] for run in own) for key in own[0]} for name, own in runs.items()}
 
 
 def _check(folder: Path) -> None:

@@ -210,6 +210,20 @@ def test_a_config_of_another_size(copy):
         load_sparse(copy, verify_checksums=False)
 
 
+def test_a_config_of_another_architecture(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["model_type"] = "gpt2"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"whose config is a GPT2Config, got LlamaForCausalLM"):
+        load_sparse(copy, verify_checksums=False)
+
+
+@pytest.mark.parametrize("dtype", ["floaty", "int8", torch.int32])
+def test_a_dtype_that_no_model_has(saved, dtype):
+    with pytest.raises(ValueError, match=r"`dtype` of a model is a floating one"):
+        load_sparse(saved, dtype=dtype)
+
+
 def test_tensors_that_do_not_fit_the_model(copy):
     tamper(copy, lambda tensors, shapes, config: tensors.update(stray=torch.zeros(1)))
     with pytest.raises(ValueError, match=r"only one of sparse_model.safetensors.index.json"):

@@ -16,6 +16,7 @@ from peft_sparse.sparsity import (
     with_entries,
     write_rows,
 )
+from peft_sparse.sparsity.packing import _Places
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 10_000))
@@ -69,6 +70,19 @@ def test_unpacking_in_parts_is_the_same(rows, columns, seed, at_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peft_sparse.sparsity.packing.UNPACKED_AT_ONCE", at_once)
         assert torch.equal(packed.dense(), weight)
+
+
+def test_a_weight_without_rows():
+    packed = PackedWeight.of(torch.zeros(0, 12))
+    assert torch.equal(packed.dense(), torch.zeros(0, 12))
+
+
+@pytest.mark.parametrize("values", [2**31 - 1, 2**31 + 5])
+def test_counts_beyond_int32(values):
+    """Of the last of so many values that no memory here would hold them."""
+    index_of = _Places(values, torch.device("cpu"))
+    index_of.before = values - 2
+    assert index_of(torch.tensor([[0b101]], dtype=torch.uint8)).tolist() == [[values - 1, 0, values, 0, 0, 0, 0, 0]]
 
 
 def test_values_may_be_anything():

@@ -8,6 +8,8 @@ the moment at which transformers wants it. So no second copy of the model ever e
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def load_sparse(
         )
     config = _config(stored, trust_remote_code)
     saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
-    model_cls = saved_cls or _of_auto_class(model_cls, config)
+    model_cls = _of_auto_class(saved_cls or model_cls, config)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
     model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device)
     _check_complete(model, stored, info)
@@ -142,23 +144,37 @@ def _build(
     generation = _generation_config(stored)
     if dtype is None or dtype == "auto":
         dtype = config.dtype or next((x.dtype for x in stored.tensors.values() if x.dtype.is_floating_point), None)
+    dtype = _dtype(dtype)
     try:
-        return model_cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors | {tensor.name: StandIn(tensor, _dtype(dtype)) for tensor in packed.values()},
-            dtype=dtype,
-            device_map=None if device is None else {"": device},
-            generation_config=generation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_complete` names them
-        )
+        with _one_thread_each():
+            return model_cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors | {tensor.name: StandIn(tensor, dtype) for tensor in packed.values()},
+                dtype=dtype,
+                device_map=None if device is None else {"": device},
+                generation_config=generation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_check_complete` names them
+            )
     except Exception as error:
         # transformers wraps what happens while it reads: hand on our own word for it
         own = next((tensor.error for tensor in tensors.values() if tensor.error is not None), None)
         if own is not None:
             raise own from error
         raise
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """transformers reads several tensors at a time, each in a thread of its own, which would get in each other's way
+    if each of them used all cores for one tensor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that it starts
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_complete(model: PreTrainedModel, stored: StoredModel, info: dict[str, Any]) -> None:
@@ -187,7 +203,10 @@ def _check_complete(model: PreTrainedModel, stored: StoredModel, info: dict[str,
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"`dtype` of a model is a floating one, such as torch.bfloat16 or 'bfloat16', got {dtype!r}.")
+    return found
 
 
 class _Watched:

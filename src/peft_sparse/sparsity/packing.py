@@ -5,8 +5,8 @@ belongs to column 8 j + b, which is NumPy's `packbits(..., bitorder="little")`. 
 the entries that it keeps, row by row, so that n of N weights in a dtype of d bytes take n d + N / 8 bytes.
 
 Unpacking is the one of the two that has to be fast. The k-th kept place gets the k-th value: a running count over the
-bits says which value a place gets, and the places without one get a zero that is put before the values. So it is a
-table look-up, a cumulative sum and a gather, each over whole rows and without a branch, which is several times
+bytes and a table of the ranks inside a byte say which value a place gets, and the places without one get a zero that
+is put before the values. So it is two table look-ups, a cumulative sum and a gather, without a branch, which is
 faster than `masked_scatter_`, whose branch for each bit no processor predicts.
 """
 
@@ -23,8 +23,8 @@ from peft_sparse.sparsity.quantized import EightBitWeight, FourBitWeight, Quanti
 # Multiplying the eight 0/1 bytes of a little-endian word by this gathers them, in order, in its top byte.
 _GATHER_BYTES = 0x0102040810204080
 
-# Places that are unpacked at a time: the temporaries, two int32 a place, stay in a core's cache, and small beside a
-# layer. A GPU wants few and large kernels.
+# Places that are unpacked at a time: the temporaries, an int32 a place, stay in a core's cache. A GPU wants few and
+# large kernels.
 UNPACKED_AT_ONCE = 1 << 18
 UNPACKED_AT_ONCE_GPU = 1 << 22
 
@@ -66,7 +66,7 @@ def unpack_mask(
         return unpacked.flatten(1)[:, :in_features].to(dtype)
     table, whole = _byte_table(dtype, packed.device), out if in_features % 8 == 0 else None
     unpacked = torch.index_select(table, 0, packed.reshape(-1).int(), out=None if whole is None else whole.view(-1, 8))
-    return unpacked.view(packed.shape[0], -1)[:, :in_features]
+    return unpacked.view(packed.shape[0], 8 * packed.shape[1])[:, :in_features]
 
 
 @functools.lru_cache(maxsize=16)
@@ -122,36 +122,55 @@ def unpack_after_zero(
     zero_first: torch.Tensor, bitmask: torch.Tensor, in_features: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[`unpack_values`] of values that have a zero before them, (1 + nnz,), which spares a copy of them."""
+    if torch.compiler.is_compiling():  # a compiler fuses these
+        bits = unpack_mask(bitmask, in_features, torch.int64)
+        return zero_first[bits.flatten().cumsum(0).view_as(bits) * bits]
+    index_of = _Places(zero_first.numel(), bitmask.device)
+    if out is None and zero_first.requires_grad and torch.is_grad_enabled():
+        return zero_first[index_of(bitmask)[:, :in_features].long()]
     rows, columns = bitmask.shape[0], bitmask.shape[1] * 8
-    if out is None and (torch.compiler.is_compiling() or (zero_first.requires_grad and torch.is_grad_enabled())):
-        return zero_first[_index_of_places(bitmask, in_features)[0].long()]
     out = zero_first.new_empty(rows, in_features) if out is None else out
     at_once = UNPACKED_AT_ONCE if zero_first.device.type == "cpu" else UNPACKED_AT_ONCE_GPU
-    step, before = max(1, at_once // max(1, columns)), None
+    step = max(1, at_once // max(1, columns))
     for start in range(0, rows, step):
-        index, before = _index_of_places(bitmask[start : start + step], in_features, before)
-        torch.index_select(zero_first, 0, index.view(-1), out=out[start : start + step].view(-1))
+        index = index_of(bitmask[start : start + step])[:, :in_features].reshape(-1)
+        torch.index_select(zero_first, 0, index, out=out[start : start + step].view(-1))
     return out
 
 
-def _index_of_places(
-    bitmask: torch.Tensor, in_features: int, before: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each place, int32 (rows, in): which value it gets, counted from 1; 0 where the mask is 0.
+class _Places:
+    """Called with block after block of a bitmask's rows, uint8 (rows, bytes), tells for each place, (rows, 8 bytes),
+    which value it gets, counted from 1; 0 where the mask is 0. One block's memory is the next one's, since memory that
+    is fresh from the system costs more than what is written to it.
 
     Args:
-        before: number of values in the rows before these, a scalar; None: 0.
-
-    Returns:
-        The index, and `before` for the rows that follow.
+        values: how many there are; int32 counts up to 2^31 of them, int64 more.
     """
-    bits = unpack_mask(bitmask, in_features, torch.int32)
-    index = bits.cumsum(1, dtype=torch.int32)
-    counts = index[:, -1]
-    ends = counts.cumsum(0, dtype=torch.int32)
-    if before is not None:
-        ends = ends + before
-    return index.add_((ends - counts)[:, None]).mul_(bits), ends[-1]
+
+    def __init__(self, values: int, device: torch.device) -> None:
+        self.ranks = _byte_ranks(torch.int32 if values < 2**31 else torch.int64, device)
+        self.codes, self.counts, self.ends, self.index = (
+            torch.empty(0, dtype=dtype, device=device) for dtype in (torch.int32,) * 2 + (self.ranks.dtype,) * 2
+        )
+        self.before: torch.Tensor | int = 0  # values in the blocks so far
+
+    def __call__(self, bitmask: torch.Tensor) -> torch.Tensor:
+        codes = self.codes.resize_(bitmask.numel()).copy_(bitmask.reshape(-1))
+        counts = torch.index_select(_popcounts(codes.device), 0, codes, out=self.counts.resize_(codes.numel()))
+        ends = torch.cumsum(counts, 0, dtype=self.ranks.dtype, out=self.ends.resize_(codes.numel()))
+        ends += self.before
+        self.before = ends[-1:].clone()
+        index = torch.index_select(self.ranks, 0, codes, out=self.index.resize_(codes.numel(), 8))
+        index.add_(ends.sub_(counts)[:, None]).clamp_(min=0)
+        return index.view(bitmask.shape[0], 8 * bitmask.shape[1])
+
+
+@functools.lru_cache(maxsize=16)
+def _byte_ranks(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(256, 8): which of a byte's set bits each of them is, counted from 1; where a bit is not set, so low a number
+    that it stays negative whatever count is added."""
+    bits = _byte_table(dtype, torch.device("cpu"))
+    return torch.where(bits.bool(), bits.cumsum(1, dtype=dtype), torch.iinfo(dtype).min).to(device)
 
 
 def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
