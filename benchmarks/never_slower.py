@@ -1,107 +1,90 @@
 """The rule of `accelerate_sparse` measured again: no layer is more than 5% slower than it was dense.
 
-    python -m benchmarks.never_slower                      # SmolLM2-135M of `make demo`, and one 2048 x 2048 layer
+    python -m benchmarks.never_slower                      # SmolLM2-135M of `make demo`, and stacks of other shapes
 
-After the choice, by code that shares nothing with the one that chose: every linear of the pruned model is called once
-in a round, in the model's order, as it is and as it was dense by turns, for numbers of tokens that were asked for and
-others. A row has the layers of one place in the block: `ratio_dense` is the median of their ratios, `ratio_worst` the
-largest. Where `chosen` is dense the two are the same code, or nearly, so those rows say how far the measurement itself
-is off: layers that nobody touched come out slower where they follow one that was. `ratio_cached` is one of the layers
-called over and over, its weight in a cache, which is not how a model runs.
+By the protocol of `stacks.py`, for numbers of tokens that were asked for and others. A row has the layers of one place
+in the blocks, as they were and as they are, with the same weights: `ratio_dense` where each is computed after the
+others, `ratio_cached` where one is called over and over. Beside each, the ratio of the dense layers to themselves says
+how far the measurement is off, and `ratio_spread` how much the rounds differ. `left` says whether the layers are the
+plain linears that they were before.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import re
-import statistics
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks import models, runner
+from benchmarks import models, runner, stacks
 from benchmarks.model_step import _model
 from peft_sparse import accelerate_sparse, prune_magnitude
 from peft_sparse.linears import acceleration_of, in_out_features
 
 SPARSITIES = (0.5, 0.75, 0.9)
-TOKENS = (1, 4, 32, 64)
-WIDE = 2048
+TOKENS = (1, 3, 4, 8, 33, 64)
+SHAPES = ("2048x2048", "4096x4096", "11008x4096", "1000x3000", "777x1333")  # out x in
+QUICK_SHAPES = ("64x48",)
+STACK_BYTES = 1 << 28
 LIMIT = 1.05
-CALLS = 8  # for one time of a layer whose weight is in a cache
 
 
 def measure(args: argparse.Namespace) -> list[runner.Row]:
-    """A row for each model, sparsity, place in the block and number of tokens."""
-    model = _model(args)
+    """A row for each model or shape, sparsity, place in the block and number of tokens."""
     rows = []
     for sparsity in args.sparsities:
-        loaded = prune_magnitude(models.load(model, args.dtype, args.device), sparsity=sparsity)
-        rows += _rows(loaded, models.describe(model), sparsity, args)
-        wide = nn.Sequential(nn.Linear(*(2 * [64 if args.quick else WIDE]), bias=False)).to(args.device, args.dtype)
-        prune_magnitude(wide, sparsity=sparsity, target_modules=["0"])
-        rows += _rows(wide, "one layer", sparsity, args)
-    slow = [row for row in rows if row["ratio_dense"] > LIMIT]
-    print(f"{len(slow)} of {len(rows)} rows are more than {LIMIT - 1:.0%} slower than dense")
+        for name, model in _models(sparsity, args):
+            rows += _rows(model, name, sparsity, args)
+    for column in ("ratio_dense", "ratio_control", "ratio_cached", "ratio_cached_control"):
+        slow = sum(row[column] > LIMIT for row in rows)
+        print(f"{column}: {slow} of {len(rows)} rows are above {LIMIT}, the largest is {max(r[column] for r in rows)}")
     return rows
+
+
+def _models(sparsity: float, args: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
+    if "model" in args.cases:
+        model = _model(args)
+        yield models.describe(model), prune_magnitude(models.load(model, args.dtype, args.device), sparsity=sparsity)
+    for shape in QUICK_SHAPES if args.quick else [case for case in args.cases if case != "model"]:
+        stack = stacks.stack_of(*map(int, shape.split("x")), args, STACK_BYTES)
+        places = [str(place) for place in range(len(stack))]
+        yield shape, prune_magnitude(stack, sparsity=sparsity, target_modules=places)
 
 
 @torch.no_grad()
 def _rows(model: nn.Module, name: str, sparsity: float, args: argparse.Namespace) -> list[runner.Row]:
-    dense = copy.deepcopy(model)
+    before = {layer: stacks.twin(module) for layer, module in model.named_modules() if isinstance(module, nn.Linear)}
     report = accelerate_sparse(model)
     print(f"{name}, {sparsity:.0%} zeros:\n{report}")
-    pairs = {x.name: (dense.get_submodule(x.name), model.get_submodule(x.name)) for x in report.layers}
+    places: dict[str, list[str]] = {}
+    for layer in report.layers:
+        places.setdefault(re.sub(r"(^|\.)\d+($|\.)", r"\1*\2", layer.name), []).append(layer.name)
     rows = []
     for tokens in TOKENS:
-        ratios = _ratios(pairs, tokens, args.rounds)
-        places: dict[str, list[str]] = {}
-        for layer in pairs:
-            places.setdefault(re.sub(r"\.\d+\.", ".*.", layer), []).append(layer)
         for place, layers in places.items():
-            before, after = pairs[layers[0]]
-            x = _input(before, tokens)
-            steps = {"dense": lambda m=before, x=x: _repeat(m, x), "chosen": lambda m=after, x=x: _repeat(m, x)}
-            cached = runner.interleave(steps, args.rounds, args.device).ratio("chosen", "dense")
-            own = [ratios[layer] for layer in layers]
+            after = [model.get_submodule(layer) for layer in layers]
+            x = _input(after[0], tokens)
+            ways = {"dense": stacks.runs([before[layer] for layer in layers], x), "chosen": stacks.runs(after, x)}
+            times, cached = stacks.compare(ways, args), stacks.compare_cached(ways, args)
             rows.append(
                 {"model": name, "sparsity": sparsity, "tokens": tokens, "variant": place.split(".")[-1]}
-                | {"chosen": _used(after, tokens), "layers": len(layers)}
-                | {"ratio_dense": statistics.median(own), "ratio_worst": max(own), "ratio_cached": cached}
+                | {"chosen": _used(after[0], tokens), "left": acceleration_of(after[0]) is None, "layers": len(layers)}
+                | {"median_ms": times.median_ms("chosen"), "ratio_dense": times.ratio("chosen", "dense")}
+                | {"ratio_control": times.ratio("control", "dense")}
+                | {"ratio_cached": cached.ratio("chosen", "dense")}
+                | {"ratio_cached_control": cached.ratio("control", "dense")}
+                | {"ratio_spread": times.ratio_spread("chosen", "dense")}
             )
     return rows
-
-
-def _ratios(pairs: dict[str, tuple[nn.Module, nn.Module]], tokens: int, rounds: int) -> dict[str, float]:
-    """For each layer, the median over the rounds of its time after the choice to its time before."""
-    found: dict[str, list[float]] = {layer: [] for layer in pairs}
-    for turn in range(-1, rounds):  # the first is a warm-up
-        seconds: dict[int, dict[str, float]] = {}
-        for which in (0, 1) if turn % 2 else (1, 0):
-            seconds[which] = {}
-            for layer, pair in pairs.items():
-                module, x = pair[which], _input(pair[0], tokens)
-                start = time.perf_counter()
-                module(x)
-                seconds[which][layer] = time.perf_counter() - start
-        if turn >= 0:
-            for layer in pairs:
-                found[layer].append(seconds[1][layer] / seconds[0][layer])
-    return {layer: statistics.median(values) for layer, values in found.items()}
 
 
 def _input(linear: nn.Module, tokens: int) -> torch.Tensor:
     weight = linear.get_parameter("weight")
     return torch.ones(1, tokens, in_out_features(linear)[0], dtype=weight.dtype, device=weight.device)
-
-
-def _repeat(linear: nn.Module, x: torch.Tensor) -> None:
-    for _ in range(CALLS):
-        linear(x)
 
 
 def _used(linear: nn.Module, tokens: int) -> str:
@@ -113,6 +96,9 @@ def _used(linear: nn.Module, tokens: int) -> str:
 def options() -> argparse.ArgumentParser:
     found = runner.parser(__doc__, rounds=25)
     found.add_argument("--model", type=Path, default=None, help="transformers folder (default: the demo's SmolLM2)")
+    found.add_argument(
+        "--cases", nargs="+", default=("model", *SHAPES), help="`model` and shapes of layers (default: model and five)"
+    )
     found.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES, help="default: 0.5 0.75 0.9")
     return found
 

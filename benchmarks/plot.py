@@ -178,8 +178,14 @@ def _draw_lines(figure: Figure, rows: Sequence[dict[str, str]], over: str) -> No
         if row[column]:
             points = lines.setdefault(size, {}).setdefault(row[name_column], [])
             points.append((float(row[over]), float(row[column])))
-    _set_size(figure, CHART_WIDTH * len(lines), CHART_WIDTH)
-    for axis, (size, variants) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+    across = min(len(lines), MOST_ACROSS)
+    down = -(-len(lines) // across)
+    _set_size(figure, CHART_WIDTH * across, CHART_WIDTH * down)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(lines) :]:
+        axis.set_axis_off()
+    shared = len({tuple(variants) for variants in lines.values()}) == 1
+    for axis, (size, variants) in zip(axes, lines.items(), strict=False):
         for place, (name, points) in enumerate(variants.items()):
             style = "-" if place < 10 else "--"  # matplotlib has ten colours
             axis.plot(*zip(*sorted(points), strict=True), style, label=name, marker=".", color=f"C{place % 10}")
@@ -191,8 +197,10 @@ def _draw_lines(figure: Figure, rows: Sequence[dict[str, str]], over: str) -> No
         axis.set_ylim(0, MOST_SHOWN)
         axis.set_xlabel(LINE_COLUMNS[over][0])
         axis.set_ylabel(column.replace("_", " "))
+        axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_title(size, fontsize=9)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # of the last chart, for all
+        if not shared or size == list(lines)[-1]:
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def main(argv: list[str] | None = None) -> int:

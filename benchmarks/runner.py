@@ -1,9 +1,9 @@
 """The shared runner: interleaved runs, medians, ratios paired run by run, and a gate before all of it.
 
-The variants of a comparison take turns, A B C A B C ..., after a warm-up, so that a machine that slows down for a
-while slows all of them. A ratio is the median over rounds of (variant's time / baseline's time of the same round); it
-is therefore not exactly the ratio of the two medians. Nothing is reported when the ops' correctness check fails, and
-no option turns that check off.
+The variants of a comparison take turns, A B C C B A ..., after a warm-up, so that a machine that slows down for a
+while slows all of them, and none of them always follows the same other one. A ratio is the median over rounds of
+(variant's time / baseline's time of the same round); it is therefore not exactly the ratio of the two medians. Nothing
+is reported when the ops' correctness check fails, and no option turns that check off.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,20 @@ class Times:
 
     def spread_ms(self, name: str) -> float:
         """Interquartile range; of fewer than four rounds, the whole range."""
-        times = sorted(self.seconds[name])
-        if len(times) < 4:
-            return 1e3 * (times[-1] - times[0])
-        first, _, third = statistics.quantiles(times, n=4)
-        return 1e3 * (third - first)
+        return 1e3 * _spread(self.seconds[name])
 
     def ratio(self, name: str, baseline: str) -> float | None:
         """Median of the per-round ratios of `name` to `baseline`; None if either was not run."""
         if name not in self.seconds or baseline not in self.seconds:
             return None
-        pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
-        return statistics.median(own / other for own, other in pairs)
+        return statistics.median(self._ratios(name, baseline))
+
+    def ratio_spread(self, name: str, baseline: str) -> float:
+        """Of the same ratios, what [`Times.spread_ms`] is of the times."""
+        return _spread(self._ratios(name, baseline))
+
+    def _ratios(self, name: str, baseline: str) -> list[float]:
+        return [own / other for own, other in zip(self.seconds[name], self.seconds[baseline], strict=True)]
 
     def columns(self, name: str, baselines: Mapping[str, str]) -> Row:
         """The time columns of a row.
@@ -64,33 +66,50 @@ class Times:
         return own | {column: self.ratio(name, baseline) for column, baseline in baselines.items()}
 
 
+def _spread(values: Sequence[float]) -> float:
+    in_order = sorted(values)
+    if len(in_order) < 4:
+        return in_order[-1] - in_order[0]
+    first, _, third = statistics.quantiles(in_order, n=4)
+    return third - first
+
+
 def interleave(
     steps: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     title: str = "",
     warmup: int = WARMUP_ROUNDS,
+    settle: int = 0,
+    count: int = 1,
 ) -> Times:
-    """Run every step once per round, in the order given.
+    """Run every step once per round, in the order given and the next time in the reverse order.
 
     Args:
         steps: variant -> a function that does one run; what it returns is dropped.
         rounds: measured rounds.
         warmup: rounds before them that are not measured.
+        settle: runs of a step right before each measured one, for steps so short that it matters to them what the
+            step before left in the caches.
+        count: of what is computed in a run, by which its seconds are divided.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()  # what is there already need not be looked at again
     gc.disable()
     try:
         for turn in tqdm(range(warmup + rounds), desc=title, leave=False):
-            for name, step in steps.items():
+            for name in names[:: -1 if turn % 2 else 1]:
+                step = steps[name]
+                for _ in range(settle):
+                    step()
                 _synchronize(device)
                 start = time.perf_counter()
                 step()
                 _synchronize(device)
                 if turn >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append((time.perf_counter() - start) / count)
             gc.collect()  # between rounds, so that no variant pays for what another left
     finally:
         gc.enable()

@@ -16,6 +16,7 @@ MAX_LINES = 300
 
 # From top to bottom. A new room gets its place here, and a row in CONTRIBUTING.md.
 ROOMS = (
+    "__main__",
     "__init__",
     "cli",
     "training",

@@ -33,6 +33,7 @@ from benchmarks import (
     runner,
     selection,
     sparse_step,
+    stacks,
     storage,
 )
 from peft_sparse import accelerate_sparse, ops
@@ -65,15 +66,16 @@ COLUMNS = {
         "model", "tokens", "backend", "variant", *TIME, "ratio_eager", "first_step_s", "loss_after_first_step",
     ],
     decode_step: [
-        "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_dense", "ratio_bf16", "ratio_bf16_mv", "speed_up",
-        "chosen",
+        "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_dense", "ratio_bf16", "ratio_bf16_mv",
+        "ratio_cached", "ratio_spread", "speed_up", "chosen",
     ],
     generate: [
         "model", "tokens", "new_tokens", "sparsity", "variant", *TIME, "ratio_dense", "speed_up", "layers_accelerated",
         "layers", "linears_mb", "same_tokens",
     ],
     never_slower: [
-        "model", "sparsity", "tokens", "variant", "chosen", "layers", "ratio_dense", "ratio_worst", "ratio_cached",
+        "model", "sparsity", "tokens", "variant", "chosen", "left", "layers", "median_ms", "ratio_dense",
+        "ratio_control", "ratio_cached", "ratio_cached_control", "ratio_spread",
     ],
     pruning_step: [
         "case", "sequences", "tokens", "method", "pattern", "sparsity", "peer", *TIME, "ratio_authors",
@@ -331,15 +333,15 @@ def test_calibration_windows_do_not_overlap():
 def test_decode_step(tmp_path):
     rows = measure(decode_step, tmp_path / "a.csv", "--sparsities", "0.5", "0.9")
     assert list(rows[0]) == [*COLUMNS[decode_step], *report.METADATA]
-    variants = ["dense", "csr", "chosen", "dense_bf16", "dense_bf16_mv"]
+    variants = ["dense", "control", "csr", "chosen", "dense_bf16", "dense_bf16_mv"]
     assert [(row["sparsity"], row["variant"]) for row in rows] == [(s, v) for s in ("0.5", "0.9") for v in variants]
-    assert rows[0]["ratio_dense"] == rows[3]["ratio_bf16"] == "1" and rows[0]["chosen"] == ""
-    assert rows[2]["chosen"] in ("dense", "csr")
+    assert rows[0]["ratio_dense"] == rows[4]["ratio_bf16"] == "1" and rows[0]["chosen"] == ""
+    assert rows[3]["chosen"] in ("dense", "csr")
 
 
 def test_decode_step_of_several_tokens(tmp_path):
     rows = measure(decode_step, tmp_path / "a.csv", "--sparsities", "0.9", "--tokens", "5")
-    assert [row["variant"] for row in rows] == ["dense", "csr", "chosen", "dense_bf16"]
+    assert [row["variant"] for row in rows] == ["dense", "control", "csr", "chosen", "dense_bf16"]
     assert {row["tokens"] for row in rows} == {"5"} and rows[0]["ratio_bf16_mv"] == ""
 
 
@@ -370,13 +372,31 @@ def test_never_slower(tmp_path):
     rows = measure(never_slower, tmp_path / "a.csv", "--sparsities", "0.9")
     assert list(rows[0]) == [*COLUMNS[never_slower], *report.METADATA]
     assert len(rows) == len(never_slower.TOKENS) * (7 + 1)
-    assert [row["variant"] for row in rows[:3]] == ["q_proj", "k_proj", "v_proj"] and rows[-1]["variant"] == "0"
-    assert {row["layers"] for row in rows} == {"2", "1"} and {row["chosen"] for row in rows} <= {"dense", "csr"}
+    assert [row["variant"] for row in rows[:3]] == ["q_proj", "k_proj", "v_proj"] and rows[-1]["variant"] == "*"
+    assert {row["layers"] for row in rows} == {"2"} and {row["chosen"] for row in rows} <= {"dense", "csr"}
+    assert {row["left"] for row in rows} == {"True"}  # too small to gain
+
+
+def test_layers_are_compared_in_stacks(monkeypatch):
+    monkeypatch.setattr(stacks, "CALLS", 2)
+    args = runner.prepare(runner.parser("").parse_args(["--rounds", "1"]))
+    order = []
+    ways = {name: [partial(order.append, f"{name}{place}") for place in range(2)] for name in ("dense", "csr")}
+    times = stacks.compare(ways, args)
+    dense, csr = 2 * ["dense0", "dense1"], 2 * ["csr0", "csr1"]  # untimed, and timed
+    assert order == dense + dense + csr + csr + dense + dense  # the second dense is the control
+    assert list(times.seconds) == ["dense", "control", "csr"]
+    order.clear()
+    stacks.compare_cached(ways, args)
+    assert order == 8 * ["dense0"] + 8 * ["csr0"] + 8 * ["dense0"]
+    linear = torch.nn.Linear(3, 2)
+    assert stacks.twin(linear).weight is linear.weight and stacks.twin(linear).to("meta") and linear.weight.is_cpu
 
 
 def test_a_ratio_is_the_median_of_paired_ratios():
     times = runner.Times({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 4.0]})
     assert times.ratio("a", "b") == 2 and times.ratio("a", "c") is None
+    assert times.ratio_spread("a", "b") == 2
     assert times.median_ms("a") == 4000 and times.spread_ms("b") == 9000
     assert times.columns("a", {"ratio_b": "b"})["ratio_b"] == statistics.median([2, 3, 1])
 
@@ -385,7 +405,10 @@ def test_variants_take_turns():
     order = []
     steps = {name: partial(order.append, name) for name in "abc"}
     times = runner.interleave(steps, rounds=2, device=CPU, warmup=1)
-    assert order == list("abc" * 3) and all(len(seconds) == 2 for seconds in times.seconds.values())
+    assert order == list("abccbaabc") and all(len(seconds) == 2 for seconds in times.seconds.values())
+    order.clear()
+    runner.interleave(steps, rounds=1, device=CPU, warmup=0, settle=1)
+    assert order == list("aabbcc")
 
 
 def test_saved_bytes_counts_each_storage_once():

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
 import peft_sparse
+from peft_sparse.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +27,34 @@ def test_quick_example_runs(llama_dir, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "pruned: perplexity" in printed and "tuned:  perplexity" in printed
     assert scope["sparsity_report"](tmp_path / "smollm2-2-4").pattern == "2:4"
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_command_line_runs_as_printed(llama_dir, tmp_path, monkeypatch, capsys):
+    """Each line of the block, one after the other, with a small local model, a short text and two steps."""
+    pytest.importorskip("datasets")
+    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "peft-sparse prune" in block]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "text.txt").write_text(topics["types"][:20000])
+    lines = [line.partition("#")[0].split() for line in block.splitlines() if line.startswith("peft-sparse")]
+    for words in lines:
+        words = [str(llama_dir) if word.startswith("HuggingFaceTB/") else word for word in words[1:]]
+        small = {
+            "prune": ["--length", "64"],
+            "finetune": ["--set", "training.max_steps=2"],
+            "evaluate": ["--length=64"],
+        }
+        assert main([*words, *small.get(words[0], [])]) == 0, capsys.readouterr().err
+    assert [words[1] for words in lines] == ["prune", "finetune", "merge", "evaluate", "pack"]
+    assert peft_sparse.verify_sparsity("packed", reference="pruned").ok
+
+
+def test_named_recipes_exist():
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").iterdir()):
+        if page.is_file():
+            for name in re.findall(r"configs/[a-z0-9_/]+\.yaml", page.read_text()):
+                assert (ROOT / name).is_file(), f"{page.name}: {name}"
 
 
 def test_every_block_is_valid_python():

@@ -71,12 +71,13 @@ def test_every_command_has_examples_that_parse(command, cli):
     status, out, _ = cli(command, "--help")
     assert status == DONE and "--json" in out and "--traceback" in out
     examples = out.split("examples:")[1].replace("\\\n", " ")
-    found = [line.split("peft_sparse_cli ")[-1].split("peft-sparse ")[-1] for line in examples.splitlines()
+    found = [line.split("peft_sparse ")[-1].split("peft-sparse ")[-1] for line in examples.splitlines()
              if "peft" in line and command in line and not line.startswith("`")]  # fmt: skip
     lines = [re.split(r"   |[|]|&&", line)[0].split() for line in found if line.startswith(command)]
     assert lines
     for words in lines:
         make_parser().parse_args([word for word in words if word != "\\"])
+    assert all((ROOT / name).is_file() for name in re.findall(r"configs/\S+\.yaml", out))
 
 
 def test_writers_have_a_dry_run():
@@ -90,6 +91,24 @@ def test_writers_have_a_dry_run():
 )
 def test_a_wrong_command_line(arguments, cli):
     assert cli(*arguments)[0] == USAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["prune", "a", "b", "--patern", "2:4"],
+            "there is no '--patern', did you mean --pattern?; `peft-sparse prune -",
+        ),
+        (["verify", "a", "--refrence=b"], "there is no '--refrence=b', did you mean --reference?"),
+        (["report", "a", "b"], "there is no 'b'; `peft-sparse report --help`"),
+        (["prune", "a", "b", "--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_by_the_command_that_was_asked_for(arguments, said, cli):
+    status, out, err = cli(*arguments)
+    assert status == USAGE and out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and said in err
 
 
 def test_help_needs_neither_torch_nor_transformers():
@@ -108,10 +127,11 @@ def test_help_needs_neither_torch_nor_transformers():
 def test_the_console_script_runs_a_command(pruned):
     """Parsed without the package, which is imported afterwards: PST and SPP are registered then as ever."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "peft_sparse_cli", "report", pruned, "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["pattern"] == "2:4"
+    for module in ("peft_sparse_cli", "peft_sparse"):
+        command = [sys.executable, "-m", module, "report", pruned, "--json"]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert run.returncode == 0, run.stderr
+        assert json.loads(run.stdout)["pattern"] == "2:4"
 
 
 # Commands
@@ -263,6 +283,8 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["prune", "LLAMA", "NEW", "--data", "nowhere.txt"], "nowhere.txt"),
         (["prune", "LLAMA", "LLAMA", "--method", "magnitude"], "is not empty; choose another name"),
         (["prune", "TEXT", "NEW", "--method", "magnitude"], "is no folder"),
+        (["prune", "/nowhere", "NEW", "--method", "magnitude"], "is no folder"),
+        (["prune", "LLAMA", "TEXT/new", "--method", "magnitude"], "a folder that can be written, got .*text.txt/new"),
         (["prune", "LLAMA", "NEW", "--data", "TEXT", "--length", "4000"], "4000"),
         (["merge", "LLAMA", "NEW"], "got .* which has none"),
         (["pack", "LLAMA", "TEXT"], "which is a file"),
@@ -273,7 +295,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
     ],
 )
 def test_bad_input(arguments, message, cli, llama, text, tmp_path):
-    places = {"LLAMA": llama, "TEXT": text, "NEW": str(tmp_path / "new")}
+    places = {"LLAMA": llama, "TEXT": text, "TEXT/new": text + "/new", "NEW": str(tmp_path / "new")}
     status, out, err = cli(*[places.get(argument, argument) for argument in arguments])
     assert status == FAILED and out == ""
     assert "Traceback" not in err

@@ -108,7 +108,7 @@ def test_what_is_not_faster_is_not_chosen(ratios):
     report = accelerate_sparse(model, tokens=(1, 8))
     assert not used(model) and not report.accelerated and report.added_bytes == 0
     assert all(type(linear) is nn.Linear for linear in block_linears(model).values())
-    assert "0.95 of the time of dense, and 0.9 or less" in report.layers[0].choices[0].reason
+    assert "0.95 of the time of dense, and 0.85 or less" in report.layers[0].choices[0].reason
     assert report.layers[0].reason == "nothing is faster"
 
 
@@ -337,15 +337,20 @@ def test_adapters_are_merged_first():
     assert accelerate_sparse(adapted.merge_and_unload(), kernel="csr").accelerated
 
 
-@pytest.mark.parametrize("tokens", [0, -1, (), (1, 0), 1.5, (1, "2"), True])
+@pytest.mark.parametrize("tokens", [0, -1, (), (1, 0), 1.5, (1, "2"), True, None, "12", torch.tensor(1)])
 def test_tokens_are_positive_numbers(tokens):
-    with pytest.raises((ValueError, TypeError), match=r"`tokens`|not iterable"):
+    with pytest.raises(ValueError, match="`tokens` is a positive number"):
         accelerate_sparse(tiny_llama(), tokens=tokens)
 
 
 def test_other_errors():
     with pytest.raises(ValueError, match="`kernel` is one of"):
         accelerate_sparse(tiny_llama(), kernel="fast")
+    with pytest.raises(ValueError, match="`kernel` is one of"):
+        accelerate_sparse(tiny_llama(), kernel=["csr"])
+    for call in (accelerate_sparse, remove_acceleration):
+        with pytest.raises(ValueError, match="a model in memory"):
+            call("some/folder")
     with pytest.raises(ValueError, match="at least one linear"):
         accelerate_sparse(tiny_llama(), target_modules=["nothing"])
     with pytest.raises(ValueError, match="at least one linear"):

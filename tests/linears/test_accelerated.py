@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +27,7 @@ from peft_sparse.linears import (
     refuses_acceleration,
     uninstall,
 )
-from peft_sparse.linears.accelerated import KEPT, SAMPLED
+from peft_sparse.linears.accelerated import KEPT, SAMPLED, _sample
 from peft_sparse.linears.operands import CsrOperand, is_two_of_four
 from peft_sparse.sparsity import PackedWeight
 
@@ -107,6 +108,15 @@ def test_numbers_of_tokens():
     assert Acceleration(packed, {2: None}).by_tokens(7) is None and Acceleration().by_tokens(1) is None
 
 
+def test_numbers_in_between_take_what_is_clear_on_both_sides():
+    linear = pruned(nn.Linear(8, 4))
+    operand = CsrOperand.of(linear)
+    found = Acceleration(linear, dict.fromkeys((1, 4, 8, 16), operand), clear={1, 4, 16})
+    assert [tokens for tokens in range(20) if found.by_tokens(tokens) is operand] == [1, 2, 3, 4, 8, 16]
+    packed = PackedLinear.from_linear(linear)
+    assert Acceleration(packed, {1: operand, 4: operand}, clear={1}).by_tokens(5) is None
+
+
 @each_kind
 def test_where_autograd_records_it_computes_densely(kind):
     linear, operand = accelerated(kind)
@@ -143,6 +153,14 @@ def test_other_inputs_are_the_linears_own_business():
     assert operand.uses == 0
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), nn.functional.linear(x, linear.weight, linear.bias))
+    assert torch.fx.symbolic_trace(nn.Sequential(linear)).graph.nodes
+    assert torch.vmap(linear)(x).shape == (1, 9)
+    tangents = [torch.func.jvp(linear, (x,), (torch.ones_like(x),))[1]]
+    with forward_ad.dual_level():
+        tangents.append(forward_ad.unpack_dual(linear(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    for tangent in tangents:
+        torch.testing.assert_close(tangent, linear.weight.sum(1)[None])
+    assert operand.uses == 0
     traced = torch.jit.trace(linear, x, check_trace=False)
     torch.testing.assert_close(traced(2 * x), nn.functional.linear(2 * x, linear.weight, linear.bias))
     assert operand.uses == 0
@@ -173,11 +191,21 @@ def changes():
     return [in_place, through_data, other_data, other_parameter, loaded, assigned, transposed]
 
 
+def laid_out_by_columns():
+    linear = nn.Linear(9, 9)
+    linear.weight.data = linear.weight.data.T
+    return linear
+
+
+MADE = {"small": lambda: nn.Linear(9, 9), "wide": lambda: nn.Linear(96, 96), "by columns": laid_out_by_columns}
+
+
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
-@pytest.mark.parametrize("size", [9, 96])
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 @torch.no_grad()
-def test_a_changed_weight_is_noticed(change, size):
-    linear, operand = accelerated(lambda: nn.Linear(size, size))
+def test_a_changed_weight_is_noticed(change, make):
+    linear, operand = accelerated(make)
+    size = linear.in_features
     x = torch.randn(1, size)
     linear(x)
     change(linear)
@@ -193,9 +221,11 @@ def test_a_changed_weight_is_noticed(change, size):
 def test_the_sample_is_small():
     """It is compared in every forward."""
     for size, zeros in [(3, 0), (3, 1), (128, 0.5), (129, 0.99), (1000, 1), (3000, 0), (3000, 0.9)]:
-        tracked = Acceleration(pruned(nn.Linear(size, 2, bias=False), zeros))._tracked[0]
-        assert 0 < len(tracked.places) <= SAMPLED and len(tracked.places.unique()) == len(tracked.places)
-        assert int((tracked.content != 0).sum()) >= min(KEPT, 2 * size) * (zeros in (0, 0.5))
+        linear = pruned(nn.Linear(size, 2, bias=False), zeros)
+        places = _sample(linear.weight)
+        assert 0 < len(places) <= SAMPLED and len(set(places)) == len(places)
+        content = [float(linear.weight.detach()[place]) for place in places]
+        assert sum(entry != 0 for entry in content) >= min(KEPT, 2 * size) * (zeros in (0, 0.5))
 
 
 @torch.no_grad()
@@ -262,6 +292,7 @@ def test_what_refuses():
     replaced = nn.Linear(2, 2)
     replaced.forward = lambda x: x
     assert "replaced" in refuses_acceleration(replaced)
+    assert "no weights" in refuses_acceleration(nn.Linear(0, 2)) == refuses_acceleration(nn.Linear(2, 0))
     masked = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
     assert "no plain tensor" in refuses_acceleration(masked)
     assert refuses_acceleration(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is not None

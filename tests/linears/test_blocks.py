@@ -17,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peft_sparse import PstConfig
 from peft_sparse.linears import (
     block_experts,
     block_linear_names,
@@ -147,3 +148,33 @@ def test_experts_are_neither_convolutions_nor_adapters_nor_vectors():
     for block in adapted[0]:
         block.linear.of_three_dimensions = nn.Parameter(torch.ones(2, 2, 2))
     assert list(block_experts(adapted)) == expected
+
+
+class Logged(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.softmax(-1)
+
+
+@pytest.mark.parametrize(("cls", "linear"), [(Logged, True), (Halved, False), (Router, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_is_a_linear_if_its_own_forward_is_one(cls, linear, dtype):
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), cls(8, 6)).to(dtype) for _ in range(2))
+    names = [f"layers.{index}.{child}" for index in range(2) for child in ([0, 1] if linear else [0])]
+    assert list(block_linears(model)) == names
+    if not linear:
+        with pytest.raises(
+            ValueError, match=rf"got {cls.__name__} in `layers\.0\.1`, whose own forward is not x W\^T"
+        ):
+            get_peft_model(model, PstConfig(target_modules="layers.*"))

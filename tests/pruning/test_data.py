@@ -16,8 +16,8 @@ class WordTokenizer:
     eos_token_id = 2
     pad_token_id = 1
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        assert not add_special_tokens
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens and not verbose
         return {"input_ids": [int(word) for word in text.split()]}
 
 

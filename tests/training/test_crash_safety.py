@@ -22,10 +22,10 @@ from peft_sparse import CheckpointCallback, last_complete_checkpoint
 from peft_sparse.training import checkpoint_callback
 from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpoints, set_aside_incomplete
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import train_script  # noqa: E402
+import train_script
+from killing import kill_at_file
 
+HERE = Path(__file__).resolve().parent
 STEPS = 6
 # A server that has imported everything and has computed nothing: a new process takes a moment, and no thread is lost.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -49,43 +49,12 @@ def train(run: dict, kill_at: int | None = None, file_limit: int | None = None) 
     """The body of a process: train, and resume if there is something to resume from."""
     torch.set_num_threads(1)
     if kill_at is not None:
-        _kill_at_file(kill_at)
+        kill_at_file(kill_at)
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel ends the process, with no error to see
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     resume = any(checkpoint_fault(folder) is None for folder in checkpoints(run["output_dir"]))
     train_script.train(run | {"resume": resume or None}, [CheckpointCallback()])
-
-
-def _kill_at_file(number: int) -> None:
-    """SIGKILL this process when it has written half of its file number `number`, or, for a deletion, half of that."""
-    left = [number]
-
-    def counted(function, path_of):
-        def wrapper(*args, **kwargs):
-            left[0] -= 1
-            if left[0]:
-                return function(*args, **kwargs)
-            path = Path(path_of(*args))
-            if path.is_dir():  # a checkpoint that is rotated away
-                next(file for file in path.iterdir() if file.is_file()).unlink()
-            else:
-                function(*args, **kwargs)
-                os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        return wrapper
-
-    import peft.peft_model
-    import transformers.trainer_callback
-
-    torch.save = counted(torch.save, lambda data, path, *_: path)
-    peft.peft_model.safe_save_file = counted(peft.peft_model.safe_save_file, lambda data, path, *_: path)
-    state = transformers.trainer_callback.TrainerState
-    state.save_to_json = counted(state.save_to_json, lambda self, path: path)
-    shutil.rmtree = counted(shutil.rmtree, lambda path, *_: path)
-    write_manifest = checkpoint_callback.write_manifest
-    checkpoint_callback.write_manifest = counted(write_manifest, lambda folder: Path(folder) / MANIFEST)
 
 
 def run_process(*args) -> int:
@@ -168,6 +137,17 @@ def test_no_room_for_the_next_checkpoint(tmp_path, monkeypatch):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_no_room_for_the_first_checkpoint(tmp_path, monkeypatch):
+    """Weights would fit, but not what the optimizer keeps of them, twice as much: none to go by is there yet."""
+    trainer = train_script.make_trainer(train_script.DEFAULTS | settings(tmp_path, "pst"), [CheckpointCallback()])
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    usage = shutil.disk_usage(tmp_path)._replace(free=(1 << 16) + 2 * trained)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"takes about [\d,]+ bytes, got .* at step 1"):
+        trainer.train()
+    assert not checkpoints(tmp_path)
+
+
 def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -236,6 +216,20 @@ def test_a_changed_byte_is_seen(finished, tmp_path):
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert "CRC-32" in checkpoint_fault(file.parent)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_changed_byte_is_seen_by_trainer_alone(finished, tmp_path, resume):
+    """Without a callback that looks: when it resumes, and when it takes the best checkpoint at the end."""
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    trainer = train_script.make_trainer(train_script.DEFAULTS | settings(tmp_path / "run", "pst"))
+    trainer.state.best_model_checkpoint = str(file.parent)
+    with pytest.raises(ValueError, match="others than the checksums"):
+        trainer.train(resume_from_checkpoint=str(file.parent)) if resume else trainer._load_best_model()
 
 
 def test_a_folder_that_another_run_began_to_overwrite(finished, tmp_path):

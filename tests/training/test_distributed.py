@@ -1,106 +1,18 @@
 """Training in several processes, started by `accelerate launch` with the files of configs/accelerate/: gloo and CPU
 memory in place of nccl and GPUs, all else is what users run.
 
-Each is compared with one process that sees the same global batches.
+Each is compared with one process that sees the same global batches. ZeRO-3 is in test_deepspeed.py.
 """
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 
-from peft_sparse import sparsity_report, verify_sparsity
-from peft_sparse.linears import block_linears, gathered, get_weight, is_share, whole_parameter
+from peft_sparse.linears import gathered, get_weight, is_share, whole_parameter
 from peft_sparse.sparsity import sparsity_at
 from peft_sparse.tuners.pst import PstLinear
 
-HERE = Path(__file__).resolve().parent
-CONFIGS = HERE.parents[1] / "configs" / "accelerate"
-sys.path.insert(0, str(HERE))
-import train_script  # noqa: E402
-
-
-def launch(engine: str | Path, runs: list[dict], num_processes: int = 2, **config: str) -> None:
-    """Train in several processes.
-
-    Args:
-        engine: name of a file in configs/accelerate/, or a path.
-        runs: settings of `train_script`, one training after the other.
-        config: what is different from the file.
-    """
-    file = engine if isinstance(engine, Path) else CONFIGS / f"{engine}.yaml"
-    if config:
-        text = file.read_text()
-        for key, value in config.items():
-            lines = [line for line in text.splitlines() if line.strip().startswith(f"{key}:")]
-            assert len(lines) == 1, f"{key} is not in {file.name}"
-            text = text.replace(lines[0], f"{lines[0].partition(':')[0]}: {value}")
-        file = Path(runs[0]["output_dir"]).parent / f"{engine}.yaml"
-        file.write_text(text)
-    path = os.pathsep.join([str(HERE.parent), *sys.path])
-    process = subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
-            "--num_processes", str(num_processes), "--main_process_port", "0",
-            str(HERE / "train_script.py"), json.dumps(runs),
-        ],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
-
-
-def reports(folder: Path, num_processes: int = 2) -> list[dict]:
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_processes)]
-
-
-def one_process(folder: Path, num_processes: int = 2, **settings) -> dict:
-    """The report of a training in this process, of the same global batches as `num_processes` have together."""
-    train_script.train({"output_dir": str(folder), "batch_size": 2 * num_processes, **settings})
-    return json.loads((folder / "rank-0.json").read_text())
-
-
-def check(folder: Path, alone: dict, engine: str, sharded: bool, num_processes: int = 2, tolerance: float = 1e-4):
-    """Same losses as one process, the same masks in all processes, and the schedule's counts."""
-    found = reports(folder, num_processes)
-    assert all(engine in report["engine"] for report in found)
-    assert all((report["shares"] > 0) == sharded for report in found)
-    for report in found:
-        assert report["losses"].keys() == alone["losses"].keys()
-        for step, loss in alone["losses"].items():
-            assert report["losses"][step] == pytest.approx(loss, abs=tolerance), f"loss of step {step}"
-        assert report["counts"] == alone["counts"]
-        assert report["masks"] == found[0]["masks"]
-        assert report["final_masks"] == found[0]["final_masks"]
-    assert not found[0]["warnings"]
-
-
-def check_adapter(folder: Path, tuner: str, model: str = "tiny_llama") -> dict[str, str]:
-    """What was saved works in one process: sparsity exact, and merging keeps it.
-
-    Returns:
-        Digests of the merged weights.
-    """
-    base, _ = train_script.make_model(train_script.DEFAULTS | {"tuner": tuner, "model": model})
-    tuned = PeftModel.from_pretrained(base, folder / "final")
-    report = sparsity_report(tuned)
-    merged = tuned.merge_and_unload()
-    if tuner.startswith("spp") or tuner == "pst-2:4":
-        assert verify_sparsity(merged, pattern="2:4").ok
-    for name, linear in block_linears(merged).items():
-        weight = get_weight(linear)
-        expected = 0.5 if tuner.startswith("spp") or tuner == "pst-2:4" else 0.75
-        assert int((weight == 0).sum()) == int(expected * weight.numel()), name
-    assert report.total_sparsity == sparsity_report(merged).total_sparsity
-    return {
-        f"{name}.weight": train_script.digest(linear.weight.detach()) for name, linear in block_linears(merged).items()
-    }
+import train_script
+from launching import check, check_adapter, check_resumed, launch, one_process, reports, whole_and_resumed
 
 
 def test_the_masks_follow_the_schedule(tmp_path):
@@ -154,12 +66,6 @@ def test_fsdp2_with_three_processes_and_other_models(tmp_path):
             assert report["restored"] and report["merged"] == merged
 
 
-def whole_and_resumed(folder: Path, tuner: str) -> list[dict]:
-    whole = {"tuner": tuner, "output_dir": str(folder / tuner)}
-    whole["arguments"] = {"save_strategy": "steps", "save_steps": 3}
-    return [whole, whole | {"output_dir": f"{folder / tuner}-resumed", "resume": str(folder / tuner / "checkpoint-3")}]
-
-
 @pytest.mark.slow
 def test_fsdp2_resumes(tmp_path):
     launch("fsdp2", whole_and_resumed(tmp_path, "pst") + whole_and_resumed(tmp_path, "spp"))
@@ -174,18 +80,6 @@ def test_fsdp2_resumes_from_shards(tmp_path):
         launch("fsdp2", [run], fsdp_state_dict_type="SHARDED_STATE_DICT")
     assert list((tmp_path / tuner / "checkpoint-3").rglob("*.distcp"))
     check_resumed(tmp_path, (tuner,))
-
-
-def check_resumed(folder: Path, tuners: tuple[str, ...]) -> None:
-    for tuner in tuners:
-        whole, resumed = (load_file(folder / name / "final" / "adapter_model.safetensors")
-                          for name in (tuner, f"{tuner}-resumed"))  # fmt: skip
-        assert whole.keys() == resumed.keys()
-        for name, tensor in whole.items():
-            torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
-        found, expected = reports(folder / f"{tuner}-resumed"), reports(folder / tuner)
-        for step in ("4", "5", "6"):
-            assert [report["masks"][step] for report in found] == [report["masks"][step] for report in expected]
 
 
 @pytest.mark.slow

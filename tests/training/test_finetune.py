@@ -99,6 +99,16 @@ def test_what_is_logged(tmp_path, sentences):
     assert sum(entry["mask_churn"] for entry in logged) >= logged[-1]["sparsity"] - 1e-9
 
 
+def test_accumulated_batches_are_one_batch(tmp_path, sentences):
+    """A classifier's loss is a mean, which Trainer would take for a share of a sum."""
+    losses = []
+    for accumulated in (1, 2):
+        sizes = {"per_device_train_batch_size": 4 // accumulated, "gradient_accumulation_steps": accumulated}
+        result = finetune(classifier(tmp_path, sentences, str(accumulated), training=sizes))
+        losses.append([entry["loss"] for entry in result.log if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_a_reporter_that_comes_first_gets_the_numbers_too(tmp_path, sentences, monkeypatch):
     seen = []
 

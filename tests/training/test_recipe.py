@@ -48,6 +48,7 @@ def packages_are_there(monkeypatch):
 def test_there_is_a_recipe_for_each_experiment_and_the_list_has_it():
     names = {path.stem for path in RECIPES}
     assert {"pst_bert_base_glue", "pst_roberta_base_glue", "pst_gpt2_medium_e2e"} <= names
+    assert {"spp_causal_lm", "pst_classification"} <= names  # to copy
     assert {"spp_llama_7b", "spp_llama_13b", "spp_llama_30b", "spp_llama_65b", "spp_llama2_70b"} <= names
     assert len(OFFLINE) >= 4
     listed = (CONFIGS / "README.md").read_text()

@@ -1,6 +1,6 @@
 """A small training, to be started by `accelerate launch` or `torchrun` as users start theirs, or by python alone.
 
-    python train_script.py '[{"tuner": "pst", "output_dir": "out"}]'
+    PYTHONPATH=tests python tests/training/train_script.py '[{"tuner": "pst", "output_dir": "out"}]'
 
 For each of the settings it trains a tiny random model with an unchanged Trainer and leaves in `output_dir` what a test
 may want to compare: `rank-0.json`, `rank-1.json`, ... (losses, the masks that the forwards used, where the schedule
@@ -19,15 +19,28 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from peft_sparse import PstConfig, SparsityCallback, SppConfig, sparsity_report
+from peft_sparse import (
+    CheckpointCallback,
+    PstConfig,
+    SparsityCallback,
+    SppConfig,
+    last_complete_checkpoint,
+    sparsity_report,
+)
 from peft_sparse.linears import is_share, whole_parameter
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.tuners.pst import PstLinear
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
+from killing import KillInStep, kill_at_file
 
 CONFIGS = {
     "pst": lambda **kw: PstConfig(sparsity=0.75, **kw),
@@ -64,60 +77,111 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.masks[state.global_step] = {
-            name: digest(layer._masks["default"]._kept[0]) for name, layer in self.layers.items()
+            f"{name}.{adapter}": digest(layer._masks[adapter]._kept[0])
+            for name, layer in self.layers.items()
+            for adapter in layer._masks
         }
         self.counts[state.global_step] = [int(layer.pst_pruned["default"]) for layer in self.layers.values()]
 
 
 def make_model(settings: dict):
-    model = getattr(models, settings["model"])(settings["seed"])
-    if settings["tuner"].startswith("spp"):
-        prune_magnitude(model, pattern="2:4")
+    """The model, pruned where the tuner wants it to be, and the config of an adapter for it."""
+    is_classifier = settings["model"] == "tiny_bert"
+    if settings["path"] is None:
+        model = getattr(models, settings["model"])(settings["seed"])
+        if settings["tuner"].startswith("spp"):
+            prune_magnitude(model, pattern="2:4")
+        model = model.to(getattr(torch, settings["dtype"]))
+    else:
+        auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        model = auto.from_pretrained(settings["path"], dtype=getattr(torch, settings["dtype"]))
+    if is_classifier:
+        model.accepts_loss_kwargs = False  # its loss is a mean, see docs/distributed.md
     torch.manual_seed(settings["seed"])
-    task = {"task_type": "SEQ_CLS"} if settings["model"] == "tiny_bert" else {}
-    return model.to(getattr(torch, settings["dtype"])), CONFIGS[settings["tuner"]](**task)
+    task = {"task_type": "SEQ_CLS"} if is_classifier else {}
+    return model, CONFIGS[settings["tuner"]](**task, **settings["config"])
 
 
-def wants_fsdp() -> bool:
-    """Whether `accelerate launch` was asked for it."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+def save_model(folder: Path, **settings) -> None:
+    """Leave the model of these settings in a folder, for `path`."""
+    make_model(DEFAULTS | settings)[0].save_pretrained(folder)
 
 
-def make_trainer(settings: dict, callbacks=()) -> Trainer:
+def wants(engine: str) -> bool:
+    """Whether `accelerate launch` was asked for "FSDP" or "DEEPSPEED"."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true"
+
+
+def make_arguments(settings: dict) -> TrainingArguments:
+    """With them the processes find each other, so they come before the model."""
+    # DeepSpeed is left out where `use_cpu` is asked for, and without it gloo has to be.
+    device = {"ddp_backend": "gloo"} if wants("DEEPSPEED") else {"use_cpu": True}
     arguments = TrainingArguments(
         output_dir=settings["output_dir"], max_steps=settings["steps"], learning_rate=1e-2, report_to=[], seed=1,
         per_device_train_batch_size=settings["batch_size"], disable_tqdm=True, logging_steps=1,
-        use_cpu=True, **settings["arguments"],
+        **device, **settings["arguments"],
     )  # fmt: skip
-    if wants_fsdp():
+    assert arguments.device.type == "cpu"
+    if wants("FSDP"):
         # accelerate shards on accelerators only, and would train with DDP here without a word. Told that these
         # processes are GPUs, it does with gloo and CPU memory all that it does with nccl.
-        assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if wants("DEEPSPEED"):
+        # ZeRO-3 keeps parameters whole that are as small as all of these are
+        zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    return arguments
+
+
+def kill_callbacks(kill: dict | None) -> list[TrainerCallback]:
+    """Have a process die as `kill` says: which "rank", at its "file" or in its "step" number n, and with "everyone"
+    all others with it. Once: not when `accelerate launch --max_restarts` has started it again."""
+    if kill is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return []
+    if kill["rank"] != int(os.environ["RANK"]):
+        return []
+    everyone = kill.get("everyone", False)
+    if "step" in kill:
+        return [KillInStep(kill["step"], everyone)]
+    kill_at_file(kill["file"], everyone)
+    return []
+
+
+def make_trainer(settings: dict, callbacks=()) -> Trainer:
+    arguments = make_arguments(settings)
     base, config = make_model(settings)
     model = get_peft_model(base, config)
-    callbacks = [Recorder(model), *callbacks]
+    if settings["second"] is not None:
+        model.add_adapter("second", CONFIGS[settings["second"]](**settings["config"]))
+        model.base_model.set_adapter(["default", "second"])
+    callbacks = [Recorder(model), *callbacks, *kill_callbacks(settings["kill"])]
     if not settings["tuner"].startswith("spp"):
         callbacks.append(SparsityCallback())
-    data = Sentences(base)
+    data = Sentences(base, settings["size"])
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
 
 DEFAULTS = {
     "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
-    "arguments": {"save_strategy": "no"}, "merge": False,
+    "arguments": {"save_strategy": "no"}, "merge": False, "path": None, "config": {}, "second": None, "size": 48,
+    "kill": None,
 }  # fmt: skip
 
 
 def train(settings: dict, callbacks=()) -> Trainer:
     """One training, from its settings to the adapter in `output_dir`/final."""
     settings = DEFAULTS | settings
+    if settings["resume"] == "last":
+        callbacks = [CheckpointCallback(), *callbacks]
     output = Path(settings["output_dir"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_trainer(settings, callbacks)
-        plugin = trainer.accelerator.state.fsdp_plugin if wants_fsdp() else None
-        trainer.train(resume_from_checkpoint=settings["resume"])
+        plugin = trainer.accelerator.state.fsdp_plugin if wants("FSDP") else None
+        resume = settings["resume"]
+        if resume == "last":
+            resume = last_complete_checkpoint(settings["output_dir"])
+        trainer.train(resume_from_checkpoint=resume)
     recorder = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
     report = {
         "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
@@ -165,6 +229,11 @@ def merge_and_unmerge(model) -> dict:
 
 def main(runs: list[dict]) -> None:
     torch.set_num_threads(1)
+    if wants("DEEPSPEED"):
+        import deepspeed
+
+        # it would compile its own all-reduce for CPUs, which takes minutes, where it finds a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for settings in runs:
         train(settings)
     if torch.distributed.is_initialized():

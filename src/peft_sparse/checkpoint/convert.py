@@ -78,12 +78,30 @@ class Converted:
 
 def check_new_folder(folder: str | Path) -> Path:
     """Raises:
-    ValueError: if the folder is a file, or there is something in it."""
+    ValueError: if the folder is a file, there is something in it, or it cannot be made here."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "which is a file" if not folder.is_dir() else "which is not empty"
         raise ValueError(f"A result goes into a new folder, got {str(folder)!r}, {kind}; choose another name.")
+    check_writable(folder)
     return folder
+
+
+def check_writable(folder: str | Path) -> None:
+    """Before work that takes long.
+
+    Raises:
+        ValueError: if nothing can be written in the folder, or the folder cannot be made where it is not there yet.
+    """
+    folder = Path(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:  # what permissions say is not all: a file system may be read-only
+        Path(tempfile.mkdtemp(prefix=".peft-sparse-", dir=there)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"A result goes into a folder that can be written, got {str(folder)!r} ({error.strerror} in "
+            f"{str(there)!r}); choose another place."
+        ) from error
 
 
 @contextmanager

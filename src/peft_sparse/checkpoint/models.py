@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, GgufConfig
 
 from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.storage import open_model
+from peft_sparse.storage import may_be_on_the_hub, open_model
 
 # task: transformers' class for it, and PEFT's task type
 TASKS = {
@@ -59,9 +59,10 @@ def load_model(
         return _load_adapter(folder, base, task, dtype, packed, trust_remote_code, config or {})
     if base is not None:
         raise ValueError(f"A base belongs to an adapter, got {str(source)!r}, which has no adapter_config.json.")
-    if folder.is_file() or (not folder.exists() and str(source).count("/") != 1 and "/" in str(source)):
+    if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}, which is no folder here.")
-    stored_packed = folder.is_dir() and _is_packed(folder)
+    # also where there is nothing to read but a pickle, which is refused
+    stored_packed = folder.is_dir() and gguf_file is None and open_model(folder).layout != "dense"
     if packed and not stored_packed:
         raise ValueError(
             f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
@@ -79,6 +80,8 @@ def load_model(
         arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
         if gguf_file is not None:
             arguments |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        else:
+            arguments |= {"use_safetensors": True}  # never a pickle from the Hub
         model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
         return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ImportError, KeyError, RuntimeError) as error:
@@ -89,10 +92,6 @@ def load_model(
                 "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
             ) from error
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
-
-
-def _is_packed(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) and open_model(folder).layout != "dense"
 
 
 def _auto_class(task: str) -> Any:

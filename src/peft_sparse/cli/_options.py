@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,20 @@ class Outcome:
     data: dict[str, Any]
     text: str
     status: int = field(default=0)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is said in one line, by the command that was asked for, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists what there is\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # by default the parser of all commands would complain, which does not know this one's options
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"there is no {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+        return options, unknown
 
 
 def add_command(

@@ -27,7 +27,7 @@ EPILOG = """\
 a first session:
   peft-sparse prune MODEL pruned --method wanda --pattern 2:4 --data text.txt
   peft-sparse report pruned
-  peft-sparse finetune configs/offline_spp_llama.yaml --set model.path=pruned
+  peft-sparse finetune configs/spp_causal_lm.yaml     tunes ./pruned on ./text.txt, into ./out
   peft-sparse merge out/adapter merged
   peft-sparse verify merged --reference pruned
   peft-sparse pack merged packed
@@ -45,7 +45,7 @@ exit status:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = shared.Parser(
         prog="peft-sparse",
         description="Sparse language models: prune, fine-tune, merge, check, store. Every zero kept.",
         epilog=EPILOG,

@@ -21,7 +21,7 @@ EVALUATE_EXAMPLES = """\
   peft-sparse evaluate merged --data Salesforce/wikitext --data-name wikitext-2-raw-v1 --split test
   peft-sparse evaluate merged --task sequence_classification --data dev.jsonl --text-column sentence \\
       --label-column label --metric accuracy f1
-  peft-sparse evaluate out/adapter --config configs/offline_pst_minilm.yaml
+  peft-sparse evaluate out/adapter --config configs/spp_causal_lm.yaml
 """
 
 

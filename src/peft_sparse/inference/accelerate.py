@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.inference.choose import Decision, Group, choose_ways, slower_than_dense
+from peft_sparse.inference.choose import Decision, Group, choose_ways, clear_counts, slower_than_dense
 from peft_sparse.inference.report import AccelerationReport, TokenChoice
 from peft_sparse.inference.rows import layer_choice, notes
 from peft_sparse.linears import (
@@ -56,7 +56,8 @@ def accelerate_sparse(
     """Let each linear of a pruned model compute in the fastest way there is for it, in place.
 
     Every way that is possible on the layer's device and in its dtype is timed on the layers themselves, beside the
-    dense one, for each number of tokens. What is not faster by a tenth, twice, is not taken:
+    dense one, for each number of tokens, with the weights from memory as in a model and from a cache. What does not
+    save a tenth in both, each time that it is measured, is not taken:
 
     - `csr`: lists of the non-zeros; on a CPU, in float32 and float64. Pays from about 75% zeros for a single token.
     - `semi_structured`: torch's 2:4 matmul on NVIDIA GPUs, in half precision.
@@ -73,7 +74,7 @@ def accelerate_sparse(
         model: without adapters; dense with zeros, or packed. A packed layer stays packed, and is compared with
             unpacking it at each forward: call `unpack_model` before if there is memory for the dense weights.
         tokens: for how many tokens at a time (batch size times length) to choose. Numbers in between get what both
-            neighbours got, numbers above the largest are computed densely.
+            neighbours got, if it took 0.6 or less of the time for both; above the largest they are computed densely.
         target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
             all linears inside the repeated transformer blocks; of a model without such blocks, all linears.
         exclude_modules: what to leave out of them, given in the same way.
@@ -128,6 +129,7 @@ def remove_acceleration(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     """
+    _check_model(model)
     for module in list(model.modules()):
         acceleration = acceleration_of(module)
         if acceleration is None:
@@ -145,14 +147,21 @@ def _default_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_tokens(tokens: int | Iterable[int]) -> tuple[int, ...]:
-    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    several = isinstance(tokens, Iterable) and not isinstance(tokens, torch.Tensor)
+    counts: tuple[Any, ...] = tuple(tokens) if several else (tokens,)  # type: ignore[arg-type]
     if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in counts):
         raise ValueError(f"`tokens` is a positive number of tokens or some of them, such as (1, 128), got {tokens!r}.")
     return tuple(sorted(set(counts)))
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a model in memory (an nn.Module), got {model!r}; load it first.")
+
+
 def _check(model: nn.Module, kernel: str | None) -> None:
-    if kernel is not None and kernel not in OPERANDS:
+    _check_model(model)
+    if kernel is not None and kernel not in list(OPERANDS):
         raise ValueError(f"`kernel` is one of {sorted(OPERANDS)}, or None to have them timed, got {kernel!r}.")
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -272,4 +281,5 @@ def _acceleration(linear: nn.Module, choices: Sequence[TokenChoice], packed: boo
         return None
     with torch.inference_mode(False):
         made: dict[str, Operand] = {name: OPERANDS[name].of(linear) for name in sorted(names)}
-    return Acceleration(linear, {choice.tokens: made.get(choice.chosen) for choice in choices}, packed)
+    clear = clear_counts(choices, "packed" if isinstance(linear, PackedLinear) else "dense")
+    return Acceleration(linear, {choice.tokens: made.get(choice.chosen) for choice in choices}, packed, clear)

@@ -2,7 +2,9 @@
 
 Layers that are alike are decided on together. A way is taken only if it needs less than `MARGIN` of the time of the
 layer's own way, and less than `AGAIN` of it when both are timed once more after everything else: on a machine that
-does other things one measurement proves little. What a way computes is compared with the dense result before it is
+does other things one measurement proves little. For numbers of tokens that were not timed it is taken only where it
+was far ahead for the next smaller and the next larger one: kernels like some numbers better than others, by up to a
+half. What a way computes is compared with the dense result before it is
 timed.
 """
 
@@ -21,8 +23,9 @@ from peft_sparse.inference.probe import Run, example_input, measure_ratios
 from peft_sparse.inference.report import TokenChoice
 from peft_sparse.linears import Acceleration, Operand, PackedLinear, in_out_features, plain_class, weight_parameter
 
-MARGIN = 0.9
-AGAIN = 0.95
+MARGIN = 0.85
+AGAIN = 0.9
+BETWEEN = 0.6
 LOST = 1.5  # times the own way's time: no need to try with more tokens, to which zeros matter less
 LOST_FROM = 8  # tokens; with fewer, other kernels take turns
 SAMPLED_BYTES = 1 << 28  # of dense weights that are gone through to time them: more than caches hold
@@ -208,6 +211,15 @@ def _confirmed(choice: TokenChoice, ratios: dict[str, float], form: str) -> Toke
         worse = {name: max(ratio, ratios.get(name, 0.0)) for name, ratio in choice.ratios.items()}
         return replace(choice, again=again, ratios=worse)
     return replace(choice, chosen=form, again=again, reason=f"{choice.reason}, but {again:.2f} when measured again")
+
+
+def clear_counts(choices: Sequence[TokenChoice], form: str) -> set[int]:
+    """The numbers of tokens whose choice is so far ahead that it holds up to the next such number."""
+    return {
+        choice.tokens
+        for choice in choices
+        if max(choice.ratios.get(choice.chosen, 0.0) / choice.ratios.get(form, 1.0), choice.again or 0.0) <= BETWEEN
+    }
 
 
 def _numel(linear: nn.Module) -> int:

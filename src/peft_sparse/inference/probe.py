@@ -1,10 +1,11 @@
 """How long ways to compute a model's layers take, relative to each other, on a machine that does other things too.
 
-A layer's time depends on where its weight comes from: called over and over it comes from a cache, in a model that is
-larger than the caches from memory. So a pass goes through the layers one after the other, as a forward does, and
-times each. The ways take turns pass by pass, in another order each round; a way's time in a round is divided by the
-baseline's of the same round, and a ratio is the median over the rounds: a machine that slows down for a while slows
-all of them. Nothing random is drawn from the global generator.
+A layer's time depends on where its weight comes from: called over and over it comes from a cache, as far as it fits;
+in a model that is larger than the caches, from memory. What wins in one of them may lose in the other, by more than
+half. So a pass goes through the layers one after the other, as a forward does, and computes each first once and then
+`CACHED` times more; a way's ratio is the worse of the two. The ways take turns pass by pass, in another order each
+round; a way's time in a round is divided by the baseline's of the same round, and a ratio is the median over the
+rounds: a machine that slows down for a while slows all of them. Nothing random is drawn from the global generator.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+CACHED = 2  # calls
 MIN_SECONDS = 2e-4  # of one pass: what is shorter is gone through several times
 MAX_PASSES = 32
 MIN_ROUNDS, MAX_ROUNDS = 5, 15
@@ -35,38 +37,38 @@ def measure_ratios(
             in that way's passes, and not counted.
 
     Returns:
-        For each group, time relative to the baseline's, by name; 1.0 for itself.
+        For each group, time relative to the baseline's, by name, from memory or from a cache, whichever is more; 1.0
+        for itself.
     """
     names = list(dict.fromkeys(name for _, ways in layers for name in ways))
     for name in names:  # warm-up: caches, buffers, kernels that are compiled at their first use
         _pass(layers, name, baseline, device)
-    first = sum(_pass(layers, baseline, baseline, device).values())
+    first = sum(from_memory for from_memory, _ in _pass(layers, baseline, baseline, device).values())
     passes = min(MAX_PASSES, max(1, round(MIN_SECONDS / max(first, 1e-9))))
-    found: dict[int, dict[str, list[float]]] = {}
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     begin = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() - begin > BUDGET_SECONDS:
             break
         shift = turn % len(names)
-        times: dict[str, dict[int, float]] = {}
+        times = {}
         for name in names[shift:] + names[:shift]:
-            times[name] = {}
-            for _ in range(passes):
-                for group, seconds in _pass(layers, name, baseline, device).items():
-                    times[name][group] = times[name].get(group, 0.0) + seconds
+            times[name] = _sums([_pass(layers, name, baseline, device) for _ in range(passes)])
         for name, seconds_of in times.items():
             for group, seconds in seconds_of.items():
-                found.setdefault(group, {}).setdefault(name, []).append(seconds / times[baseline][group])
-    return {
-        group: {name: statistics.median(values) for name, values in ratios.items()} for group, ratios in found.items()
-    }
+                base = times[baseline][group]
+                found.setdefault((group, name), []).append((seconds[0] / base[0], seconds[1] / base[1]))
+    ratios: dict[int, dict[str, float]] = {}
+    for (group, name), pairs in found.items():
+        ratios.setdefault(group, {})[name] = max(map(statistics.median, zip(*pairs, strict=True)))
+    return ratios
 
 
 def _pass(
     layers: Sequence[tuple[int, Mapping[str, Run]]], name: str, baseline: str, device: torch.device
-) -> dict[int, float]:
-    """Seconds of each group that has this way."""
-    seconds: dict[int, float] = {}
+) -> dict[int, tuple[float, float]]:
+    """Seconds of each group that has this way: of the first calls, and of those right after them."""
+    seconds: list[dict[int, tuple[float, float]]] = []
     for group, ways in layers:
         run = ways.get(name)
         if run is None:
@@ -76,8 +78,21 @@ def _pass(
         start = time.perf_counter()
         run()
         _synchronize(device)
-        seconds[group] = seconds.get(group, 0.0) + time.perf_counter() - start
-    return seconds
+        then = time.perf_counter()
+        for _ in range(CACHED):
+            run()
+        _synchronize(device)
+        seconds.append({group: (then - start, time.perf_counter() - then)})
+    return _sums(seconds)
+
+
+def _sums(seconds: Sequence[Mapping[int, tuple[float, float]]]) -> dict[int, tuple[float, float]]:
+    found: dict[int, tuple[float, float]] = {}
+    for of_group in seconds:
+        for group, (first, cached) in of_group.items():
+            before = found.get(group, (0.0, 0.0))
+            found[group] = (before[0] + first, before[1] + cached)
+    return found
 
 
 def _synchronize(device: torch.device) -> None:

@@ -43,6 +43,7 @@ from peft_sparse.linears.saving import check_saves_unpacked, refuse_save_pretrai
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
+    computes_linear,
     get_weight,
     in_out_features,
     is_linear,
@@ -70,6 +71,7 @@ __all__ = [
     "check_float",
     "check_saves_unpacked",
     "compute_dtype",
+    "computes_linear",
     "copy_of",
     "dequantize_model",
     "dequantized_linear",

@@ -4,7 +4,8 @@ The weight stays where it is, under its name: a state dict, tied weights, saving
 the linear that it was. What is added is an `Acceleration`: for each number of tokens, the operand (operands.py) to
 multiply with, or none. None is used, and the linear computes as it always did,
 
-- where autograd records, since the kernels have no backward; in autocast and in compiled or traced graphs;
+- where autograd records, since the kernels have no backward; in autocast, in compiled or traced graphs, and inside of
+  `torch.func` and forward-mode differentiation;
 - for inputs of another dtype or device than the weight, and for numbers of tokens that nobody chose for;
 - from the moment on at which the weight is no longer the one that the operand was made from.
 
@@ -16,17 +17,23 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+REMEMBERED = 256  # shapes of inputs
+_UNSEEN: Any = object()
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 SAMPLED, KEPT, LOOKED_THROUGH = 16, 12, 4096
 CHANGED = (
     "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they compute in their "
@@ -45,27 +52,34 @@ class _Tracked:
         self.alias = tensor.detach()  # keeps the memory, so that its address is not given to another tensor
         self.address, self.version, self.contiguous = tensor.data_ptr(), _version(tensor), tensor.is_contiguous()
         self.dtype, self.rows = tensor.dtype, tensor.shape[0]
-        self.flat = self.alias.view(-1) if sampled and self.contiguous and tensor.device.type == "cpu" else None
-        if self.flat is not None:
-            self.places = _sample(self.flat)
-            self.content = self.flat.index_select(0, self.places)
+        self.entries: Callable[[], Any] | None = None
+        if sampled and tensor.device.type == "cpu" and tensor.numel():
+            self.entries = _reader(self.alias)
+            self.content = self.entries()
 
     def matches(self, tensor: torch.Tensor | None) -> bool:
         if tensor is None or tensor.data_ptr() != self.address or _version(tensor) != self.version:
             return False
         if tensor.dtype != self.dtype or tensor.is_contiguous() != self.contiguous or tensor.size(0) != self.rows:
             return False
-        return self.flat is None or torch.equal(self.flat.index_select(0, self.places), self.content)
+        return self.entries is None or self.entries() == self.content
 
 
-def _sample(flat: torch.Tensor) -> torch.Tensor:
+def _reader(weight: torch.Tensor) -> Callable[[], tuple[int, ...]]:
+    """A function that reads the bits of a sample of the entries. A gather and a comparison by torch would take several
+    times as long: a tenth of a layer's time, where the layer before has emptied the caches."""
+    bits: Any = weight.view(_INTEGERS[weight.element_size()]).numpy()
+    return partial(itemgetter(*_sample(weight)), memoryview(bits))
+
+
+def _sample(weight: torch.Tensor) -> list[tuple[int, int]]:
     """Up to `SAMPLED` places, most of them not zero as far as there are so many: what is zero may stay so."""
-    spread = torch.arange(0, flat.numel(), max(1, flat.numel() // LOOKED_THROUGH))
-    zero = flat[spread] == 0
-    kept, zeros = spread[~zero], spread[zero]
-    return torch.cat(
-        [kept[:: max(1, len(kept) // KEPT)][:KEPT], zeros[:: max(1, len(zeros) // KEPT)][: SAMPLED - KEPT]]
-    )
+    columns = weight.shape[1]
+    spread = torch.arange(0, weight.numel(), max(1, weight.numel() // LOOKED_THROUGH))
+    zero = weight[spread // columns, spread % columns] == 0
+    kept, zeros = spread[~zero].tolist(), spread[zero].tolist()
+    places = kept[:: max(1, len(kept) // KEPT)][:KEPT] + zeros[:: max(1, len(zeros) // KEPT)][: SAMPLED - KEPT]
+    return [divmod(place, columns) for place in places]
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -75,6 +89,11 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _records(linear: nn.Module, x: torch.Tensor) -> bool:
     tensors = (x, linear._parameters.get("bias"), *_tensors(linear))
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _transformed() -> bool:
+    """Inside of `torch.func` or forward-mode differentiation, which the kernels know nothing of."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
@@ -91,6 +110,7 @@ class Acceleration:
         linear: whose weight the operands are forms of.
         operands: by number of tokens; None: the linear's own way.
         packed: whether the linear was dense before it was accelerated, and is now packed.
+        clear: the numbers of tokens whose operand is good for those up to the next one as well; None: all.
     """
 
     def __init__(
@@ -98,18 +118,22 @@ class Acceleration:
         linear: nn.Module | None = None,
         operands: Mapping[int, Operand | None] | None = None,
         packed: bool = False,
+        clear: Collection[int] | None = None,
     ) -> None:
         self.operands = dict(sorted((operands or {}).items()))
         self.packed = packed
         self._tokens, self._chosen = list(self.operands), list(self.operands.values())
+        self._clear = [clear is None or tokens in clear for tokens in self._tokens]
         # the values of a packed weight are shared, so that what is written into them is seen
         sampled = not isinstance(linear, PackedLinear)
         tensors = () if linear is None else _tensors(linear)
         self._tracked = tuple(_Tracked(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
+        self._dtype = self._tracked[0].dtype if self._tracked else None
         self._device = self._tracked[0].alias.device if self._tracked else None
         self._autocast = "cpu" if self._device is None else self._device.type
         self._to_the_end = isinstance(linear, PackedLinear)
         self._in_features = 0 if linear is None else in_features_of(linear)
+        self._by_shape: dict[torch.Size, Operand | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Acceleration, (None, None, self.packed)
@@ -120,27 +144,32 @@ class Acceleration:
         return sum(operand.nbytes for operand in {id(o): o for o in self._chosen if o is not None}.values())
 
     def by_tokens(self, tokens: int) -> Operand | None:
-        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both;
-        above the largest none, as a dense product only gets better with more; that of the largest for a packed linear,
-        whose own way is no dense product."""
+        """The operand for a number of tokens. Between two numbers that were chosen for, what was chosen for both, if
+        clear for both; above the largest none, as a dense product only gets better with more; that of the largest for
+        a packed linear, whose own way is no dense product."""
         place = bisect_left(self._tokens, tokens)
         if place == len(self._tokens):
-            return self._chosen[-1] if self._chosen and self._to_the_end else None
+            return self._chosen[-1] if self._chosen and self._to_the_end and self._clear[-1] else None
         if self._tokens[place] == tokens:
             return self._chosen[place]
         upper = self._chosen[place]
-        return upper if place > 0 and self._chosen[place - 1] is upper else None
+        same = place > 0 and self._chosen[place - 1] is upper
+        return upper if same and self._clear[place - 1] and self._clear[place] else None
 
     def operand(self, linear: nn.Module, x: torch.Tensor) -> Operand | None:
         """What to multiply `x` with, None for the linear's own way."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._chosen:
+        if torch.compiler.is_compiling():
             return None
-        found = self.by_tokens(x.numel() // self._in_features)
+        found = self._by_shape.get(x.shape, _UNSEEN)
         if found is None:  # first of all: what is not accelerated is not to be slowed down by questions
             return None
-        if type(x) not in _PLAIN_TENSORS or x.dim() == 0 or x.size(-1) != self._in_features:
+        if type(x) not in _PLAIN_TENSORS or torch.jit.is_tracing():
             return None
-        if x.dtype != self._tracked[0].dtype or x.device != self._device:
+        if found is _UNSEEN:
+            found = self._by_shape[x.shape] = self._for_shape(x.shape)
+            if found is None:
+                return None
+        if x.dtype != self._dtype or x.device != self._device or _transformed():
             return None
         if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
             return None
@@ -149,13 +178,23 @@ class Acceleration:
             return None
         return found if found.takes(x, linear._parameters.get("bias")) else None
 
+    def _for_shape(self, shape: torch.Size) -> Operand | None:
+        """For an input of this shape, which is remembered: most forwards have the same few."""
+        if len(self._by_shape) >= REMEMBERED:
+            self._by_shape.clear()
+        if not shape or shape[-1] != self._in_features or self._in_features == 0:
+            return None
+        return self.by_tokens(shape.numel() // self._in_features)
+
     def matches(self, linear: nn.Module) -> bool:
         """Whether the weight is still the one that the operands were made from."""
+        if len(self._tracked) == 1:
+            return self._tracked[0].matches(linear._parameters.get("weight"))
         return all(map(_Tracked.matches, self._tracked, _tensors(linear)))
 
     def drop(self) -> None:
         """Forget the operands, and say so."""
-        self.operands, self._tokens, self._chosen, self._tracked = {}, [], [], ()
+        self.operands, self._tokens, self._chosen, self._tracked, self._by_shape = {}, [], [], (), {}
         warnings.warn(CHANGED, stacklevel=2)
 
     def __repr__(self) -> str:
@@ -227,6 +266,8 @@ def refuses_acceleration(linear: nn.Module) -> str | None:
         return "its forward was replaced, as offloading does it"
     if any(t is None or type(t) not in _PLAIN_TENSORS for t in _tensors(linear)):
         return "its weight is no plain tensor"
+    if 0 in cast(torch.Tensor, _tensors(linear)[-1]).shape:
+        return "it has no weights"
     return None
 
 

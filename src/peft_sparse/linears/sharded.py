@@ -126,9 +126,9 @@ def _zero_gathered(parameters: list[Any], modifier_rank: int | None) -> Iterator
     if not parameters:
         yield
         return
-    from deepspeed.zero import GatheredParameters  # it is there, since its parameters are
+    import deepspeed  # it is there, since its parameters are
 
-    with GatheredParameters(parameters, modifier_rank=modifier_rank):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
         yield
 
 

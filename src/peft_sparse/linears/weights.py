@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_sparse.linears.hooks import weights_loaded
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.quantized import bits, is_foreign, quantized_weight, write_quantized
-from peft_sparse.linears.sharded import is_share, whole_shape
+from peft_sparse.linears.sharded import is_dtensor, is_share, whole_shape
 from peft_sparse.sparsity import (
     EightBitWeight,
     FourBitWeight,
@@ -31,17 +32,44 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+# What `computes_linear` found, as long as the modules live.
+_COMPUTES_LINEAR: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x W^T + b from a weight that this package reads: nn.Linear and transformers' Conv1D
     with a floating point weight, PackedLinear, and what bitsandbytes has quantised.
 
-    The output projection inside nn.MultiheadAttention is not one: its weight is used without calling it.
+    The output projection inside nn.MultiheadAttention is not one: its weight is used without calling it. Nor is a
+    subclass whose forward computes something else, such as the routers of some experts.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     if isinstance(module, PackedLinear) or bits(module) is not None:
         return True
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point() and not is_foreign(module)
+    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point() or is_foreign(module):
+        return False
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or computes_linear(module)
+
+
+@torch.no_grad()
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass of nn.Linear or Conv1D with a forward of its own computes x W^T + b: it is tried once. One
+    whose weight is not at hand is taken at its word."""
+    weight, bias = weight_parameter(module), module.bias
+    if module not in _COMPUTES_LINEAR:
+        if weight.is_meta or is_dtensor(weight) or not weight.numel():
+            return True
+        matrix = weight.detach().T if isinstance(module, Conv1D) else weight.detach()  # (out, in)
+        x = torch.linspace(-1, 1, 2 * matrix.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+        tolerance = 0.05 if weight.dtype.itemsize < 4 else 1e-3
+        try:
+            found, expected = type(module).forward(module, x), nn.functional.linear(x, matrix, bias)
+            same = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance, True)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # other inputs, or other outputs
+            same = False
+        _COMPUTES_LINEAR[module] = same
+    return _COMPUTES_LINEAR[module]
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:

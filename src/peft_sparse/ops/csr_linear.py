@@ -27,11 +27,12 @@ def csr_linear(x: torch.Tensor, csr: torch.Tensor, bias: torch.Tensor | None) ->
     """
     if reference.reference_in_use():
         return reference.csr_linear(x, csr, bias)
-    out_features, in_features = csr.shape
+    *batch, in_features = x.shape
     if x.numel() == in_features:
         vector = x.reshape(-1)
         y = torch.mv(csr, vector) if bias is None else torch.addmv(bias, csr, vector)
-        return y.view(*x.shape[:-1], out_features)
+        return y.view(*batch, -1)
+    out_features = csr.shape[0]
     y = x.new_empty(*x.shape[:-1], out_features)
     tokens = x.reshape(-1, in_features)
     count = tokens.shape[0]

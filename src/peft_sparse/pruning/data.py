@@ -115,7 +115,8 @@ def _windows(
     ids: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
-        ids += (end if ids else []) + tokenizer(document, add_special_tokens=False)["input_ids"]
+        # verbose: it would warn of a document longer than the model's window, which is cut into windows here
+        ids += (end if ids else []) + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if number is not None and len(ids) >= number * length:
             break
     windows = torch.tensor(ids, dtype=torch.int64)[: len(ids) // length * length].view(-1, length)

@@ -4,7 +4,7 @@ Reading only, one tensor at a time, and knowing no more of a model than the name
 linears, and what its config tells about it. Writing files, and turning them into models, is `checkpoint/`.
 """
 
-from peft_sparse.storage.folders import locate
+from peft_sparse.storage.folders import locate, may_be_on_the_hub
 from peft_sparse.storage.model import StoredLinear, StoredModel, open_model
 from peft_sparse.storage.names import as_in_files, names_in_model
 from peft_sparse.storage.origin import CONFIG_KEY, PRUNING, facts_of, record_facts
@@ -19,6 +19,7 @@ __all__ = [
     "as_in_files",
     "facts_of",
     "locate",
+    "may_be_on_the_hub",
     "names_in_model",
     "open_model",
     "record_facts",

@@ -39,7 +39,7 @@ def locate(source: str | Path, **download: Any) -> Path:
         )
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source) in {".", ".."}:
+    if path.exists() or not may_be_on_the_hub(source):
         raise ValueError(f"A stored model is a folder, got {str(path)!r}, which is none; {_WAY_OUT}.")
     try:
         return Path(
@@ -51,6 +51,11 @@ def locate(source: str | Path, **download: Any) -> Path:
             f"could not be downloaded ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the "
             f"name and the connection, or {_WAY_OUT}."
         ) from error
+
+
+def may_be_on_the_hub(source: str | Path) -> bool:
+    """Whether this has the form of a repository's name."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) is not None and not str(source).startswith(".")
 
 
 def _download_arguments() -> set[str]:

@@ -63,6 +63,10 @@ def make_trainer(
 ) -> Trainer:
     """An unchanged Trainer with the schedule's driver and what it logs."""
     language_model = recipe.model.task == "causal_lm"
+    if not language_model:
+        # Its loss is a mean over examples. Trainer takes it for a sum over `num_items_in_batch`, since the forward has
+        # `**kwargs`, and would multiply it by the processes and by the accumulated batches.
+        model.get_base_model().accepts_loss_kwargs = False
     optimizer = None
     if recipe.score_learning_rate is not None:
         groups = pst_param_groups(model, arguments.learning_rate, recipe.score_learning_rate, arguments.weight_decay)

@@ -9,11 +9,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_sparse.training.checkpoints import manifest_size, set_aside_incomplete, write_manifest
+
+# Bytes of a checkpoint's small files, such as the trainer's state and the random ones, and of the disk's blocks.
+_REST = 1 << 16
 
 
 class CheckpointCallback(TrainerCallback):
@@ -37,7 +41,7 @@ class CheckpointCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._expected_size = 0  # bytes of a checkpoint
+        self._last_size = 0  # bytes of the last checkpoint
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,13 +51,10 @@ class CheckpointCallback(TrainerCallback):
         PartialState().wait_for_everyone()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not args.should_save or args.save_strategy == "no":
             return
-        if not self._expected_size:  # until the first save tells: at least what is trained
-            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            self._expected_size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         try:
             os.makedirs(args.output_dir, exist_ok=True)
             with tempfile.TemporaryFile(dir=args.output_dir):
@@ -66,15 +67,22 @@ class CheckpointCallback(TrainerCallback):
             ) from error
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
     ) -> None:
         if not args.should_save or not control.should_save:
             return
+        size = _REST + (self._last_size or _bytes_to_save(model, optimizer, args.save_only_model))
         free = shutil.disk_usage(args.output_dir).free
-        if free < self._expected_size:
+        if free < size:
             raise OSError(
                 errno.ENOSPC,
-                f"A checkpoint takes about {self._expected_size:,} bytes, got {free:,} free in {args.output_dir!r} at "
+                f"A checkpoint takes about {size:,} bytes, got {free:,} free in {args.output_dir!r} at "
                 f"step {state.global_step}; make room (`save_total_limit` removes old checkpoints) and resume. Older "
                 "checkpoints are as they were",
             )
@@ -84,4 +92,12 @@ class CheckpointCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():  # not so where hyperparameters are searched
             write_manifest(folder)
-            self._expected_size = manifest_size(folder)
+            self._last_size = manifest_size(folder)
+
+
+def _bytes_to_save(model: nn.Module, optimizer: torch.optim.Optimizer, save_only_model: bool) -> int:
+    """What is trained, and what its optimizer keeps of it, in this process."""
+    tensors: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not save_only_model:
+        tensors += [value for kept in optimizer.state.values() for value in kept.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))

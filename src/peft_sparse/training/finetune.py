@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_sparse.checkpoint.convert import check_new_folder, copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.convert import check_new_folder, check_writable, copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
+from peft_sparse.linears import is_share
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.training.build import adapter_config, load_tokenizer, make_trainer, model_of, training_arguments
 from peft_sparse.training.data import calibration_texts, make_examples
+from peft_sparse.training.engines import loaded_whole, save_adapter
 from peft_sparse.training.recipe import Recipe
 
 
@@ -112,10 +114,10 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
         adapter=str(recipe.output_dir / "adapter"),
         log=trainer.state.log_history,
     )
-    trainer.save_model(result.adapter)  # with the tokenizer; gathers what is sharded
+    save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
         if recipe.output.merge:
-            _merge(recipe, model, result)
+            _merge(recipe, arguments, model, result)
         result.seconds = time.perf_counter() - start
         written = json.dumps(result.to_dict(), indent=2, default=str)
         (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
@@ -171,6 +173,7 @@ def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
             f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
             "choose another `training.output_dir`."
         )
+    check_writable(folder)
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)
     return named
@@ -180,12 +183,13 @@ def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, r
     """The model to adapt. Of several processes the first one prunes, and the others read what it saved."""
     pruned = recipe.output_dir / "pruned"
     if recipe.pruner is not None and not resumed and arguments.process_index == 0:
-        model = _prune(recipe, tokenizer, pruned)
+        with loaded_whole(arguments):
+            model = _prune(recipe, tokenizer, pruned)
     if recipe.pruner is not None and not resumed:
         PartialState().wait_for_everyone()
     if recipe.pruner is None:
         model = model_of(recipe)
-    elif resumed or arguments.process_index != 0:
+    elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
         model = model_of(recipe, pruned)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -205,7 +209,11 @@ def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
     return model
 
 
-def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
+def _merge(recipe: Recipe, arguments: TrainingArguments, model: Any, result: FinetuneResult) -> None:
+    if any(is_share(parameter) for parameter in model.parameters()):  # in one process: from what was saved
+        with loaded_whole(arguments):
+            base = model_of(recipe, recipe.output_dir / "pruned" if recipe.pruner else None)
+        model = PeftModel.from_pretrained(base, result.adapter)
     merged, folder = model.merge_and_unload(), recipe.merged_folder
     with new_folder(folder) as temporary:
         save_model(merged, temporary, recipe.output.packed, result.adapter)

@@ -7,13 +7,19 @@ is an error and not another model: PEFT and safetensors have none.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from transformers import PreTrainedModel
 
+from peft_sparse.linears import PackedLinear, unwrap
 from peft_sparse.storage.files import crc32
-from peft_sparse.tuners.adapter_files import check_folder, weights_crc32
+from peft_sparse.tuners.adapter_files import check_folder, seal, weights_crc32
 from peft_sparse.tuners.field_checks import check_bool, check_indices, check_names
 
 # What may be edited in a file without changing what the adapter computes.
@@ -92,7 +98,13 @@ class SparseConfig(PeftConfig):
         It writes the weights first (and says how a model is found, by which it is known here). Models of transformers
         write the config first, beside weights that may be those of an earlier save.
         """
-        weights = weights_crc32(save_directory) if "auto_mapping_dict" in kwargs else None
+        weights = None
+        if "auto_mapping_dict" in kwargs:
+            try:
+                seal(save_directory)
+            except OSError as error:  # the weights are there, and whole: they get their config
+                warnings.warn(f"The adapter's file has no checksums of its tensors: {error}.", stacklevel=2)
+            weights = weights_crc32(save_directory)
         self.checksums = {"config": self._crc32(), "weights": weights} if weights else None
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -146,3 +158,15 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
+
+
+def include_all_linear(config: SparseConfig, model: nn.Module) -> None:
+    """PEFT's "all-linear", with PackedLinears beside the linears that PEFT knows."""
+    wanted = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if not isinstance(wanted, str) or wanted.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    modules = dict(model.named_modules())
+    packed = {name for name, m in modules.items() if isinstance(unwrap(m), PackedLinear) and m is not head}
+    config.target_modules |= packed - {f"{name}.base_layer" for name in packed}

@@ -10,28 +10,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_sparse.linears import (
-    PackedLinear,
     bits,
     block_linear_names,
     check_float,
+    computes_linear,
     dequantize_model,
     is_foreign,
     is_linear,
     linears_not_called,
     reshard,
-    unwrap,
 )
 from peft_sparse.storage import record_facts
+from peft_sparse.tuners.adapter_files import check_seal, take_seal
 from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state, check_modules_to_save
 from peft_sparse.tuners.merging import RoundingErrors
-from peft_sparse.tuners.sparse_config import SparseConfig
+from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 # What rooms above do with each merged model of transformers before its user gets it.
@@ -53,12 +52,13 @@ class SparseTuner(BaseTuner):
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            self.register_load_state_dict_pre_hook(take_seal)
         not_called = linears_not_called(model)
         if peft_config.target_modules is None:
             names = block_linear_names(model)
             called = {name for name in names if not any(f".{full}".endswith(f".{name}") for full in not_called)}
             peft_config.target_modules = called  # type: ignore[assignment] # PEFT's habit
-        _include_all_linear(peft_config, model)
+        include_all_linear(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
         )
@@ -92,7 +92,7 @@ class SparseTuner(BaseTuner):
                 f"{type(self).__name__} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
                 "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
                 f"{type(module).__name__} in `{name}`"
-                f"{', quantised in a way that is not read here' if is_foreign(module) else ''}; take it out of "
+                f"{_odd_about(module)}; take it out of "
                 "`target_modules`, or exclude it with `exclude_modules`."
             )
 
@@ -245,9 +245,10 @@ class SparseTuner(BaseTuner):
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's remapping, with all tensors checked before the first one is loaded."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         current = model.state_dict()
         try:
+            tensors = check_seal(state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
             check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
@@ -265,16 +266,11 @@ class SparseTuner(BaseTuner):
         ValueError."""
 
 
-def _include_all_linear(config: Any, model: nn.Module) -> None:
-    """PEFT's "all-linear", with PackedLinears beside the linears that PEFT knows."""
-    wanted = config.target_modules
-    _maybe_include_all_linear_layers(config, model)
-    if not isinstance(wanted, str) or wanted.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    modules = dict(model.named_modules())
-    packed = {name for name, m in modules.items() if isinstance(unwrap(m), PackedLinear) and m is not head}
-    config.target_modules |= packed - {f"{name}.base_layer" for name in packed}
+def _odd_about(module: nn.Module) -> str:
+    if is_foreign(module):
+        return ", quantised in a way that is not read here"
+    odd = isinstance(module, nn.Linear) and not computes_linear(module)
+    return ", whose own forward is not x W^T + b" if odd else ""
 
 
 def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:

@@ -1,0 +1,166 @@
+"""What the tests of several processes share: start them with `accelerate launch` and the files of configs/accelerate/,
+compare them with one process, look at what they saved."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from peft_sparse import sparsity_report, verify_sparsity
+from peft_sparse.linears import block_linears, get_weight
+
+import train_script
+from models import WORDS, save_with_tokenizer, tiny_llama
+
+HERE = Path(__file__).resolve().parent
+CONFIGS = HERE.parents[1] / "configs" / "accelerate"
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def launch(engine: str, runs: list[dict], num_processes: int = 2, options: Sequence[str] = (), **config: str) -> None:
+    """Train in several processes.
+
+    Args:
+        engine: name of a file in configs/accelerate/.
+        runs: settings of `train_script`, one training after the other.
+        options: further ones for `accelerate launch`.
+        config: what is different from the file.
+    """
+    file = CONFIGS / f"{engine}.yaml"
+    if config:
+        text = file.read_text()
+        for key, value in config.items():
+            lines = [line for line in text.splitlines() if line.strip().startswith(f"{key}:")]
+            assert len(lines) == 1, f"{key} is not in {file.name}"
+            text = text.replace(lines[0], f"{lines[0].partition(':')[0]}: {value}")
+        file = Path(runs[0]["output_dir"]).parent / f"{engine}.yaml"
+        file.write_text(text)
+    command = [str(HERE / "train_script.py"), json.dumps(runs)]
+    accelerate_launch(file, "--num_processes", str(num_processes), *options, *command)
+
+
+def accelerate_launch(file: Path, *arguments: str) -> None:
+    """`accelerate launch` with a config file, in a port of its own."""
+    process = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
+            "--main_process_port", "0", *arguments,
+        ],
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+
+
+def launched_environment(engine: str) -> dict[str, str]:
+    """The environment in which `accelerate launch` starts its processes."""
+    command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), str(HERE / "train_script.py")]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        return prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+
+
+def reports(folder: Path, num_processes: int = 2) -> list[dict]:
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_processes)]
+
+
+def one_process(folder: Path, num_processes: int = 2, **settings) -> dict:
+    """The report of a training in this process, of the same global batches as `num_processes` have together."""
+    train_script.train({"output_dir": str(folder), "batch_size": 2 * num_processes, **settings})
+    return json.loads((folder / "rank-0.json").read_text())
+
+
+def check(folder: Path, alone: dict, engine: str, sharded: bool, num_processes: int = 2, tolerance: float = 1e-4):
+    """Same losses as one process, the same masks in all processes, and the schedule's counts."""
+    found = reports(folder, num_processes)
+    assert all(engine in report["engine"] for report in found)
+    assert all((report["shares"] > 0) == sharded for report in found)
+    for report in found:
+        assert report["losses"].keys() == alone["losses"].keys()
+        for step, loss in alone["losses"].items():
+            assert report["losses"][step] == pytest.approx(loss, abs=tolerance), f"loss of step {step}"
+        assert report["counts"] == alone["counts"]
+        assert report["masks"] == found[0]["masks"]
+        assert report["final_masks"] == found[0]["final_masks"]
+    assert not found[0]["warnings"]
+
+
+def check_adapter(folder: Path, tuner: str, model: str = "tiny_llama") -> dict[str, str]:
+    """What was saved works in one process: sparsity exact, and merging keeps it.
+
+    Returns:
+        Digests of the merged weights.
+    """
+    base, _ = train_script.make_model(train_script.DEFAULTS | {"tuner": tuner, "model": model})
+    tuned = PeftModel.from_pretrained(base, folder / "final")
+    report = sparsity_report(tuned)
+    merged = tuned.merge_and_unload()
+    if tuner.startswith("spp") or tuner == "pst-2:4":
+        assert verify_sparsity(merged, pattern="2:4").ok
+    for name, linear in block_linears(merged).items():
+        weight = get_weight(linear)
+        expected = 0.5 if tuner.startswith("spp") or tuner == "pst-2:4" else 0.75
+        assert int((weight == 0).sum()) == int(expected * weight.numel()), name
+    assert report.total_sparsity == sparsity_report(merged).total_sparsity
+    return {
+        f"{name}.weight": train_script.digest(linear.weight.detach()) for name, linear in block_linears(merged).items()
+    }
+
+
+def finetune_in_two(folder: Path, engine: str, device: dict, steps: int = 3) -> dict:
+    """`accelerate launch -m peft_sparse_cli finetune`: prune, tune with SPP, merge.
+
+    Returns:
+        What is in result.json, the losses beside it.
+    """
+    folder.mkdir(parents=True)
+    base = save_with_tokenizer(tiny_llama(), folder / "llama")
+    (folder / "rows.txt").write_text("\n".join(" ".join(WORDS[(n * k) % 90] for k in range(1, 40)) for n in range(40)))
+    recipe = {
+        "model": {"path": base},
+        "prune": {"method": "wanda", "pattern": "2:4", "calibration": {"num_sequences": 4, "length": 8}},
+        "adapter": {"method": "spp", "r": 4},
+        "data": {"path": str(folder / "rows.txt"), "text": "text", "max_length": 16},
+        "training": {
+            "output_dir": str(folder / "run"), "max_steps": steps, "per_device_train_batch_size": 2, "seed": 1,
+            "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, **device,
+        },
+        "output": {"merge": True},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    command = ["--num_processes", "2", "-m", "peft_sparse_cli", "finetune", str(folder / "recipe.yaml")]
+    accelerate_launch(CONFIGS / f"{engine}.yaml", *command)
+    return json.loads((folder / "run" / "result.json").read_text())
+
+
+def whole_and_resumed(folder: Path, tuner: str) -> list[dict]:
+    whole = {"tuner": tuner, "output_dir": str(folder / tuner)}
+    whole["arguments"] = {"save_strategy": "steps", "save_steps": 3}
+    return [whole, whole | {"output_dir": f"{folder / tuner}-resumed", "resume": str(folder / tuner / "checkpoint-3")}]
+
+
+def check_resumed(folder: Path, tuners: tuple[str, ...]) -> None:
+    for tuner in tuners:
+        whole, resumed = (load_file(folder / name / "final" / "adapter_model.safetensors")
+                          for name in (tuner, f"{tuner}-resumed"))  # fmt: skip
+        assert whole.keys() == resumed.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(resumed[name], tensor), name
+        found, expected = reports(folder / f"{tuner}-resumed"), reports(folder / tuner)
+        for step in ("4", "5", "6"):
+            assert [report["masks"][step] for report in found] == [report["masks"][step] for report in expected]

@@ -1,0 +1,90 @@
+"""ZeRO-3 with two and three processes on CPUs, through `accelerate launch` and configs/accelerate/zero3.yaml. It needs
+DeepSpeed, which `make test-deepspeed` puts beside the environment.
+
+The model is sharded while `from_pretrained` loads it, so that adapters are made, and zeros counted, where no process
+has a whole weight.
+"""
+
+import pytest
+
+import train_script
+from launching import (
+    check,
+    check_adapter,
+    check_resumed,
+    finetune_in_two,
+    launch,
+    one_process,
+    reports,
+    whole_and_resumed,
+)
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not there: `make test-deepspeed`")
+pytestmark = pytest.mark.slow
+
+
+def from_folder(folder, name: str, **settings) -> dict:
+    """Settings of a run whose model is loaded by `from_pretrained`."""
+    train_script.save_model(folder / f"{name}-base", **settings)
+    return settings | {"output_dir": str(folder / name), "path": str(folder / f"{name}-base")}
+
+
+def check_runs(runs: dict[str, dict], folder, num_processes: int = 2) -> None:
+    launch("zero3", list(runs.values()), num_processes)
+    for name, run in runs.items():
+        alone = one_process(
+            folder / "alone" / name, num_processes, **run | {"output_dir": str(folder / "alone" / name)}
+        )
+        check(folder / name, alone, "DEEPSPEED", sharded=True, num_processes=num_processes)
+        if run.get("merge"):
+            merged = check_adapter(folder / name, run["tuner"], run.get("model", "tiny_llama"))
+            for report in reports(folder / name, num_processes):
+                assert report["restored"] and report["merged"] == merged
+
+
+def test_zero3(tmp_path):
+    """Losses, masks, the saved adapter, merging what is sharded; and resuming, which ends bit for bit the same."""
+    runs = {
+        "llama-pst": from_folder(tmp_path, "llama-pst", tuner="pst", merge=True),
+        "llama-spp": from_folder(tmp_path, "llama-spp", tuner="spp", merge=True),
+        "gpt2": from_folder(tmp_path, "gpt2", tuner="pst-2:4", model="tiny_gpt2", merge=True),
+        "bert": from_folder(tmp_path, "bert", tuner="pst", model="tiny_bert"),
+    }
+    resumed = whole_and_resumed(tmp_path / "resuming", "pst") + whole_and_resumed(tmp_path / "resuming", "spp")
+    check_runs(runs | {str(number): run for number, run in enumerate(resumed)}, tmp_path)
+    check_resumed(tmp_path / "resuming", ("pst", "spp"))
+
+
+def test_three_processes(tmp_path):
+    """Rows that do not divide by three, fewer rows than processes, accumulation, several adapters."""
+    accumulating = {"save_strategy": "no", "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    runs = {
+        "accumulating": from_folder(tmp_path, "accumulating", tuner="movement", arguments=accumulating),
+        "two": from_folder(tmp_path, "two", tuner="pst", second="pst", config={"r": 2, "score_r": 1}, merge=False),
+        "spp": from_folder(tmp_path, "spp", tuner="spp", config={"r": 2, "modules_to_save": ["lm_head"]}),
+    }
+    check_runs(runs, tmp_path, num_processes=3)
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path):
+    """Each process writes its shards; `accelerate launch` starts them again."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    whole, killed = ({"tuner": "pst", "resume": "last", "arguments": saving, "output_dir": str(tmp_path / name)}
+                     for name in ("whole", "killed"))  # fmt: skip
+    launch("zero3", [whole])
+    launch("zero3", [killed | {"kill": {"rank": 1, "file": 8}}], options=["--max_restarts", "1"])
+    assert list((tmp_path / "killed").glob("incomplete-checkpoint-*"))
+    names = ("whole", "killed")
+    adapters = [(tmp_path / name / "final" / "adapter_model.safetensors").read_bytes() for name in names]
+    assert adapters[0] == adapters[1]
+    masks = [[report["final_masks"] for report in reports(tmp_path / name)] for name in names]
+    assert masks[0] == masks[1]
+
+
+def test_a_recipe(tmp_path):
+    """Pruned and merged by one process, tuned by two."""
+    result = finetune_in_two(tmp_path / "zero3", "zero3", {"ddp_backend": "gloo"})
+    expected = finetune_in_two(tmp_path / "ddp", "ddp", {"use_cpu": True})
+    assert result["zeros_lost"] == expected["zeros_lost"] == 0 and result["sparsity"] == 0.5
+    assert result["metrics"]["train_loss"] == pytest.approx(expected["metrics"]["train_loss"], abs=1e-4)
+    assert result["trainable"] == expected["trainable"]
