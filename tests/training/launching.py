@@ -19,7 +19,6 @@ from peft_sparse import sparsity_report, verify_sparsity
 from peft_sparse.linears import block_linears, get_weight
 
 import train_script
-from models import WORDS, save_with_tokenizer, tiny_llama
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs" / "accelerate"
@@ -120,32 +119,6 @@ def check_adapter(folder: Path, tuner: str, model: str = "tiny_llama") -> dict[s
     return {
         f"{name}.weight": train_script.digest(linear.weight.detach()) for name, linear in block_linears(merged).items()
     }
-
-
-def finetune_in_two(folder: Path, engine: str, device: dict, steps: int = 3) -> dict:
-    """`accelerate launch -m peft_sparse_cli finetune`: prune, tune with SPP, merge.
-
-    Returns:
-        What is in result.json, the losses beside it.
-    """
-    folder.mkdir(parents=True)
-    base = save_with_tokenizer(tiny_llama(), folder / "llama")
-    (folder / "rows.txt").write_text("\n".join(" ".join(WORDS[(n * k) % 90] for k in range(1, 40)) for n in range(40)))
-    recipe = {
-        "model": {"path": base},
-        "prune": {"method": "wanda", "pattern": "2:4", "calibration": {"num_sequences": 4, "length": 8}},
-        "adapter": {"method": "spp", "r": 4},
-        "data": {"path": str(folder / "rows.txt"), "text": "text", "max_length": 16},
-        "training": {
-            "output_dir": str(folder / "run"), "max_steps": steps, "per_device_train_batch_size": 2, "seed": 1,
-            "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, **device,
-        },
-        "output": {"merge": True},
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    command = ["--num_processes", "2", "-m", "peft_sparse_cli", "finetune", str(folder / "recipe.yaml")]
-    accelerate_launch(CONFIGS / f"{engine}.yaml", *command)
-    return json.loads((folder / "run" / "result.json").read_text())
 
 
 def whole_and_resumed(folder: Path, tuner: str) -> list[dict]:

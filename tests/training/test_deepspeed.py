@@ -12,7 +12,6 @@ from launching import (
     check,
     check_adapter,
     check_resumed,
-    finetune_in_two,
     launch,
     one_process,
     reports,
@@ -64,27 +63,3 @@ def test_three_processes(tmp_path):
         "spp": from_folder(tmp_path, "spp", tuner="spp", config={"r": 2, "modules_to_save": ["lm_head"]}),
     }
     check_runs(runs, tmp_path, num_processes=3)
-
-
-def test_killed_in_the_middle_of_a_save(tmp_path):
-    """Each process writes its shards; `accelerate launch` starts them again."""
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    whole, killed = ({"tuner": "pst", "resume": "last", "arguments": saving, "output_dir": str(tmp_path / name)}
-                     for name in ("whole", "killed"))  # fmt: skip
-    launch("zero3", [whole])
-    launch("zero3", [killed | {"kill": {"rank": 1, "file": 8}}], options=["--max_restarts", "1"])
-    assert list((tmp_path / "killed").glob("incomplete-checkpoint-*"))
-    names = ("whole", "killed")
-    adapters = [(tmp_path / name / "final" / "adapter_model.safetensors").read_bytes() for name in names]
-    assert adapters[0] == adapters[1]
-    masks = [[report["final_masks"] for report in reports(tmp_path / name)] for name in names]
-    assert masks[0] == masks[1]
-
-
-def test_a_recipe(tmp_path):
-    """Pruned and merged by one process, tuned by two."""
-    result = finetune_in_two(tmp_path / "zero3", "zero3", {"ddp_backend": "gloo"})
-    expected = finetune_in_two(tmp_path / "ddp", "ddp", {"use_cpu": True})
-    assert result["zeros_lost"] == expected["zeros_lost"] == 0 and result["sparsity"] == 0.5
-    assert result["metrics"]["train_loss"] == pytest.approx(expected["metrics"]["train_loss"], abs=1e-4)
-    assert result["trainable"] == expected["trainable"]

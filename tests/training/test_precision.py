@@ -1,13 +1,15 @@
 """Half precision: bf16 and fp16 weights with fp32 factors, autocast, GradScaler; masks and scores in fp32 all the way.
 
-The runs of 200 steps are on the shared Llama, a trained model, and are compared with the same run in float32.
+The runs of 200 steps are on the shared Llama, a trained model, and are compared with the same run in float32, and with
+what half precision does to LoRA.
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_sparse import PstConfig, SparsityCallback, SppConfig, prune_magnitude, verify_sparsity
@@ -21,15 +23,16 @@ CONFIGS = {
     "spp": lambda: SppConfig(r=8),
     "pst": lambda: PstConfig(sparsity=0.5, r=4, score_r=4),
 }
+PLAIN = {"lora": lambda: LoraConfig(r=8, target_modules="all-linear")}
 WAYS = ["bf16 weights", "fp16 weights", "bf16 autocast", "fp16 autocast", "fp16 weights, autocast"]
 STEPS = 200
-LEARNING_RATES = {"spp": 5e-3, "pst": 2e-4}
+LEARNING_RATES = {"spp": 5e-3, "pst": 2e-4, "lora": 1e-3}
 
 
 def make(base, kind, dtype=torch.float32):
     torch.manual_seed(0)
     base = prune_magnitude(base, pattern="2:4") if kind == "spp" else base
-    return get_peft_model(base.to(dtype), CONFIGS[kind]()).train()
+    return get_peft_model(base.to(dtype), (CONFIGS | PLAIN)[kind]()).train()
 
 
 def weights_dtype(way):
@@ -84,38 +87,53 @@ def text_batches(llama_dir, shared):
     return list(ids[: 16 * 4 * 64].view(16, 4, 64))
 
 
-@pytest.fixture(scope="module")
-def float32_runs(llama_dir, shared):
-    """Losses in float32, and those of the same float32 run from weights that were rounded to bfloat16 once: the noise
-    of bfloat16. Where a mask is chosen anew in each step, small differences grow, whatever they come from."""
-    batches = text_batches(llama_dir, shared)
-    runs = {}
-    for kind in CONFIGS:
-        bases = load(llama_dir), load(llama_dir).bfloat16().float()
-        runs[kind] = [run(make(base, kind), "fp32", batches, STEPS, LEARNING_RATES[kind]) for base in bases]
-    return runs
-
-
 def load(llama_dir):
     return AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+
+
+def perturbed(base):
+    """Weights that differ in their seventh digit."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+    return base
+
+
+@pytest.fixture(scope="module")
+def losses(llama_dir, shared):
+    """Losses of a run of 200 steps, each made once."""
+    batches = text_batches(llama_dir, shared)
+
+    @functools.cache
+    def get(kind, way, start=lambda base: base):
+        model = make(start(load(llama_dir)), kind, weights_dtype(way))
+        return run(model, way, batches, STEPS, LEARNING_RATES[kind])
+
+    return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_200_steps_within_the_noise_of_half_precision(kind, way, float32_runs, llama_dir, shared):
-    """A loss differs, on average, by no more than twice what rounding the weights once does, and half a digit."""
-    batches, (expected, rounded) = text_batches(llama_dir, shared), float32_runs[kind]
-    model = make(load(llama_dir), kind, weights_dtype(way))
-    found = run(model, way, batches, STEPS, LEARNING_RATES[kind])
-    difference, noise = ((other - expected).abs() / expected for other in (found, rounded))
+def test_200_steps_within_the_noise_of_half_precision(kind, way, losses):
+    """Half precision changes a loss as much as it changes that of LoRA's plain dense layers, which is its noise.
+
+    A mask that is chosen anew in each step makes more of any difference, also of float32's own, as a run shows whose
+    weights differ in their seventh digit: it is as far away after 200 steps as one in half precision.
+    """
+    expected, found = losses(kind, "fp32"), losses(kind, way)
+    difference = (found - expected).abs() / expected
+    noise = (losses("lora", way) - losses("lora", "fp32")).abs() / losses("lora", "fp32")
+    spread = (losses(kind, "fp32", perturbed) - expected).abs() / expected
+    for name, values in (("here", difference), ("LoRA", noise), ("float32, perturbed", spread)):
+        print(f"{kind}, {way}, {name}: {values[:50].mean():.3%} in 50 steps, {values.mean():.3%} in 200")
     first, last, own = expected[:16].mean(), expected[-16:].mean(), found[-16:].mean()
-    print(f"{kind}, {way}: off by {difference.mean():.3%} on average, {difference.max():.2%} at most")
-    print(f"rounding the weights alone: {noise.mean():.3%}, {noise.max():.2%}")
     print(f"loss {first:.3f} -> {last:.3f} in float32, {own:.3f} here")
-    assert last < first or kind == "pst"  # it learned; PST loses half of its weights meanwhile
-    assert difference.mean() <= 2 * noise.mean() + 2**-9
-    assert abs(own - last) / last <= 2 * abs(rounded[-16:].mean() - last) / last + 2 * noise.mean() + 2**-9
+    assert last < first  # it learned, PST while it lost half of its weights
+    assert difference[:50].mean() <= 3 * (noise[:50].mean() + spread[:50].mean())
+    assert difference.mean() <= 1.5 * (noise.mean() + spread.mean())
+    assert abs(own - last) / last <= 1.5 * (noise.mean() + spread.mean())
 
 
 # What is computed in float32

@@ -56,7 +56,7 @@ def is_linear(module: nn.Module) -> bool:
 def computes_linear(module: nn.Module) -> bool:
     """Whether a subclass of nn.Linear or Conv1D with a forward of its own computes x W^T + b: it is tried once. One
     whose weight is not at hand is taken at its word."""
-    weight, bias = weight_parameter(module), module.bias
+    weight, bias = weight_parameter(module), getattr(module, "bias", None)
     if module not in _COMPUTES_LINEAR:
         if weight.is_meta or is_dtensor(weight) or not weight.numel():
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -26,6 +27,17 @@ def loaded_whole(arguments: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         plugin.set_deepspeed_weakref()
+
+
+def check_merge_in_one_process(arguments: TrainingArguments) -> None:
+    """Raises:
+    ValueError: if no process will have whole weights to merge."""
+    engine = "DeepSpeed" if arguments.deepspeed_plugin is not None else "FSDP"
+    if engine == "DeepSpeed" or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise ValueError(
+            f"A recipe is merged by a process that has whole weights, got `output.merge` with {engine}; leave it out, "
+            "and merge the adapter afterwards in one process, as docs/distributed.md shows."
+        )
 
 
 def save_adapter(trainer: Trainer, folder: str) -> None:

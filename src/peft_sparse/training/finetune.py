@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_sparse.checkpoint.convert import check_new_folder, check_writable, copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
-from peft_sparse.linears import is_share
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.training.build import adapter_config, load_tokenizer, make_trainer, model_of, training_arguments
 from peft_sparse.training.data import calibration_texts, make_examples
-from peft_sparse.training.engines import loaded_whole, save_adapter
+from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
 from peft_sparse.training.recipe import Recipe
 
 
@@ -92,6 +91,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     start = time.perf_counter()
     checkpoint = _checkpoint(recipe, resume)
     arguments = training_arguments(recipe)
+    if recipe.output.merge:
+        check_merge_in_one_process(arguments)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
@@ -117,7 +118,7 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
         if recipe.output.merge:
-            _merge(recipe, arguments, model, result)
+            _merge(recipe, model, result)
         result.seconds = time.perf_counter() - start
         written = json.dumps(result.to_dict(), indent=2, default=str)
         (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
@@ -209,11 +210,7 @@ def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
     return model
 
 
-def _merge(recipe: Recipe, arguments: TrainingArguments, model: Any, result: FinetuneResult) -> None:
-    if any(is_share(parameter) for parameter in model.parameters()):  # in one process: from what was saved
-        with loaded_whole(arguments):
-            base = model_of(recipe, recipe.output_dir / "pruned" if recipe.pruner else None)
-        model = PeftModel.from_pretrained(base, result.adapter)
+def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
     merged, folder = model.merge_and_unload(), recipe.merged_folder
     with new_folder(folder) as temporary:
         save_model(merged, temporary, recipe.output.packed, result.adapter)

@@ -160,7 +160,7 @@ class SparseConfig(PeftConfig):
             )
 
 
-def include_all_linear(config: SparseConfig, model: nn.Module) -> None:
+def include_all_linear(config: Any, model: nn.Module) -> None:
     """PEFT's "all-linear", with PackedLinears beside the linears that PEFT knows."""
     wanted = config.target_modules
     _maybe_include_all_linear_layers(config, model)
