@@ -64,6 +64,11 @@ def spp(model: nn.Module, r: int = ROW_GROUPS, scaling: float = 2.0, **options: 
     return _peft(model, SppConfig(r=r, spp_alpha=scaling * r, task_type=TaskType.CAUSAL_LM, **options))
 
 
+def spp_swapped(model: nn.Module) -> Tuned:
+    """Ours, with the other start."""
+    return spp(model, init_weights="ones")
+
+
 def hira(model: nn.Module, r: int = RANK) -> Tuned:
     """W + W * (B A)."""
     names = _names(model)
@@ -121,6 +126,7 @@ METHODS: dict[str, Method] = {
     "dense_full": Method("dense, all linears on the same data", lambda m: tuned.full(m, False), (1e-3,), dense=True),
     "pruned": Method("pruned, untuned", None),
     "spp": Method("SPP r=16 (ours)", spp, (2e-2,)),
+    "spp_swapped": Method("SPP r=16, A = 0 and B = 1 at the start (ours)", spp_swapped, (2e-2,)),
     "hira": Method("HiRA r=8 (PEFT)", hira, (1e-2,)),
     "supertuning": Method("Super-Tuning (PEFT)", supertuning, (1e-3,)),
     "ia3": Method("IA3 (PEFT)", ia3, (1e-2,)),

@@ -7,8 +7,6 @@ start, and the first steps of B scale rows by random signs. The variants change 
 * `spp_b4`, `spp_b16`, `spp_a4`: a higher rate for B, or for A (LoRA+ does so for LoRA's B);
 * `spp_unit`: A starts normal with deviation 1, with the scaling divided by sqrt(in), so that rates are relative to it;
 * `spp_ones`: A starts at 1, so that the first steps of B scale whole rows, in the direction of the gradient;
-* `spp_swapped`: SppConfig(init_weights="ones"): A starts at 0 and B at 1, so that the first steps of A follow the
-  group's whole gradient, the sum of its rows' H, and rows come to differ as B moves;
 * `spp_gradient`: A starts in the direction in which the loss falls fastest, see [`_gradient_start`];
 * `spp_additive`: W + M * (s B A), the update is not multiplied by the weight but by the mask, see [`AdditiveSpp`];
 * `spp_s1`, `spp_s8`: another scaling, spp_alpha / r;
@@ -144,7 +142,6 @@ VARIANTS: dict[str, Method] = {
     "spp_a4": Method("SPP, rate of A 4 times B's", _with_ratio(1 / 4), (2e-2,)),
     "spp_unit": Method("SPP, A normal and scaling / sqrt(in)", _with_start(_unit), (1e-1,)),
     "spp_ones": Method("SPP, A = 1 at the start", _with_start(lambda layer, A: A.fill_(1.0)), (1e-2,)),
-    "spp_swapped": Method("SPP, A = 0 and B = 1 at the start", lambda model: spp(model, init_weights="ones"), (2e-2,)),
     "spp_gradient": Method("SPP, A along the gradient at the start", _gradient_start, (2e-2,)),
     "spp_additive": Method("SPP's factors times the mask, not the weight", _additive, (6e-2,)),
     "spp_s1": Method("SPP, scaling 1", _scaled(1.0), (2e-2,)),
