@@ -5,6 +5,8 @@ The model is sharded while `from_pretrained` loads it, so that adapters are made
 has a whole weight.
 """
 
+from collections.abc import Sequence
+
 import pytest
 
 import train_script
@@ -28,8 +30,9 @@ def from_folder(folder, name: str, **settings) -> dict:
     return settings | {"output_dir": str(folder / name), "path": str(folder / f"{name}-base")}
 
 
-def check_runs(runs: dict[str, dict], folder, num_processes: int = 2) -> None:
-    launch("zero3", list(runs.values()), num_processes)
+def check_runs(runs: dict[str, dict], folder, num_processes: int = 2, also: Sequence[dict] = ()) -> None:
+    """Launch `runs` and what is to run `also`, and compare the former with one process."""
+    launch("zero3", [*runs.values(), *also], num_processes)
     for name, run in runs.items():
         alone = one_process(
             folder / "alone" / name, num_processes, **run | {"output_dir": str(folder / "alone" / name)}
@@ -50,7 +53,7 @@ def test_zero3(tmp_path):
         "bert": from_folder(tmp_path, "bert", tuner="pst", model="tiny_bert"),
     }
     resumed = whole_and_resumed(tmp_path / "resuming", "pst") + whole_and_resumed(tmp_path / "resuming", "spp")
-    check_runs(runs | {str(number): run for number, run in enumerate(resumed)}, tmp_path)
+    check_runs(runs, tmp_path, also=resumed)
     check_resumed(tmp_path / "resuming", ("pst", "spp"))
 
 
