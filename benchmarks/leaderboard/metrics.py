@@ -17,7 +17,7 @@ def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
 def f1(predicted: torch.Tensor, labels: torch.Tensor) -> float:
     """Of label 1; 0 if it is neither there nor predicted.
 
-    Example:
+    Examples:
         >>> round(f1(torch.tensor([1, 1, 0]), torch.tensor([1, 0, 0])), 4)
         0.6667
     """
@@ -44,7 +44,7 @@ def bleu(found: Sequence[str], references: Sequence[Sequence[str]], order: int =
 
     Not comparable with tools that tokenize in another way.
 
-    Example:
+    Examples:
         >>> round(bleu(["the cat sat on the mat"], [["the cat sat on the mat", "a cat"]]), 1)
         100.0
     """

@@ -26,7 +26,7 @@ def next_rates(tried: Sequence[tuple[Rates, float]], start: Rates, tries: int) -
     Returns:
         None if there is nothing left to try.
 
-    Example:
+    Examples:
         >>> next_rates([((1e-3,), 5.0)], (1e-3,), tries=4)
         (0.003,)
         >>> next_rates([((1e-3,), 5.0), ((3e-3,), 6.0)], (1e-3,), tries=4)

@@ -21,7 +21,7 @@ Record = dict[str, Any]
 class Store:
     """A folder with `trials.jsonl`, `claims/` and `checkpoints/`, made when it is not there.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> store = Store(Path(tempfile.mkdtemp()))
         >>> store.add({"key": "a", "score": 1.0})

@@ -37,7 +37,7 @@ class Request(NamedTuple):
 def requests(question: str, choices: list[str]) -> list[Request]:
     """One for each choice.
 
-    Example:
+    Examples:
         >>> requests("Ann met Bo as _ left.", ["Ann", "Bo"])[1]
         Request(context='Ann met Bo as Bo', continuation=' left.', length=1)
         >>> requests("The sky is", ["blue"])[0]

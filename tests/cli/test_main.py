@@ -86,6 +86,12 @@ def test_writers_have_a_dry_run():
         assert make_parser().parse_args([command, *options, "--dry-run"]).dry_run
 
 
+def test_report_draws_a_picture(pruned, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(pruned), "--plot", str(tmp_path / "sparsity.png")]) == 0
+    assert (tmp_path / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["bogus"], ["prune"], ["report"], ["prune", "a", "b", "--num-sequences", "0"]]
 )

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import prune_magnitude
 from peft_sparse.evaluation import plot_schedule, plot_sparsity
-from peft_sparse.evaluation.plots import kept_profile
+from peft_sparse.evaluation.plots import _by_kind, kept_profile
 
 from models import tiny_llama
 
@@ -24,14 +25,60 @@ def test_profiles_are_sorted_shares(rows, columns, seed):
         assert (profile[1:] <= profile[:-1]).all()
 
 
-def test_plot_sparsity_has_a_strip_for_each_layer(tmp_path):
+def clustered_llama(blocks):
+    """A Llama whose rows differ in scale, as trained ones do."""
+    model = LlamaForCausalLM(LlamaConfig(**{**tiny_llama().config.to_dict(), "num_hidden_layers": blocks}))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= torch.linspace(0.5, 1.5, len(parameter))[:, None]
+    return model
+
+
+def test_plot_sparsity_has_a_strip_for_each_layer_kind_by_kind(tmp_path):
     figure = plot_sparsity(prune_magnitude(tiny_llama(), sparsity=0.5))
     rows, columns, bars, _ = figure.axes
     assert rows.images[0].get_array().shape == columns.images[0].get_array().shape == (14, 100)
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.5] * 14, abs=1e-3)
-    assert rows.get_yticklabels()[0].get_text() == "0.self_attn.q_proj"
+    assert [label.get_text() for label in rows.get_yticklabels()[:3]] == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+    ]  # fmt: skip
+    assert rows.get_yticks().tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5]
     figure.savefig(tmp_path / "sparsity.png")
     assert (tmp_path / "sparsity.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.97])
+def test_structure_spans_the_colours_at_any_sparsity(sparsity):
+    figure = plot_sparsity(prune_magnitude(clustered_llama(2), sparsity=sparsity))
+    image = figure.axes[0].images[0]
+    colours = image.norm(image.get_array())
+    assert colours[:, 0].min() > 0.7 and colours[:, -1].max() < 0.3  # the fullest and the emptiest rows of every layer
+    assert image.get_array().mean(1).tolist() == pytest.approx([1] * 14, abs=0.15)  # shares of the layer's mean
+    assert image.norm(1.0) == 0.5
+
+
+def test_equal_rows_are_pale_and_an_empty_layer_has_no_colour():
+    model = prune_magnitude(clustered_llama(2), pattern="2:4")
+    model.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    image = plot_sparsity(model).axes[0].images[0]
+    data = image.get_array()
+    assert data.mask[0].all() and not data.mask[1:].any()
+    assert abs(image.norm(data[1:]) - 0.5).max() < 1e-5 and image.norm.vmax >= 1.1
+
+
+def test_a_deep_model_makes_no_taller_and_no_heavier_a_picture(tmp_path):
+    figure = plot_sparsity(prune_magnitude(clustered_llama(30), sparsity=0.9))
+    assert figure.axes[0].images[0].get_array().shape == (210, 100)
+    assert figure.get_figheight() <= 7 and len(figure.axes[0].get_yticklabels()) == 7
+    figure.savefig(tmp_path / "sparsity.png")
+    assert (tmp_path / "sparsity.png").stat().st_size < 150_000
+
+
+def test_kinds_of_two_stacks_stay_apart():
+    names = ["encoder.layers.0.fc1", "encoder.layers.1.fc1", "decoder.layers.0.fc1", "h.0.experts.3.w1", "head"]
+    assert _by_kind(names[:2]) == {"fc1": names[:2]}
+    assert list(_by_kind(names[:3])) == ["encoder.layers.*.fc1", "decoder.layers.*.fc1"]
+    assert _by_kind(names[3:]) == {"experts.*.w1": [names[3]], "head": [names[4]]}
 
 
 def test_plot_schedule(tmp_path):

@@ -59,7 +59,7 @@ def save_sparse(
         ValueError: if the model has adapters, is quantized or is none of transformers', or if the folder holds dense
             weights, which plain transformers would load in place of these. Nothing is written then.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from peft_sparse.pruning import prune_magnitude

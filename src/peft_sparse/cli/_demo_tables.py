@@ -9,7 +9,7 @@ from typing import Any
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their longest cell; the first is flush left, the others right.
 
-    Example:
+    Examples:
         >>> print(table(["model", "zeros"], [["dense", "0"], ["pruned", "128"]]))
         model   zeros
         ------  -----

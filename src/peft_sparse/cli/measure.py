@@ -1,4 +1,4 @@
-"""`peft-sparse report`, `verify` and `evaluate`: numbers about a model; nothing is written."""
+"""`peft-sparse report`, `verify` and `evaluate`: numbers about a model; nothing is written but a picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from peft_sparse.cli._options import Outcome, add_command, add_data, add_loading
 
 REPORT_EXAMPLES = """\
   peft-sparse report pruned
+  peft-sparse report pruned --plot sparsity.png
   peft-sparse report owner/model --json | python -c "import json, sys; print(json.load(sys.stdin)['total_sparsity'])"
 """
 VERIFY_EXAMPLES = """\
@@ -36,6 +37,7 @@ def add_commands(commands: Any) -> None:
         REPORT_EXAMPLES,
     )
     report.add_argument("model", metavar="MODEL", help="a folder, dense or packed, or a name on the Hub")
+    report.add_argument("--plot", metavar="FILE", help="draw how full rows and columns are: .png, .svg or .pdf")
     verify = add_command(
         commands,
         "verify",
@@ -79,10 +81,12 @@ def add_commands(commands: Any) -> None:
 
 
 def run_report(options: argparse.Namespace) -> Outcome:
-    """Count zeros."""
-    from peft_sparse.evaluation import sparsity_report
+    """Count zeros, and draw them."""
+    from peft_sparse.evaluation import plot_sparsity, sparsity_report
 
     report = sparsity_report(options.model)
+    if options.plot is not None:
+        plot_sparsity(options.model).savefig(options.plot)
     return Outcome(report.to_dict(), str(report))
 
 

@@ -86,7 +86,7 @@ def load_metric(name: str) -> Any:
         ValueError: if `evaluate` cannot load it.
         ImportError: if `evaluate` is not installed.
 
-    Example:
+    Examples:
         >>> load_metric("f1").compute(predictions=[1, 0, 1], references=[1, 1, 1])
         {'f1': 0.8}
     """

@@ -33,7 +33,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
     Raises:
         ValueError: if `input_ids` is not one row of at least 2 tokens of the model's, or `window` is below 2.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

@@ -7,8 +7,9 @@ optional dependency and imported when a picture is made; no global state of it i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from peft_sparse.evaluation.weights import linear_weights
 
 POINTS = 100  # along the sorted rows or columns of a layer
 MAX_LABELS = 42
+MAX_INCHES = 7
+MIN_SPREAD = 0.1  # around the mean, so that rounding does not look like structure
 
 
 def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +34,7 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
     Returns:
         (points,) shares of kept weights of rows, and of columns.
 
-    Example:
+    Examples:
         >>> rows, columns = kept_profile(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]), points=3)
         >>> rows.tolist(), columns.tolist()
         ([0.5, 0.5, 0.0], [0.6666666865348816, 0.0, 0.0])
@@ -45,17 +48,20 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
 
 
 def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = None) -> Any:
-    """A row for each linear: how full its rows and its columns are, and its sparsity.
+    """A strip for each linear: how full its rows and its columns are, and its sparsity.
 
-    Pruning without structure would give every row and column of a layer the same share, a strip of one colour. A strip
-    that goes from full to empty tells that zeros cluster by row or column.
+    Colours are relative to the layer's mean, so that 50% and 95% are read alike: a row of colour 2 keeps twice the
+    share of weights that its layer keeps. Pruning without structure gives a pale strip; one that goes from one colour
+    to the other tells that zeros cluster by row or column. N:M and pruners that compare within rows leave rows pale.
+    The scale leaves out 2% of the data at either end, and a layer that keeps nothing is grey. Strips of a kind of
+    linear lie together, the first block on top.
 
     Args:
         model_or_path: as in [`sparsity_report`]; with unmerged adapters the weights that the forward uses.
         title: of the picture; None: the total sparsity.
 
     Returns:
-        A matplotlib Figure; `figure.savefig("sparsity.png")` writes it.
+        A matplotlib Figure, at most 7 inches high however deep the model; `figure.savefig("sparsity.png")` writes it.
 
     Raises:
         ValueError: as [`sparsity_report`] does.
@@ -63,35 +69,61 @@ def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = Non
     """
     figure_cls = _figure_cls()
     weights = linear_weights(model_or_path)
-    rows, columns, sparsity, zeros, numel = [], [], [], 0, 0
-    for name in weights.names:
+    kinds = _by_kind(weights.names)
+    rows: list[torch.Tensor] = []
+    columns: list[torch.Tensor] = []
+    sparsity, zeros, numel = [], 0, 0
+    for name in chain.from_iterable(kinds.values()):
         weight = weights.read(name).detach()
-        by_row, by_column = kept_profile(weight)
-        rows.append(by_row)
-        columns.append(by_column)
-        sparsity.append(float((weight == 0).double().mean()))
-        zeros, numel = zeros + int((weight == 0).sum()), numel + weight.numel()
-    count = len(rows)
-    figure = figure_cls(figsize=(9, min(max(2.6, 1.4 + 0.2 * count), 14)), dpi=120, layout="constrained")
+        kept = int((weight != 0).sum())
+        for profiles, profile in zip((rows, columns), kept_profile(weight), strict=True):
+            profiles.append(profile * (weight.numel() / kept if kept else float("nan")))
+        sparsity.append(1 - kept / weight.numel())
+        zeros, numel = zeros + weight.numel() - kept, numel + weight.numel()
+    inches = min(1.6 + max(0.2 * len(kinds), 0.1 * len(rows)), MAX_INCHES)
+    figure = figure_cls(figsize=(8, inches), dpi=100, layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 1.2])
+    _draw_strips(figure, axes, torch.stack(rows), torch.stack(columns))
+    axes[2].barh(range(len(sparsity)), sparsity, color="#555555", height=1)
+    axes[2].set(xlim=(0, 1))
+    axes[2].set_title("share of zeros", fontsize=9)
+    _label_kinds(axes, kinds)
+    figure.suptitle(title or f"{zeros / max(numel, 1):.1%} of {numel:,} weights are zero", fontsize=10)
+    return figure
+
+
+def _draw_strips(figure: Any, axes: Any, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    """Two images (layers, POINTS) of the share kept relative to the layer's mean, with one colour scale."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    ratios = torch.cat([rows, columns]).double()
+    ratios = ratios[~ratios.isnan()]
+    low, high = ratios.quantile(torch.tensor([0.02, 0.98]).double()).tolist() if len(ratios) else (1.0, 1.0)
+    norm = TwoSlopeNorm(1, min(low, 1 - MIN_SPREAD), max(high, 1 + MIN_SPREAD))
     image = None
     for axis, profiles, what in ((axes[0], rows, "rows (outputs)"), (axes[1], columns, "columns (inputs)")):
+        axis.set_facecolor("#999999")  # where there is no ratio
         image = axis.imshow(
-            torch.stack(profiles).numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest",
-            extent=(0, 100, count - 0.5, -0.5),
+            profiles.numpy(), aspect="auto", cmap="PuOr_r", norm=norm, interpolation="nearest",
+            extent=(0, 100, len(profiles) - 0.5, -0.5),
         )  # fmt: skip
         axis.set_title(f"{what}, fullest to emptiest", fontsize=9)
         axis.set_xlabel("% of them", fontsize=8)
-    step = -(-count // MAX_LABELS)
-    axes[0].set_yticks(range(0, count, step), [_short(name) for name in weights.names[::step]])
-    axes[2].barh(range(count), sparsity, color="#555555", height=0.7)
-    axes[2].set(xlim=(0, 1))
-    axes[2].set_title("share of zeros", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01, extend="both")
+    bar.set_label("share kept / the layer's mean", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _label_kinds(axes: Any, kinds: Mapping[str, Sequence[str]]) -> None:
+    """The name of a kind at the middle of its strips, and a line between one kind and the next."""
+    ends = list(accumulate(len(names) for names in kinds.values()))
+    step = -(-len(kinds) // MAX_LABELS)
+    middles = [(end - len(names) / 2) - 0.5 for end, names in zip(ends, kinds.values(), strict=True)]
+    axes[0].set_yticks(middles[::step], list(kinds)[::step])
     for axis in axes:
         axis.tick_params(labelsize=7)
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01).set_label("share of weights kept", fontsize=8)
-    figure.suptitle(title or f"{zeros / max(numel, 1):.1%} of {numel:,} weights are zero", fontsize=10)
-    return figure
+        for end in ends[:-1]:
+            axis.axhline(end - 0.5, color="black", linewidth=0.6)
 
 
 def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) -> Any:
@@ -135,11 +167,13 @@ def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) ->
     return figure
 
 
-def _short(name: str) -> str:
-    """The last parts of a name: the number of the block and what follows it."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] :]) if numbers else name
+def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names of linears by what differs in numbers alone, without what all of them start with."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name), []).append(name)
+    tails = [kind.partition("*.")[2] or kind for kind in kinds]
+    return dict(zip(tails, kinds.values(), strict=True)) if len(set(tails)) == len(tails) else kinds
 
 
 def _figure_cls() -> Any:

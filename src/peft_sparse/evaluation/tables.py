@@ -62,7 +62,7 @@ def table(rows: list[tuple[str, ...]], align: str) -> list[str]:
         rows: the first one has the titles. A column that has nothing below its title is left out.
         align: `<` or `>` for each column.
 
-    Example:
+    Examples:
         >>> table([("a", "zeros"), ("bcd", "7")], "<>")
         ['a    zeros', 'bcd      7']
     """

@@ -38,7 +38,7 @@ def verify_sparsity(
     Raises:
         ValueError: if either cannot be read, they have different layers, or one layer different shapes.
 
-    Example:
+    Examples:
         >>> pruned, merged = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 2))
         >>> _ = pruned[0].weight.data.copy_(torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 4.0]]))
         >>> _ = merged[0].weight.data.copy_(torch.tensor([[0.0, 1.0, 0.5, 2.0], [3.0, 0.0, 0.0, 0.0]]))

@@ -90,7 +90,7 @@ def accelerate_sparse(
         ValueError: if there is no such linear, if the model has adapters, or a layer no memory (the meta device). The
             model is as it was then.
 
-    Example:
+    Examples:
         >>> from peft_sparse.pruning import prune_magnitude
         >>> model = nn.Sequential(nn.Linear(64, 32))
         >>> report = accelerate_sparse(prune_magnitude(model, sparsity=0.9, target_modules=["0"]), kernel="csr")

@@ -60,7 +60,7 @@ def linears_inside(module: nn.Module) -> dict[str, nn.Module]:
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear inside the model's repeated blocks, by full name; empty if the model has no such blocks.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -142,7 +142,7 @@ def matches(names: Names, name: str) -> bool:
     Raises:
         ValueError: for a string that is no regex.
 
-    Example:
+    Examples:
         >>> matches(["q_proj"], "layers.0.q_proj"), matches("q_proj", "layers.0.q_proj")
         (True, False)
     """

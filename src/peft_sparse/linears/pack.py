@@ -44,7 +44,7 @@ def pack_model(
         ValueError: if there is no such linear, if one carries an adapter, or has no memory (the meta device). Nothing
             is changed then.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from peft_sparse.linears import block_linears
         >>> config = LlamaConfig(

@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
     Raises:
         ValueError: if they do not describe a weight.
 
-    Example:
+    Examples:
         >>> linear = nn.Linear(3, 2, bias=False)
         >>> _ = linear.weight.data.copy_(torch.tensor([[0.0, 1.5, 0.0], [2.0, 0.0, 3.0]]))
         >>> packed = PackedLinear.from_linear(linear)

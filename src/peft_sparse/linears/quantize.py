@@ -53,7 +53,7 @@ def quantize_model(
         ValueError: for an unknown kind, if there is nothing to quantise, or if a target is no nn.Linear with finite
             weights in memory. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> # prune_wanda(model, batches, pattern="2:4")
         >>> # quantize_model(model, "nf4", compute_dtype=torch.bfloat16)
         >>> # model = get_peft_model(model, SppConfig())

@@ -63,7 +63,7 @@ def gathered(*modules: nn.Module, write: Iterable[nn.Module] = (), recurse: bool
     Yields:
         Whether there was something to gather. Then a parameter is gone after the block, unless it was copied.
 
-    Example:
+    Examples:
         >>> linear = nn.Linear(4, 2)
         >>> with gathered(linear, write=[linear]):
         ...     _ = linear.weight.data.fill_(1)

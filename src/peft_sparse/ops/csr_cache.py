@@ -44,7 +44,7 @@ class use_csr:
         enabled: True: wherever it can be done; False: nowhere; None, as it is at the start: where it was measured to
             be faster.
 
-    Example:
+    Examples:
         >>> _ = use_csr(False)  # from now on, or for some lines only:
         >>> with use_csr(True):
         ...     csr_wanted()

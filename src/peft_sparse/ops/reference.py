@@ -33,7 +33,7 @@ class use_reference:
     Args:
         enabled: False goes back to the fused ones.
 
-    Example:
+    Examples:
         >>> _ = use_reference()  # from now on, or for some lines only:
         >>> with use_reference(enabled=False):
         ...     reference_in_use()
@@ -63,7 +63,7 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
     """g(i): the group of each row, int64 (out,). Groups are contiguous and as equal as possible; the first ones are
     one row longer when out_features is not divisible by `num_groups`.
 
-    Example:
+    Examples:
         >>> row_groups(5, 2)
         tensor([0, 0, 0, 1, 1])
     """

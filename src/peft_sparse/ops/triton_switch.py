@@ -43,7 +43,7 @@ class use_triton:
     Raises:
         ImportError: if triton is not installed.
 
-    Example:
+    Examples:
         >>> with use_triton(enabled=False):
         ...     triton_in_use()
         False

@@ -136,7 +136,7 @@ def owl_sparsity(
         ValueError: if the budget needs a sparsity outside [0, 1) somewhere; for batches or targets as in
             [`prune_wanda`].
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2

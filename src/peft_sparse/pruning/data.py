@@ -54,7 +54,7 @@ def calibration_batches(
     Raises:
         ValueError: if the source is none of these, has nothing in it, or needs what was not given.
 
-    Example:
+    Examples:
         >>> rows = [{"input_ids": [1, 2, 3], "text": "a b c"}, {"input_ids": [4, 5], "text": "d e"}]
         >>> batch = calibration_batches(iter(rows), batch_size=2)[0]
         >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()

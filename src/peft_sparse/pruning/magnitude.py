@@ -53,7 +53,7 @@ def prune_magnitude(
         ValueError: for a malformed pattern, sparsity or group; if in_features of a target is not divisible by M, or
             its weight holds NaN; if there is nothing to prune. The model is untouched then.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

@@ -18,7 +18,7 @@ from peft_sparse.sparsity.statistics import Hessian, check_finite, counted_token
 class SharedHessians:
     """Makes the statistics of the linears of a block; see the top of this file.
 
-    Example:
+    Examples:
         >>> shared, linears = SharedHessians(), [nn.Linear(4, 2), nn.Linear(4, 8)]
         >>> first, second = map(shared.new_statistics, linears)
         >>> x = torch.ones(1, 3, 4)

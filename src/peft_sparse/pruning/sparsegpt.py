@@ -104,7 +104,7 @@ def prune_sparsegpt(
         input of its linears (q, k and v of a Llama share one, gate and up another), factorised in place; the inputs of
         one batch, once more where a Hessian is shared; and three float32 copies of the weight that is being pruned.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

@@ -84,7 +84,7 @@ def prune_wanda(
         sequences * tokens * hidden_size numbers; at the start, what every block returns for the first batch. With
         `device`, or with offloaded weights, an accelerator holds at its peak one block and one batch's activations.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

@@ -45,7 +45,7 @@ def matching_key(keys: Iterable[str], name: str) -> str | None:
     """The key that a module's full name is meant by: the name itself if it is a key, else the first key that is a
     regex for the name or for its end after a dot, as in PEFT's `rank_pattern`; None if there is none.
 
-    Example:
+    Examples:
         >>> matching_key(["q_proj", "layers.1.*"], "layers.1.q_proj"), matching_key(["proj"], "layers.1.q_proj")
         ('q_proj', None)
     """
@@ -119,7 +119,7 @@ def exact_budget(wanted: Mapping[str, float], sizes: Mapping[str, LayerSize], sp
         ValueError: if the budget cannot be met: a wanted sparsity is outside [0, 1), or layers are so small that
             leaving one weight of each is too much.
 
-    Example:
+    Examples:
         >>> sizes = {"a": LayerSize(10), "b": LayerSize(25)}
         >>> exact_budget({"a": 0.35, "b": 0.36}, sizes, 12.5 / 35)  # 12 of 35: 3.5 and 9.0, of which 3 and 9
         {'a': 0.3, 'b': 0.36}
@@ -167,7 +167,7 @@ def share_of_count(count: int, size: LayerSize) -> float:
     """The share from which `int(share * size)` gives `count` for one of the layer's groups, and `count * unit` for the
     layer as a whole, so that it means the same to a pruner of either group.
 
-    Example:
+    Examples:
         >>> 29 / 100, int(29 / 100 * 100), int(share_of_count(29, LayerSize(100)) * 100)
         (0.29, 28, 29)
     """

@@ -54,7 +54,7 @@ def to_csr(weight: torch.Tensor) -> CsrMatrix:
     Args:
         weight: W, (out, in), with fewer than 2^31 of them.
 
-    Example:
+    Examples:
         >>> to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]])).columns
         tensor([1, 0, 1], dtype=torch.int32)
     """
@@ -79,7 +79,7 @@ def csr_tensor(weight: Weight) -> torch.Tensor:
         weight: W, (out, in), with fewer than 2^31 of them. A packed one shares its values with the result, which then
             has the 4 bytes of a column for each.
 
-    Example:
+    Examples:
         >>> csr_tensor(torch.tensor([[0.0, 2.0], [3.0, 4.0]])).col_indices()
         tensor([1, 0, 1], dtype=torch.int32)
     """

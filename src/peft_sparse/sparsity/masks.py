@@ -39,7 +39,7 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     Raises:
         ValueError: if `num_pruned` is out of range.
 
-    Example:
+    Examples:
         >>> select_mask(torch.tensor([[3.0, 1.0, 1.0, 1.0]]), num_pruned=2, group_size=4)
         tensor([[ True, False, False,  True]])
     """

@@ -38,7 +38,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     Returns:
         uint8 (out, ceil(in / 8)).
 
-    Example:
+    Examples:
         >>> pack_mask(torch.tensor([[True, False, False, True, False, False, False, False, True]]))
         tensor([[9, 1]], dtype=torch.uint8)
     """
@@ -85,7 +85,7 @@ def pack_values(weight: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
     Returns:
         (nnz,), in row-major order.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.0, 1.5, 0.0], [2.0, 0.0, 3.0]])
         >>> pack_values(weight, pack_mask(weight != 0))
         tensor([1.5000, 2.0000, 3.0000])
@@ -110,7 +110,7 @@ def unpack_values(
     Returns:
         (out, in).
 
-    Example:
+    Examples:
         >>> unpack_values(torch.tensor([1.5, 2.0, 3.0]), torch.tensor([[2], [5]], dtype=torch.uint8), in_features=3)
         tensor([[0.0000, 1.5000, 0.0000],
                 [2.0000, 0.0000, 3.0000]])
@@ -176,7 +176,7 @@ def _byte_ranks(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
     """Where each row begins among the values, and where the last one ends: integer (out + 1,), on the CPU.
 
-    Example:
+    Examples:
         >>> row_starts(torch.tensor([[2], [5]], dtype=torch.uint8))
         tensor([0, 1, 3], dtype=torch.int32)
     """
@@ -188,7 +188,7 @@ def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
 def packed_fault(values: torch.Tensor, bitmask: torch.Tensor, rows: int, columns: int) -> str | None:
     """What keeps two tensors from being the values and the bitmask of a weight (rows, columns); None: nothing.
 
-    Example:
+    Examples:
         >>> packed_fault(torch.ones(2), torch.tensor([[2], [5]], dtype=torch.uint8), rows=2, columns=3)
         'each bit of its bitmask that is set has a value, got 3 bits and 2 values'
     """
@@ -217,7 +217,7 @@ class PackedWeight(NamedTuple):
         in_features: columns of the weight.
         starts: see [`row_starts`].
 
-    Example:
+    Examples:
         >>> packed = PackedWeight.of(torch.tensor([[0.0, 1.5, 0.0], [2.0, 0.0, 3.0]]))
         >>> packed.values
         tensor([1.5000, 2.0000, 3.0000])

@@ -130,7 +130,7 @@ def parse_pattern(pattern: str | Pattern, group: str = "layer") -> Pattern:
     Raises:
         ValueError: for anything else, such as `"4:2"`, `"a:b"` or `"0:4"`.
 
-    Example:
+    Examples:
         >>> parse_pattern("2:4")
         NM(n=2, m=4)
         >>> parse_pattern("unstructured", group="row")
@@ -160,7 +160,7 @@ def pattern_with_group(pattern: str | Pattern, group: str | None, default: str) 
         ValueError: for a group that is none, or that contradicts the pattern: in an N:M pattern each M weights
             compete, whatever the method.
 
-    Example:
+    Examples:
         >>> pattern_with_group("unstructured", None, default="row")
         Unstructured(group='row')
     """
@@ -198,7 +198,7 @@ def find_pattern(weight: torch.Tensor) -> str:
         `"dense"` when less than 1% of it is zero, `"N:M"` for the tightest known N:M that holds in every group,
         `"unstructured"` otherwise.
 
-    Example:
+    Examples:
         >>> find_pattern(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
         '2:4'
     """

@@ -151,7 +151,7 @@ def quantize_like(like: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeigh
     Raises:
         ValueError: if zeros would move all the same: entries whose scale underflows to zero.
 
-    Example:
+    Examples:
         >>> like = EightBitWeight(torch.zeros(1, 4, dtype=torch.int8), torch.ones(1))
         >>> quantize_like(like, torch.tensor([[0.0, 1.27, -0.001, 0.5]])).codes
         tensor([[  0, 127,  -1,  50]], dtype=torch.int8)

@@ -128,7 +128,7 @@ def prune_and_reconstruct(
     Returns:
         (out, in), float32, or float64 for such a weight; what is pruned is 0.
 
-    Example:
+    Examples:
         >>> weight, hessian = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]])
         >>> factor = factorize_(hessian, hessian.diagonal().clone(), damping=0.0)
         >>> prune_and_reconstruct(weight, factor, Unstructured(), 0.5)

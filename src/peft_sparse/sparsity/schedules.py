@@ -34,7 +34,7 @@ def sparsity_at(
         initial_sparsity, final_sparsity: s_i and s_f.
         initial_warmup, final_warmup: i and f, fractions of T that sum to at most 1.
 
-    Example:
+    Examples:
         >>> [round(sparsity_at("cubic", t, 100, 0.0, 0.9), 4) for t in (0, 10, 11, 40, 70, 100)]
         [0.0, 0.0, 0.0443, 0.7875, 0.9, 0.9]
     """

@@ -40,7 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
 def crc32(data: bytes | memoryview | torch.Tensor) -> str:
     """CRC-32 (zlib's) of bytes, or of a tensor's in row-major order, as 8 hexadecimal digits.
 
-    Example:
+    Examples:
         >>> crc32(b"123456789"), crc32(torch.tensor([1.0, 2.0]))
         ('cbf43926', '2e3fa576')
     """

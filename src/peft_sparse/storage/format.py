@@ -61,7 +61,7 @@ class Packed(NamedTuple):
 def pack_weight(weight: torch.Tensor) -> Packed | None:
     """Pack a tensor; None if that is not smaller than the tensor itself.
 
-    Example:
+    Examples:
         >>> weight = torch.zeros(64, 64)
         >>> weight[3, 8] = -0.0
         >>> values, bitmask, _ = pack_weight(weight)

@@ -29,7 +29,7 @@ def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tup
         model: may be on the meta device.
         keys: names in the file.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> with torch.device("meta"):
         ...     model = GPT2LMHeadModel(GPT2Config(n_layer=1))

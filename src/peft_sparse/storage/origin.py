@@ -41,7 +41,7 @@ def record_facts(model: nn.Module, **facts: Any) -> None:
 def hub_name(name: str | None) -> str | None:
     """`name` if it can be a model on the Hub and is no folder here.
 
-    Example:
+    Examples:
         >>> hub_name("owner/name"), hub_name("name"), hub_name("./some/folder"), hub_name(None)
         ('owner/name', None, None, None)
     """

@@ -35,7 +35,7 @@ class SparsityCallback(TrainerCallback):
     Raises:
         ValueError: when training starts, if the model has no PST or SPP layer.
 
-    Example:
+    Examples:
         >>> callback = SparsityCallback()  # Trainer(model, args, train_dataset=..., callbacks=[callback])
     """
 
@@ -82,7 +82,7 @@ def log_before_reporters(trainer: Trainer, *callbacks: TrainerCallback) -> None:
     """Put callbacks first in a Trainer, so that what they add to a log reaches every reporter (TensorBoard, Weights &
     Biases, ...); ones that it has already move there.
 
-    Example:
+    Examples:
         >>> # trainer = Trainer(..., callbacks=[callback := SparsityCallback()])
         >>> # log_before_reporters(trainer, callback)
     """

@@ -35,7 +35,7 @@ class CheckpointCallback(TrainerCallback):
         OSError: when training starts, if nothing can be written to `output_dir`; before a save, if the disk has not
             enough space for it. Older checkpoints stay as they are.
 
-    Example:
+    Examples:
         >>> callback = CheckpointCallback()  # trainer = Trainer(model, args, callbacks=[callback], ...)
         >>> # trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     """

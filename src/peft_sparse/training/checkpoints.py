@@ -41,7 +41,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         Its path; None if there is none, with which `train` starts from the beginning.
 
-    Example:
+    Examples:
         >>> last_complete_checkpoint("a folder that is not there") is None
         True
     """

@@ -32,7 +32,7 @@ def pst_param_groups(model: nn.Module, lr: float, score_lr: float, weight_decay:
     Raises:
         ValueError: if the model has no trainable PST parameter.
 
-    Example:
+    Examples:
         >>> # optimizer = torch.optim.AdamW(pst_param_groups(model, lr=3e-5, score_lr=1e-2))
         >>> # trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[SparsityCallback()], ...)
     """

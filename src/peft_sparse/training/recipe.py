@@ -85,7 +85,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """[`load_recipe`] for values that are no file.
 
-    Example:
+    Examples:
         >>> recipe = make_recipe({
         ...     "model": {"path": "org/llama"}, "adapter": {"method": "spp", "r": 16},
         ...     "data": {"path": "org/text", "text": "text"}, "training": {"output_dir": "out", "max_steps": 10},

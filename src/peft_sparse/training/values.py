@@ -48,7 +48,7 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         ValueError: if it is no YAML, or a key is there twice.
 
-    Example:
+    Examples:
         >>> parse_yaml("{learning_rate: 4e-3, steps: 10}", "a test")
         {'learning_rate': 0.004, 'steps': 10}
     """
@@ -87,7 +87,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     Raises:
         ValueError: if one has another form, or goes through a value that is no mapping.
 
-    Example:
+    Examples:
         >>> with_overrides({"data": {"text": "line"}}, ["data.max_length=64", "prune=null"])
         {'data': {'text': 'line', 'max_length': 64}, 'prune': None}
     """
@@ -126,7 +126,7 @@ def with_environment(value: Any, where: str = "") -> Any:
         ValueError: for a variable that is not set or a package that is not installed, and no default; `where` is the
             key's path so far.
 
-    Example:
+    Examples:
         >>> with_environment({"path": "${NOT_SET_ANYWHERE:-models}/llama"})
         {'path': 'models/llama'}
     """
@@ -165,7 +165,7 @@ def check_keys(where: str, keys: Iterable[Any], known: Iterable[str]) -> None:
     """Raises:
     ValueError: for a key that is not known, with the nearest one that is.
 
-    Example:
+    Examples:
         >>> check_keys("training", ["learning_rat"], ["learning_rate", "max_steps"])
         Traceback (most recent call last):
         ValueError: `training` has no key 'learning_rat'; did you mean 'learning_rate'?
@@ -186,7 +186,7 @@ def check_type(where: str, value: Any, hint: Any) -> None:
     """Raises:
     ValueError: for a value of another type; integers count as floats, booleans as neither.
 
-    Example:
+    Examples:
         >>> check_type("data.max_length", "long", int | None)
         Traceback (most recent call last):
         ValueError: `data.max_length` is int or None, got 'long'.

@@ -66,7 +66,7 @@ class PstConfig(SparseConfig):
     Raises:
         ValueError: for a field outside its range, or fields that contradict each other.
 
-    Example:
+    Examples:
         >>> PstConfig(pattern="2:4").sparsity
         0.5
     """

@@ -34,7 +34,7 @@ class SppConfig(SparseConfig):
     Raises:
         ValueError: for a field outside its range.
 
-    Example:
+    Examples:
         >>> SppConfig(target_modules=["q_proj", "v_proj"]).r
         16
     """
