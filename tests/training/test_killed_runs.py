@@ -55,7 +55,7 @@ def start(environment: dict[str, str], run: dict) -> list:
     return processes
 
 
-def wait(processes: list, seconds: float = 120) -> list[int]:
+def wait(processes: list, seconds: float = 300) -> list[int]:
     """Until all are done; when one dies the others are killed, as `accelerate launch` does.
 
     Returns:

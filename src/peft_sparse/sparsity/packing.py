@@ -140,8 +140,8 @@ def unpack_after_zero(
 
 class _Places:
     """Called with block after block of a bitmask's rows, uint8 (rows, bytes), tells for each place, (rows, 8 bytes),
-    which value it gets, counted from 1; 0 where the mask is 0. One block's memory is the next one's, since memory that
-    is fresh from the system costs more than what is written to it.
+    which value it gets, counted from 1; 0 where the mask is 0. One block's memory is the next one's, so that
+    the system is not asked for more.
 
     Args:
         values: how many there are; int32 counts up to 2^31 of them, int64 more.
