@@ -23,7 +23,6 @@ from torch import nn
 
 from peft_sparse import PstConfig, SppConfig, prune_magnitude
 from peft_sparse.linears import block_linears, get_weight, unwrap
-from peft_sparse.tuners.adapter_files import SEAL
 from peft_sparse.tuners.pst import PstLinear
 
 from models import tiny_llama
@@ -220,14 +219,13 @@ def any_entry(saved: Path, data: st.DataObject) -> None:
 def assert_has_the_tensors_of(folder: Path, model: PeftModel) -> None:
     """What was read is what is used: no tensor was left at its start, none was dropped."""
     tensors = load_file(folder / WEIGHTS)
-    tensors.pop(SEAL, None)
     found = {key.replace(".default", ""): tensor for key, tensor in model.state_dict().items() if ".default" in key}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
 
 def any_bytes_on_resume(saved: Path, data: st.DataObject) -> None:
-    """Into an adapter that is there, where PEFT reads no config: an error, or what was saved."""
+    """Into an adapter that is there, where PEFT reads no config, hence no checksum: an error, or what the file has."""
     folder = copy_of(saved)
     content = (saved / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(damage(data, content, 8 + int.from_bytes(content[:8], "little")))
@@ -238,7 +236,7 @@ def any_bytes_on_resume(saved: Path, data: st.DataObject) -> None:
     except Exception:
         assert_unchanged(model, before)
         return
-    assert_has_the_tensors_of(saved, model)
+    assert_has_the_tensors_of(folder, model)
 
 
 def make(law: Callable, examples: int) -> Callable:
@@ -276,23 +274,6 @@ def test_every_byte_of_a_number_counts(saved):
         (folder / WEIGHTS).write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             type(CONFIGS[saved.name]()).from_pretrained(folder)
-
-
-def test_every_number_counts_where_no_config_is_read(saved):
-    """The checksums in the file tell, when an adapter is loaded into one that is there, as when Trainer resumes."""
-    folder, content = copy_of(saved), (saved / WEIGHTS).read_bytes()
-    model = get_peft_model(prune_magnitude(tiny_llama()), CONFIGS[saved.name]())
-    before = state_of(model)
-    numbers = 8 + int.from_bytes(content[:8], "little")
-    for place in range(numbers, len(content), (len(content) - numbers) // 20):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        (folder / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            model.load_adapter(folder, "default")
-    assert_unchanged(model, before)
-    model.load_adapter(saved, "default")
-    assert_has_the_tensors_of(saved, model)
 
 
 def test_saving_over_an_adapter(saved):

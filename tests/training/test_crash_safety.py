@@ -218,20 +218,6 @@ def test_a_changed_byte_is_seen(finished, tmp_path):
     assert "CRC-32" in checkpoint_fault(file.parent)
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_changed_byte_is_seen_by_trainer_alone(finished, tmp_path, resume):
-    """Without a callback that looks: when it resumes, and when it takes the best checkpoint at the end."""
-    shutil.copytree(finished, tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    file.write_bytes(raw)
-    trainer = train_script.make_trainer(train_script.DEFAULTS | settings(tmp_path / "run", "pst"))
-    trainer.state.best_model_checkpoint = str(file.parent)
-    with pytest.raises(ValueError, match="others than the checksums"):
-        trainer.train(resume_from_checkpoint=str(file.parent)) if resume else trainer._load_best_model()
-
-
 def test_a_folder_that_another_run_began_to_overwrite(finished, tmp_path):
     """The old state file is still there, and whole."""
     shutil.copytree(finished, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""One safetensors file, read tensor by tensor or made longer by one, and CRC-32 checksums.
+"""One safetensors file, read tensor by tensor, and CRC-32 checksums.
 
 Tensors are read into memory of their own and not mapped: whoever looks at a mapped file that something else cuts short
 is killed by the system, with no error to catch.
@@ -7,8 +7,6 @@ is killed by the system, with no error to catch.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -140,30 +138,3 @@ class SafetensorsFile:
                     raise ValueError(f"{str(self.path)!r} ends in the middle of `{key}`; save or download it again.")
                 left = left[done:]
         return raw.view(self.dtype(key)).view(self.shape(key))
-
-
-def insert_tensor(file: SafetensorsFile, key: str, tensor: torch.Tensor) -> None:
-    """Put one more tensor in front of those of a file, which are copied as they are, chunk by chunk.
-
-    The new file takes the place of the old one when it is complete.
-
-    Args:
-        tensor: int64, so that what follows it stays aligned.
-    """
-    assert tensor.dtype == torch.int64 and key not in file.header
-    data = tensor.contiguous().numpy().tobytes()
-    entries = {key: {"dtype": "I64", "shape": list(tensor.shape), "data_offsets": [0, len(data)]}}
-    for name, entry in file.header.items():
-        entries[name] = entry | {"data_offsets": [offset + len(data) for offset in entry["data_offsets"]]}
-    text = json.dumps({"__metadata__": file.metadata} | entries).encode()
-    text += b" " * (-len(text) % 8)
-    new = file.path.with_name(f"{file.path.name}.new")
-    try:
-        with file.path.open("rb") as old, new.open("wb") as target:
-            old.seek(file._data_start)
-            target.write(len(text).to_bytes(8, "little") + text + data)
-            shutil.copyfileobj(old, target, 1 << 24)
-        os.replace(new, file.path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise

@@ -7,7 +7,6 @@ is an error and not another model: PEFT and safetensors have none.
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from peft_sparse.linears import PackedLinear, unwrap
 from peft_sparse.storage.files import crc32
-from peft_sparse.tuners.adapter_files import check_folder, seal, weights_crc32
+from peft_sparse.tuners.adapter_files import check_folder, weights_crc32
 from peft_sparse.tuners.field_checks import check_bool, check_indices, check_names
 
 # What may be edited in a file without changing what the adapter computes.
@@ -98,13 +97,7 @@ class SparseConfig(PeftConfig):
         It writes the weights first (and says how a model is found, by which it is known here). Models of transformers
         write the config first, beside weights that may be those of an earlier save.
         """
-        weights = None
-        if "auto_mapping_dict" in kwargs:
-            try:
-                seal(save_directory)
-            except OSError as error:  # the weights are there, and whole: they get their config
-                warnings.warn(f"The adapter's file has no checksums of its tensors: {error}.", stacklevel=2)
-            weights = weights_crc32(save_directory)
+        weights = weights_crc32(save_directory) if "auto_mapping_dict" in kwargs else None
         self.checksums = {"config": self._crc32(), "weights": weights} if weights else None
         try:
             super().save_pretrained(save_directory, **kwargs)

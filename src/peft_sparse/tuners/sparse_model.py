@@ -27,7 +27,6 @@ from peft_sparse.linears import (
     reshard,
 )
 from peft_sparse.storage import record_facts
-from peft_sparse.tuners.adapter_files import check_seal, take_seal
 from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state, check_modules_to_save
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
@@ -52,7 +51,6 @@ class SparseTuner(BaseTuner):
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-            self.register_load_state_dict_pre_hook(take_seal)
         not_called = linears_not_called(model)
         if peft_config.target_modules is None:
             names = block_linear_names(model)
@@ -245,10 +243,9 @@ class SparseTuner(BaseTuner):
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's remapping, with all tensors checked before the first one is loaded."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         current = model.state_dict()
         try:
-            tensors = check_seal(state_dict)
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
             check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
