@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
 
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.training import evaluate_recipe, finetune, make_recipe, plan_finetune
 from peft_sparse.training.build import load_tokenizer
 from peft_sparse.training.data import make_examples
+from peft_sparse.training.engines import check_merge_in_one_process
 from peft_sparse.training.parts import DataPart, ModelPart
 
 from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
@@ -261,3 +262,11 @@ def test_only_the_completion_is_learned(tmp_path, sentences):
         row = make_examples(data, model, tokenizer, seed=0).train[0]
         assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
         assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_merging_is_refused_where_no_process_has_whole_weights(tmp_path, monkeypatch):
+    arguments = TrainingArguments(str(tmp_path), report_to="none")
+    assert check_merge_in_one_process(arguments) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"got `output\.merge` with FSDP; leave it out"):
+        check_merge_in_one_process(arguments)
