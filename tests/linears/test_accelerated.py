@@ -29,6 +29,7 @@ from peft_sparse.linears import (
 )
 from peft_sparse.linears.accelerated import KEPT, SAMPLED, _sample
 from peft_sparse.linears.operands import CsrOperand, is_two_of_four
+from peft_sparse.native import use_native
 from peft_sparse.sparsity import PackedWeight
 
 KINDS = {
@@ -303,7 +304,9 @@ def test_what_operands_refuse():
     linear = pruned(nn.Linear(8, 4))
     assert csr(linear) is None and csr(linear.double()) is None
     assert "not in bfloat16" in csr(linear.bfloat16()) and "not on meta" in csr(nn.Linear(2, 2, device="meta"))
-    assert "NVIDIA GPU, not on cpu" in semi(linear) and "use_triton" in bitmask(linear)
+    assert "NVIDIA GPU, not on cpu" in semi(linear) and "not for float64" in bitmask(linear.double())
+    with use_native(enabled=False):
+        assert "bitmask needs native kernels, which are switched off" in bitmask(linear.float())
 
 
 def test_bytes_of_csr():

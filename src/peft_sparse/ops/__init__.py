@@ -3,6 +3,7 @@
 `use_triton` turns on the kernels of the `triton_*` modules."""
 
 from peft_sparse.ops import reference
+from peft_sparse.ops.bitmask_linear import BitmaskLinear
 from peft_sparse.ops.csr_cache import CsrCache, use_csr
 from peft_sparse.ops.csr_linear import csr_linear
 from peft_sparse.ops.packed_linear import packed_linear
@@ -16,6 +17,7 @@ from peft_sparse.ops.triton_switch import triton_in_use, use_triton
 from peft_sparse.sparsity import CsrMatrix
 
 __all__ = [
+    "BitmaskLinear",
     "CsrCache",
     "CsrMatrix",
     "MaskCache",
