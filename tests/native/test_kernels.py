@@ -7,6 +7,7 @@ import ctypes
 import math
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse import native
-from peft_sparse.native import build, kernels
-from peft_sparse.ops import BitmaskLinear, reference, use_reference
+from peft_sparse.native import NativeCsr, build, kernels
+from peft_sparse.ops import BitmaskLinear, CsrLinear, reference, use_reference
 from peft_sparse.sparsity import PackedWeight, row_starts, unpack_values
 
 needs_kernels = pytest.mark.skipif(native.unavailable() is not None, reason=f"native kernels {native.unavailable()}")
@@ -61,26 +62,27 @@ def test_values_may_be_anything():
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", native.PRODUCTS, ids=str)
+@pytest.mark.parametrize("kind", [BitmaskLinear, CsrLinear])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @given(
     shape=st.tuples(st.integers(1, 20), COLUMNS),
-    batch=st.sampled_from([(), (1,), (1, 1), (2,), (3,), (4,), (7,), (2, 4), (9,), (2, 8), (33,)]),
+    batch=st.sampled_from([(), (1, 1), (2,), (3,), (4,), (7,), (2, 4), (9,), (2, 8), (33,), (3, 43)]),
     zeros=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     seed=st.integers(0, 10_000),
 )
-def test_products_equal_reference(dtype, bias, shape, batch, zeros, seed):
+def test_products_equal_reference(dtype, kind, bias, shape, batch, zeros, seed):
     weight = sparse(*shape, zeros, seed, dtype)
-    linear = BitmaskLinear(PackedWeight.of(weight))
+    linear = kind(PackedWeight.of(weight))
     x = sparse(math.prod(batch), shape[1], 0.1, seed + 1, dtype).view(*batch, shape[1])
     b = sparse(1, shape[0], 0, seed + 2, dtype)[0] if bias else None
-    assert linear.takes(x, b)
+    assert linear.takes(x, b) if kind is BitmaskLinear else linear.takes(x)
     y = linear(x, b)
     exact = reference.packed_linear(x.double(), PackedWeight.of(weight.double()), None if b is None else b.double())
     assert y.shape == exact.shape and y.dtype == dtype
     scale = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
     assert bool(((y.double() - exact).abs() <= TOLERANCE[dtype] * scale + 1e-30).all())
     with use_reference():
-        assert torch.equal(linear(x, b), reference.packed_linear(x, linear.weight, b))
+        assert torch.equal(linear(x, b), reference.packed_linear(x, PackedWeight.of(weight), b))
 
 
 @needs_kernels
@@ -92,21 +94,45 @@ def test_what_is_not_finite_is_multiplied_with_zero_as_in_a_dense_product():
 
 
 @needs_kernels
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_lists_leave_out_what_is_multiplied_with_zero(tokens):
+    """Where a group of values is not full, what comes after them has no part in it either."""
+    weight = torch.tensor([[0.0, 2.0] * 20, [0.0] * 40, [1.0] * 2 + [0.0] * 38])
+    x = torch.tensor([float("inf"), 1.0, float("nan"), 1.0] * 10)
+    found = CsrLinear(weight)(x.expand(tokens, 40), None)
+    assert torch.equal(found, torch.tensor([40.0, 0.0, float("inf")]).expand(tokens, 3))
+
+
+@needs_kernels
+def test_columns_up_to_the_last_that_fits_into_16_bits():
+    weight = torch.zeros(2, NativeCsr.MAX_COLUMNS)
+    weight[0, -1], weight[1, [0, 2**15]] = 2.0, 3.0
+    for tokens in (1, 9):
+        x = torch.ones(tokens, NativeCsr.MAX_COLUMNS)
+        assert torch.equal(CsrLinear(weight)(x, None), torch.tensor([2.0, 6.0]).expand(tokens, 2))
+    assert torch.equal(CsrLinear(weight)._native.csr_tensor().to_dense(), weight)
+    wider = torch.zeros(1, NativeCsr.MAX_COLUMNS + 8)
+    wider[0, -1] = 2.0
+    assert CsrLinear(wider)(torch.ones(1, wider.shape[1]), None).item() == 2.0  # by MKL
+    assert "without native kernels" in CsrLinear.refusal(torch.bfloat16, wider.shape[1])
+
+
+@needs_kernels
 @pytest.mark.parametrize("rows", [1, 2, 5, 700])
 def test_any_number_of_threads_gives_the_same(rows, monkeypatch):
     monkeypatch.setattr(kernels, "SHARED_FROM", 1)
     weight = sparse(rows, 130, 0.6)
-    packed, x = PackedWeight.of(weight), torch.randn(3, 130)
-    linear, before = BitmaskLinear(packed), torch.get_num_threads()
+    packed, x = PackedWeight.of(weight), torch.randn(9, 130)
+    linears, before = (BitmaskLinear(packed), CsrLinear(packed)), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             assert torch.equal(native.native_unpack(packed.values, packed.bitmask, 130), weight)
-            found.append(linear(x, None))
+            found.append([linear(x[:tokens], None) for linear in linears for tokens in (1, 9)])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(y, found[0]) for y in found)
+    assert all(torch.equal(y, first) for ys in found for y, first in zip(ys, found[0], strict=True))
 
 
 @needs_kernels
@@ -119,9 +145,11 @@ def test_nothing_is_read_beyond_the_last_value(dtype):
         values, bitmask = before_a_fence(packed.values), before_a_fence(packed.bitmask)
         assert torch.equal(native.native_unpack(values, bitmask, columns), weight)
         if dtype in native.PRODUCTS:
-            x = before_a_fence(torch.ones(5, columns))
-            product = native.NativeProduct(values, bitmask, packed.starts.long(), columns)
-            torch.testing.assert_close(product(x), x @ weight.float().T)
+            for kind in (native.NativeBitmask, native.NativeCsr):
+                product = kind(values, bitmask, packed.starts.long(), columns)
+                for tokens in (1, 5):
+                    x = before_a_fence(torch.ones(tokens, columns))
+                    torch.testing.assert_close(product(x), x @ weight.float().T)
 
 
 def before_a_fence(tensor):
@@ -159,9 +187,11 @@ def test_what_the_kernels_leave_to_pytorch():
     assert not torch.compile(lambda v: native.native_takes(bitmask, v), backend="eager")(values)
     with native.use_native(enabled=False):
         assert not native.native_takes(bitmask, values) and not native.native_in_use()
-    linear = BitmaskLinear(packed)
-    assert not linear.takes(torch.ones(20).double(), None) and not linear.takes(torch.ones(0, 20), None)
-    assert not linear.takes(torch.ones(19), None)
+    linear, lists = BitmaskLinear(packed), CsrLinear(packed)
+    for x in (torch.ones(20).double(), torch.ones(0, 20), torch.ones(19), torch.ones(20, device="meta")):
+        assert not linear.takes(x, None) and not lists.takes(x)
+    with native.use_native(enabled=False):
+        assert not linear.takes(torch.ones(20), None) and not lists.takes(torch.ones(20))
 
 
 # Where there are none
@@ -223,11 +253,11 @@ def test_a_compiler_that_fails_is_told_of(fresh, monkeypatch, compiler, message)
 
 @needs_kernels
 def test_kernels_that_compute_wrong_results_are_not_used(fresh, monkeypatch):
-    source = Path(build.__file__).with_name(build.SOURCE).read_text()
-    wrong = source.replace("total += __builtin_popcountll(word)", "total += 1")
-    compiled = build._compile
-    monkeypatch.setattr(build, "_compile", lambda command, _, path: compiled(command, wrong.encode(), path))
-    wrong = source.replace("? *values++ : 0", "? *values : 0")
+    wrong = fresh.parent / "wrong"
+    shutil.copytree(Path(build.__file__).parent, wrong)
+    source = wrong / "bitmask.c"
+    source.write_text(source.read_text().replace("? *values++ : 0", "? *values : 0"))
+    monkeypatch.setattr(build, "sources", lambda: [wrong / name for name in build.SOURCES])
     with pytest.warns(UserWarning, match="computes wrong results"):
         assert not native.native_in_use()
 

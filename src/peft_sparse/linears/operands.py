@@ -1,6 +1,6 @@
 """A linear's weight in the forms in which its zeros save time, each with the kernel that multiplies with it.
 
-    csr              lists of the non-zeros, on a CPU, in float32 and float64
+    csr              lists of the non-zeros, on a CPU, by our C kernels, or in float32 and float64 by MKL
     semi_structured  2:4 in the form of NVIDIA's sparse tensor cores, by torch itself, in half precision
     bitmask          values and a bit for each place, for few tokens on a CPU by our C kernels, for one on a GPU by our
                      Triton kernel where it is on
@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.linears.weights import stored_weight, weight_parameter
+from peft_sparse.linears.weights import in_out_features, stored_weight, weight_parameter
 from peft_sparse.native import PRODUCTS, unavailable
-from peft_sparse.ops import BitmaskLinear, csr_linear, triton_in_use
+from peft_sparse.ops import BitmaskLinear, CsrLinear, triton_in_use
 from peft_sparse.ops.triton_switch import MIN_CAPABILITY, triton_takes_bitmask
-from peft_sparse.sparsity import PackedWeight, csr_tensor, dense_weight
+from peft_sparse.sparsity import PackedWeight, dense_weight
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -59,33 +58,32 @@ class Operand:
 
 
 class CsrOperand(Operand):
-    """Lists of the non-zeros: 8 bytes for each in float32; 4 beside the values of a PackedLinear, which are shared."""
+    """Lists of the non-zeros: values, which are shared with a PackedLinear, and columns in 2 bytes each, in 4 without
+    native kernels."""
 
     name, device_types = "csr", ("cpu",)
 
-    def __init__(self, csr: torch.Tensor, nbytes: int) -> None:
-        self.csr, self.nbytes = csr, nbytes
+    def __init__(self, linear: CsrLinear) -> None:
+        self.linear, self.nbytes = linear, linear.nbytes
 
     @classmethod
     def refusal(cls, linear: nn.Module) -> str | None:
         weight = weight_parameter(linear)
         if weight.device.type != "cpu":
             return f"csr runs on a CPU, not on {weight.device.type}"
-        if weight.dtype not in (torch.float32, torch.float64):
-            return f"csr computes in float32 or float64, not in {str(weight.dtype).removeprefix('torch.')}"
-        if not torch.backends.mkl.is_available():
-            return "csr needs a torch with MKL, which this one is without"
-        return None
+        reason = CsrLinear.refusal(weight.dtype, in_out_features(linear)[0])
+        return reason and f"csr {reason}"
 
     @classmethod
     @torch.no_grad()
     def of(cls, linear: nn.Module) -> CsrOperand:
-        csr = csr_tensor(stored_weight(linear))
-        parts = [csr.crow_indices(), csr.col_indices()] + [csr.values()] * (not isinstance(linear, PackedLinear))
-        return cls(csr, sum(part.nbytes for part in parts))
+        return cls(CsrLinear(stored_weight(linear)))
+
+    def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        return self.linear.takes(x)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return csr_linear(x, self.csr, bias)
+        return self.linear(x, bias)
 
 
 class SemiStructuredOperand(Operand):

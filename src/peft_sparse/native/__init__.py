@@ -7,7 +7,8 @@ the same: what they unpack is equal bit for bit, their products up to the order 
 
 from peft_sparse.native.kernels import (
     PRODUCTS,
-    NativeProduct,
+    NativeBitmask,
+    NativeCsr,
     native_in_use,
     native_row_starts,
     native_takes,
@@ -18,7 +19,8 @@ from peft_sparse.native.kernels import (
 
 __all__ = [
     "PRODUCTS",
-    "NativeProduct",
+    "NativeBitmask",
+    "NativeCsr",
     "native_in_use",
     "native_row_starts",
     "native_takes",

@@ -15,12 +15,11 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-SOURCE = "bitmask.c"
+SOURCES = ("bitmask.c", "csr.c", "lanes.h")
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120  # seconds; it takes one or two
 _ALWAYS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
@@ -45,16 +44,15 @@ def load_library() -> ctypes.CDLL:
     compiler = os.environ.get("CC") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         raise Unavailable(f"need a C compiler ({', '.join(COMPILERS)}), and none is installed")
-    source = files("peft_sparse.native").joinpath(SOURCE).read_bytes()
     command = (*compiler.split(), *_ALWAYS, *FLAGS[capability])
-    name = f"bitmask-{hashlib.sha256(source + repr(command).encode()).hexdigest()[:16]}.so"
+    name = f"kernels-{_digest(command)}.so"
     kept = cache_folder() / name
     if kept.is_file():
         with suppress(OSError):  # damaged, or on a disk that nothing may be run from: compiled again
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory(prefix="peft-sparse-") as folder:
         made = Path(folder) / name
-        _compile(command, source, made)
+        _compile((*command, *(str(path) for path in sources() if path.suffix == ".c")), made)
         with suppress(OSError):  # a cache that cannot be written to; the next process compiles again
             _keep(made, kept)
         try:
@@ -68,11 +66,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_sparse"
 
 
-def _compile(command: tuple[str, ...], source: bytes, path: Path) -> None:
+def sources() -> list[Path]:
+    """The C files."""
+    return [Path(__file__).with_name(name) for name in SOURCES]
+
+
+def _digest(command: tuple[str, ...]) -> str:
+    """Of what the kernels are made from: the sources and the command."""
+    made_from = b"".join(path.read_bytes() for path in sources()) + repr(command).encode()
+    return hashlib.sha256(made_from).hexdigest()[:16]
+
+
+def _compile(command: tuple[str, ...], made: Path) -> None:
     try:
-        done = subprocess.run(
-            [*command, "-x", "c", "-", "-o", path], input=source, capture_output=True, timeout=TIMEOUT
-        )
+        done = subprocess.run([*command, "-o", made], capture_output=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"cannot be compiled: {' '.join(command)!r} does not run ({error})") from error
     if done.returncode != 0:

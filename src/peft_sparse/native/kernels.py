@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from typing import Any
 
@@ -20,11 +21,16 @@ _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _UNPACKED = {2: "unpack_16", 4: "unpack_32", 8: "unpack_64"}
 
 _RUNTIME = (c_void_p, c_void_p, c_void_p, c_int)  # `_openmp` and `_threads`
-_WEIGHT = (c_void_p, c_void_p, c_void_p, c_int64, c_int64)  # values, bitmask, starts, rows, columns
+_WEIGHT = (c_void_p, c_void_p, c_void_p, c_int64, c_int64)  # values, bitmask or columns, starts, and two sizes
 _SIGNATURES = {
     "row_starts": (c_void_p, c_int64, c_int64, c_void_p),
     **dict.fromkeys(_UNPACKED.values(), (*_RUNTIME, *_WEIGHT, c_void_p)),
-    **{f"product_{dtype}": (*_RUNTIME, *_WEIGHT, c_int64, c_void_p, c_void_p) for dtype in PRODUCTS.values()},
+    "list_columns": (c_void_p, c_int64, c_int64, c_void_p),
+    **{
+        f"{kernel}_{dtype}": (*_RUNTIME, *_WEIGHT, c_int64, c_void_p, c_void_p)
+        for kernel in ("bitmask", "csr_few", "csr_many")
+        for dtype in PRODUCTS.values()
+    },
 }
 
 
@@ -135,7 +141,7 @@ def _records(tensor: torch.Tensor) -> bool:
 
 def native_row_starts(bitmask: torch.Tensor) -> torch.Tensor:
     """[`peft_sparse.sparsity.row_starts`] of uint8 (out, bytes), as int64."""
-    return _row_starts(_library(), bitmask)
+    return _row_starts(_loaded(), bitmask)
 
 
 def _row_starts(library: Any, bitmask: torch.Tensor) -> torch.Tensor:
@@ -152,7 +158,7 @@ def native_unpack(
 
     Raises:
         ValueError: unless each bit that is set has a value."""
-    return _unpack(_library(), values, bitmask, in_features, out)
+    return _unpack(_loaded(), values, bitmask, in_features, out)
 
 
 def _unpack(
@@ -175,10 +181,31 @@ def _unpack(
     return out
 
 
-class NativeProduct:
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None, "native_in_use() was not asked"
+    return library
+
+
+class _Product:
     """Y = X W^T of a packed weight, in float32 whatever the dtype of W. No backward.
 
     What does not change from call to call is looked up once: a call takes as long as a few hundred weights' product.
+    """
+
+    def __init__(self, kernel: str, values: torch.Tensor, places: torch.Tensor, starts: torch.Tensor) -> None:
+        tensors = (values, places, starts)
+        assert starts.dtype == torch.int64 and all(t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+        self._tensors, self._rows = tensors, starts.numel() - 1  # kept, as the kernel knows addresses only
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._kernel = getattr(_loaded(), f"{kernel}_{PRODUCTS[values.dtype]}")
+
+    def _run(self, weights: int, *arguments: int, kernel: Callable[..., None] | None = None) -> None:
+        (kernel or self._kernel)(*_openmp(), _threads(weights), *self._addresses, self._rows, *arguments)
+
+
+class NativeBitmask(_Product):
+    """Y = X W^T of values and bitmask, which are read as they lie.
 
     Args:
         values: (nnz,), float32, bfloat16 or float16.
@@ -188,22 +215,59 @@ class NativeProduct:
     """
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, in_features: int) -> None:
-        assert starts.dtype == torch.int64 and all(t.is_contiguous() for t in (values, bitmask, starts))
-        self._tensors, self._shape = (values, bitmask, starts), (bitmask.shape[0], in_features)
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._kernel = getattr(_library(), f"product_{PRODUCTS[values.dtype]}")
+        super().__init__("bitmask", values, bitmask, starts)
+        self._columns = in_features
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """From (..., in), of any floating dtype, to float32 (..., out)."""
-        if x.dtype != torch.float32 or not x.is_contiguous():
-            x = x.float().contiguous()
-        rows, columns = self._shape
+        x, rows, columns = _as_float32(x), self._rows, self._columns
         y = x.new_empty((*x.shape[:-1], rows))
-        tokens = x.numel() // columns
-        self._kernel(
-            *_openmp(), _threads(rows * columns), *self._addresses, rows, columns, tokens, x.data_ptr(), y.data_ptr()
-        )
+        self._run(rows * columns, columns, x.numel() // columns, x.data_ptr(), y.data_ptr())
         return y
+
+
+class NativeCsr(_Product):
+    """Y = X W^T of values and the column of each in 16 bits, which are made from the bitmask: [`NativeBitmask`]'s
+    arguments and results. Faster than that where few values are left, since what it does for a zero is nothing.
+
+    Attributes:
+        nbytes: of the columns.
+    """
+
+    MAX_COLUMNS = 1 << 16
+    _PADDING = 16  # columns are loaded so many at a time
+    _FEW = 4  # tokens, from which on transposing X and reading it by rows is faster than gathering from it
+
+    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, in_features: int) -> None:
+        assert in_features <= self.MAX_COLUMNS and bitmask.is_contiguous()
+        columns = torch.zeros(values.numel() + self._PADDING, dtype=torch.int16)  # the bits of unsigned numbers
+        _loaded().list_columns(bitmask.data_ptr(), *bitmask.shape, columns.data_ptr())
+        super().__init__("csr_few", values, columns, starts)
+        self._many = getattr(_loaded(), f"csr_many_{PRODUCTS[values.dtype]}")
+        self._columns, self._lanes, self.nbytes = in_features, _loaded().lanes(), columns.nbytes
+
+    def csr_tensor(self) -> torch.Tensor:
+        """The weight (out, in) as torch's own sparse tensor, a copy."""
+        values, columns, starts = self._tensors
+        columns = columns[: values.numel()].int() & (self.MAX_COLUMNS - 1)
+        return torch.sparse_csr_tensor(starts, columns.long(), values, (self._rows, self._columns))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """From (..., in), of any floating dtype, to float32 (..., out)."""
+        x, columns = _as_float32(x), self._columns
+        y, tokens = x.new_empty((*x.shape[:-1], self._rows)), x.numel() // columns
+        if tokens <= self._FEW:
+            self._run(self._rows * columns, columns, tokens, x.data_ptr(), y.data_ptr())
+            return y
+        width = -(-tokens // self._lanes) * self._lanes
+        transposed = x.new_zeros(columns, width)
+        transposed[:, :tokens] = x.view(tokens, columns).T
+        self._run(self._rows * columns, width, tokens, transposed.data_ptr(), y.data_ptr(), kernel=self._many)
+        return y
+
+
+def _as_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _check(library: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from peft_sparse.native import NativeProduct, native_in_use
+from peft_sparse.native import NativeBitmask, native_in_use
 from peft_sparse.ops import reference
 from peft_sparse.ops.triton_switch import triton_takes_bitmask
 from peft_sparse.sparsity import PackedWeight
@@ -34,7 +34,7 @@ class BitmaskLinear:
         values, bitmask = weight.values.detach().contiguous(), weight.bitmask.contiguous()
         self.weight = PackedWeight(values, bitmask, weight.in_features, weight.starts.to(values.device, torch.int64))
         on_cpu = values.device.type == "cpu"
-        self._product = NativeProduct(values, bitmask, self.weight.starts, weight.in_features) if on_cpu else None
+        self._product = NativeBitmask(values, bitmask, self.weight.starts, weight.in_features) if on_cpu else None
 
     def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether the kernels compute this."""
