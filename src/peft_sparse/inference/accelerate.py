@@ -41,7 +41,7 @@ from peft_sparse.linears import (
 # Token by token, a few sequences at once, and prompts.
 TOKENS = (1, 2, 8, 32, 128, 512)
 MIN_SPARSITY = 0.3  # below, nothing was faster anywhere that we measured
-MIN_NUMEL = 1 << 19  # in smaller layers, the time to decide is as much as there is to gain
+MIN_NUMEL = 1 << 18  # in smaller layers, the time to decide is as much as there is to gain
 
 
 def accelerate_sparse(
@@ -57,14 +57,15 @@ def accelerate_sparse(
 
     Every way that is possible on the layer's device and in its dtype is timed on the layers themselves, beside the
     dense one, for each number of tokens, with the weights from memory as in a model and from a cache. What does not
-    save a tenth in both, each time that it is measured, is not taken:
+    save a tenth from memory, or loses from a cache, in any of two measurements, is not taken:
 
-    - `csr`: lists of the non-zeros; on a CPU, in float32 and float64. Pays from about 75% zeros for a single token.
+    - `csr`: lists of the non-zeros; on a CPU, in float32 and half precision by C kernels that are compiled at their
+      first use where there is a compiler (`native.use_native`), else in float32 and float64 by MKL. With few non-zeros
+      the fastest.
     - `semi_structured`: torch's 2:4 matmul on NVIDIA GPUs, in half precision.
-    - `bitmask`: values and a bit for each place, read as they lie. On a CPU, in float32 and half precision, by C
-      kernels that are compiled at their first use where there is a compiler (`native.use_native`): pays from about
-      half zeros for a few tokens, and takes half to two thirds of the memory of `csr`'s lists. On such a GPU a Triton
-      kernel for one token, in half precision; only inside of `ops.use_triton`.
+    - `bitmask`: values and a bit for each place, read as they lie: the packed format. On a CPU by such kernels: pays
+      from about half zeros for a few tokens, and takes less memory than `csr`. On an NVIDIA GPU a Triton kernel for
+      one token, in half precision; only inside of `ops.use_triton`.
 
     The result is that of the dense layer up to the order of sums; where a weight is zero, infinities and NaNs in the
     input may be ignored. A layer computes in its own way as before wherever autograd records, in autocast and in

@@ -29,6 +29,7 @@ BETWEEN = 0.6
 LOST = 1.5  # times the own way's time: no need to try with more tokens, to which zeros matter less
 LOST_FROM = 8  # tokens; with fewer, other kernels take turns
 SAMPLED_BYTES = 1 << 28  # of dense weights that are gone through to time them: more than caches hold
+SAMPLED_WORK = 1 << 32  # multiplications: with many tokens fewer layers will do, as memory matters less
 # of the norm of the dense result
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -76,12 +77,12 @@ class _Layer:
                 problems.append(f"{kind.name} cannot be made here ({type(error).__name__}: {_first_line(error)})")
         self.packed = packed
 
-    def ways(self, x: torch.Tensor) -> dict[str, Way]:
-        """Those that can be used for an input, and compute what the dense layer computes."""
+    def ways(self, x: torch.Tensor, wanted: set[str]) -> dict[str, Way]:
+        """Those of the wanted ones that can be used for an input, and compute what the dense layer computes."""
         expected = self.own["dense"](x)
-        found = dict(self.own)
+        found = {name: way for name, way in self.own.items() if name in wanted}
         for name, operand in self.operands.items():
-            if not operand.takes(x, self.bias):
+            if name not in wanted or not operand.takes(x, self.bias):
                 continue
             way = self._way(operand, x.numel() // x.shape[-1])
             try:
@@ -133,19 +134,21 @@ def choose_ways(groups: Sequence[Group], tokens: Sequence[int]) -> list[Decision
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         layers = _sample(groups)
         decisions = [Decision([], layers[index][0].problems) for index in range(len(groups))]
-        lost = [False] * len(groups)
+        left = [{kind.name for kind in group.kinds} for group in groups]  # ways that have not lost
         for count in tokens:
-            measured = _measure({i: own for i, own in layers.items() if not lost[i]}, groups, count)
+            wanted = {i: {"dense", group.form} | left[i] for i, group in enumerate(groups) if left[i]}
+            measured = _measure({i: layers[i] for i in wanted}, groups, count, wanted)
             for index, group in enumerate(groups):
                 choice = _choice(measured.get(index), group.form, count)
                 decisions[index].choices.append(choice)
-                others = [ratio for name, ratio in choice.ratios.items() if name not in ("dense", group.form)]
-                own = choice.ratios.get(group.form, 1.0)
-                lost[index] |= count >= LOST_FROM and all(ratio > LOST * own for ratio in others)
+                limit = LOST * choice.ratios.get(group.form, 1.0)
+                if count >= LOST_FROM:
+                    left[index] = {name for name in left[index] if choice.ratios.get(name, 0.0) <= limit}
         for number, count in enumerate(tokens):
             chosen = {i: d.choices[number].chosen for i, d in enumerate(decisions)}
             taken = {i: own for i, own in layers.items() if chosen[i] != groups[i].form}
-            again = _measure(taken, groups, count, chosen) if taken else {}
+            wanted = {i: {"dense", groups[i].form, chosen[i]} for i in taken}
+            again = _measure(taken, groups, count, wanted) if taken else {}
             for index, ratios in again.items():
                 choices = decisions[index].choices
                 choices[number] = _confirmed(choices[number], ratios, groups[index].form)
@@ -170,19 +173,16 @@ def _sample(groups: Sequence[Group]) -> dict[int, list[_Layer]]:
 
 
 def _measure(
-    layers: dict[int, list[_Layer]], groups: Sequence[Group], tokens: int, only: dict[int, str] | None = None
+    layers: dict[int, list[_Layer]], groups: Sequence[Group], tokens: int, wanted: dict[int, set[str]]
 ) -> dict[int, dict[str, float]]:
-    """By the number of the group, time relative to dense of the ways that all of its layers have.
-
-    Args:
-        only: beside dense and the own way, the one way of each group that is to be timed; None: all.
-    """
+    """By the number of the group, time relative to dense of the wanted ways that all of its layers have."""
     runs: list[tuple[int, int, dict[str, Run]]] = []
-    for index, own in layers.items():
+    work = tokens * sum(_numel(layer.linear) for own in layers.values() for layer in own)
+    for index, all_own in layers.items():
+        own = all_own[:: -(-work // SAMPLED_WORK)]
         x = example_input(tokens, in_out_features(own[0].linear)[0], own[0].weight.dtype, own[0].weight.device)
-        ways = [layer.ways(x) for layer in own]
-        wanted = None if only is None else {"dense", groups[index].form, only[index]}
-        names = [n for n in ways[0] if all(n in found for found in ways) and (wanted is None or n in wanted)]
+        ways = [layer.ways(x, wanted[index]) for layer in own]
+        names = [name for name in ways[0] if all(name in found for found in ways)]
         for layer, found in zip(own, ways, strict=True):
             runs.append((layer.place, index, {name: partial(found[name], x) for name in names}))
     if not runs:

@@ -85,6 +85,63 @@ UNPACK(unpack_16, uint16_t, GROUPS(expand_16, STORE_LOW_HALVES))
 UNPACK(unpack_32, uint32_t, GROUPS(expand_32, STORE))
 UNPACK(unpack_64, uint64_t, ) /* float64 is for checks */
 
+/* --- packing: which entries are not zero, and those at the places of a bitmask --- */
+
+typedef struct {
+    const void *weight;
+    int64_t columns;
+    uint8_t *bitmask;
+} marking;
+
+/* Of a floating dtype; the shift drops the sign, so that a negative zero is one. */
+#define MARK(NAME, TYPE)                                                                                  \
+    static void NAME##_rows(const void *work, int64_t first, int64_t last) {                              \
+        const marking *w = work;                                                                          \
+        for (int64_t row = first; row < last; row++) {                                                    \
+            const TYPE *entries = (const TYPE *)w->weight + row * w->columns;                             \
+            uint8_t *bits = w->bitmask + row * ((w->columns + 7) / 8);                                    \
+            int64_t column = 0;                                                                           \
+            for (; column + 8 <= w->columns; column += 8) {                                               \
+                unsigned found = 0;                                                                       \
+                for (int b = 0; b < 8; b++) found |= (unsigned)((TYPE)(entries[column + b] << 1) != 0) << b; \
+                bits[column / 8] = (uint8_t)found;                                                        \
+            }                                                                                             \
+            if (column < w->columns) bits[column / 8] = 0;                                                \
+            for (; column < w->columns; column++)                                                         \
+                bits[column / 8] |= (uint8_t)(((TYPE)(entries[column] << 1) != 0) << column % 8);         \
+        }                                                                                                 \
+    }                                                                                                     \
+    void NAME(RUNTIME, const void *weight, int64_t rows, int64_t columns, uint8_t *bitmask) {             \
+        marking work = {weight, columns, bitmask};                                                        \
+        share(start, number, count, threads, NAME##_rows, &work, rows);                                   \
+    }
+
+MARK(mark_16, uint16_t)
+MARK(mark_32, uint32_t)
+MARK(mark_64, uint64_t)
+
+#define PACK(NAME, TYPE)                                                                                  \
+    static void NAME##_rows(const void *work, int64_t first, int64_t last) {                              \
+        const unpacking *w = work;                                                                        \
+        for (int64_t row = first; row < last; row++) {                                                    \
+            TYPE *values = (TYPE *)w->values + w->starts[row];                                            \
+            const uint8_t *bits = w->bitmask + row * ((w->columns + 7) / 8);                              \
+            const TYPE *entries = (const TYPE *)w->out + row * w->columns;                                \
+            for (int64_t column = 0; column < w->columns; column += 8)                                    \
+                for (unsigned kept = bits[column / 8]; kept; kept &= kept - 1)                            \
+                    *values++ = entries[column + __builtin_ctz(kept)];                                    \
+        }                                                                                                 \
+    }                                                                                                     \
+    void NAME(RUNTIME, void *values, const uint8_t *bitmask, const int64_t *starts, int64_t rows,         \
+              int64_t columns, void *weight) {                                                            \
+        unpacking work = {values, bitmask, starts, rows, columns, weight};                                \
+        share(start, number, count, threads, NAME##_rows, &work, rows);                                   \
+    }
+
+PACK(pack_16, uint16_t)
+PACK(pack_32, uint32_t)
+PACK(pack_64, uint64_t)
+
 /* --- Y = X W^T: x float32 (tokens, columns), y float32 (tokens, rows) --- */
 
 typedef struct {

@@ -17,7 +17,7 @@ import torch
 
 from peft_sparse.native import PRODUCTS, NativeCsr, native_in_use
 from peft_sparse.ops import reference
-from peft_sparse.sparsity import PackedWeight, Weight, csr_tensor, dense_weight
+from peft_sparse.sparsity import PackedWeight, Weight, csr_from_lists, csr_tensor, dense_weight
 
 FEW = 4
 CHUNK = 64
@@ -51,7 +51,7 @@ class CsrLinear:
             self._csr = csr_tensor(packed)
             self.nbytes = self._csr.crow_indices().nbytes + self._csr.col_indices().nbytes
         self.nbytes += 0 if packed is weight else packed.values.nbytes
-        self._dtype, self._in_features = packed.dtype, packed.in_features
+        self._dtype, self._shape = packed.dtype, tuple(packed.shape)
 
     @staticmethod
     def refusal(dtype: torch.dtype, in_features: int) -> str | None:
@@ -64,7 +64,7 @@ class CsrLinear:
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether this computes `x`, (..., in)."""
-        fits = x.dtype == self._dtype and x.device.type == "cpu" and x.shape[-1] == self._in_features
+        fits = x.dtype == self._dtype and x.device.type == "cpu" and x.shape[-1] == self._shape[1]
         return fits and (self._native is None or (x.numel() > 0 and native_in_use()))
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -73,7 +73,8 @@ class CsrLinear:
             assert self._csr is not None
             return csr_linear(x, self._csr, bias)
         if reference.reference_in_use():
-            return reference.csr_linear(x, self._native.csr_tensor(), bias)
+            csr = csr_from_lists(*self._native.lists(), self._shape)
+            return reference.csr_linear(x, csr, bias)
         y = self._native(x)
         y = y if bias is None else y.add_(bias)
         return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -8,7 +8,7 @@ from peft_sparse.sparsity.budgets import (
     sparsities_by_name,
     uniform_sparsities,
 )
-from peft_sparse.sparsity.csr import CsrMatrix, csr_tensor, to_csr
+from peft_sparse.sparsity.csr import CsrMatrix, csr_from_lists, csr_tensor, to_csr
 from peft_sparse.sparsity.forms import (
     PackedWeight,
     Weight,
@@ -63,6 +63,7 @@ __all__ = [
     "Weight",
     "check_sparsity",
     "check_sparsity_mapping",
+    "csr_from_lists",
     "csr_tensor",
     "dense_weight",
     "factorize_",

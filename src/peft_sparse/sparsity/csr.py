@@ -42,11 +42,11 @@ class CsrMatrix(NamedTuple):
 
     def with_values(self, values: torch.Tensor) -> torch.Tensor:
         """A sparse CSR tensor (out, in) with these values in the places of W's."""
-        return _csr_tensor(self.row_starts, self.columns, values, self.shape)
+        return csr_from_lists(self.row_starts, self.columns, values, self.shape)
 
     def transposed_with_values(self, values: torch.Tensor) -> torch.Tensor:
         """The transpose (in, out) of [`CsrMatrix.with_values`], in CSR as well."""
-        return _csr_tensor(self.column_starts, self.rows, values.index_select(0, self.order), self.shape[::-1])
+        return csr_from_lists(self.column_starts, self.rows, values.index_select(0, self.order), self.shape[::-1])
 
 
 def to_csr(weight: torch.Tensor) -> CsrMatrix:
@@ -91,7 +91,7 @@ def csr_tensor(weight: Weight) -> torch.Tensor:
         for start in range(0, packed.shape[0], step)
     ]
     listed = torch.cat(columns) if columns else torch.empty(0, dtype=torch.int32)
-    return _csr_tensor(packed.starts.int(), listed, packed.values.detach(), tuple(packed.shape))
+    return csr_from_lists(packed.starts.int(), listed, packed.values.detach(), tuple(packed.shape))
 
 
 def _starts(indices: torch.Tensor, length: int) -> torch.Tensor:
@@ -99,9 +99,10 @@ def _starts(indices: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
-def _csr_tensor(
+def csr_from_lists(
     row_starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]
 ) -> torch.Tensor:
+    """torch's own sparse tensor of these lists, which it shares."""
     with warnings.catch_warnings():  # torch announces at the first one that they are in beta
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
         return torch.sparse_csr_tensor(row_starts, columns, values, shape, check_invariants=False)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft_sparse.sparsity.packing import pack_mask, pack_values, row_starts, unpack_values
+from peft_sparse.sparsity.packing import pack_nonzeros, pack_values, row_starts, unpack_values
 from peft_sparse.sparsity.quantized import EightBitWeight, FourBitWeight, QuantizedWeight
 
 
@@ -35,7 +35,7 @@ class PackedWeight(NamedTuple):
     @classmethod
     def of(cls, weight: torch.Tensor) -> PackedWeight:
         """Pack (out, in): all entries but zeros. A negative zero comes back as a positive one."""
-        bitmask = pack_mask(weight != 0)
+        bitmask = pack_nonzeros(weight)
         return cls(pack_values(weight, bitmask), bitmask, weight.shape[1], row_starts(bitmask))
 
     @property

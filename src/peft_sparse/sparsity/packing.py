@@ -18,7 +18,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.native import native_row_starts, native_takes, native_unpack
+from peft_sparse.native import native_nonzeros, native_pack, native_row_starts, native_takes, native_unpack
 
 # Multiplying the eight 0/1 bytes of a little-endian word by this gathers them, in order, in its top byte.
 _GATHER_BYTES = 0x0102040810204080
@@ -75,6 +75,13 @@ def _byte_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(device=device, dtype=dtype)
 
 
+def pack_nonzeros(weight: torch.Tensor) -> torch.Tensor:
+    """[`pack_mask`] of `weight != 0`, of (out, in) of a floating dtype. A negative zero is a zero."""
+    if native_takes(weight, weight):
+        return native_nonzeros(weight)
+    return pack_mask(weight != 0)
+
+
 def pack_values(weight: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
     """The entries of a weight at the places of a mask.
 
@@ -90,6 +97,8 @@ def pack_values(weight: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
         >>> pack_values(weight, pack_mask(weight != 0))
         tensor([1.5000, 2.0000, 3.0000])
     """
+    if native_takes(bitmask, weight):
+        return native_pack(weight, bitmask)
     return weight.masked_select(unpack_mask(bitmask, weight.shape[1]))
 
 

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse import native
-from peft_sparse.native import NativeCsr, build, kernels
+from peft_sparse.native import NativeCsr, build, library
 from peft_sparse.ops import BitmaskLinear, CsrLinear, reference, use_reference
-from peft_sparse.sparsity import PackedWeight, row_starts, unpack_values
+from peft_sparse.sparsity import PackedWeight, pack_values, row_starts, unpack_mask, unpack_values
+from peft_sparse.sparsity.packing import pack_nonzeros
 
 needs_kernels = pytest.mark.skipif(native.unavailable() is not None, reason=f"native kernels {native.unavailable()}")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,9 +48,13 @@ def test_unpacking_is_that_of_pytorch(dtype, rows, columns, seed, zeros, into):
     found = native.native_unpack(packed.values, packed.bitmask, columns, out)
     assert torch.equal(found, weight) and (out is None or found is out)
     assert torch.equal(native.native_row_starts(packed.bitmask), packed.starts.long())
+    assert torch.equal(native.native_nonzeros(weight), packed.bitmask)
+    assert torch.equal(native.native_pack(weight, packed.bitmask), packed.values)
     with native.use_native(enabled=False):
         assert torch.equal(unpack_values(packed.values, packed.bitmask, columns), weight)
         assert torch.equal(row_starts(packed.bitmask), packed.starts)
+        assert torch.equal(pack_nonzeros(weight), packed.bitmask)
+        assert torch.equal(pack_values(weight, packed.bitmask), packed.values)
 
 
 @needs_kernels
@@ -58,6 +63,16 @@ def test_values_may_be_anything():
     packed = PackedWeight.of(weight)
     found = native.native_unpack(packed.values, packed.bitmask, 36)
     assert torch.equal(found.view(torch.int32), weight.view(torch.int32))
+
+
+@needs_kernels
+@each_dtype
+def test_what_counts_as_zero(dtype):
+    tiny = torch.finfo(dtype).smallest_normal / 4  # a subnormal number
+    weight = torch.tensor([[0.0, -0.0, float("nan"), float("-inf"), tiny, -tiny, 1.0, -1.0, -0.0, 2.0]], dtype=dtype)
+    expected = [[False, False, *[True] * 6, False, True]]
+    assert unpack_mask(native.native_nonzeros(weight), 10).tolist() == expected
+    assert native.native_nonzeros(weight[:, :8].T.contiguous().T).tolist() == [[0b11111100]]
 
 
 @needs_kernels
@@ -80,7 +95,7 @@ def test_products_equal_reference(dtype, kind, bias, shape, batch, zeros, seed):
     exact = reference.packed_linear(x.double(), PackedWeight.of(weight.double()), None if b is None else b.double())
     assert y.shape == exact.shape and y.dtype == dtype
     scale = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
-    assert bool(((y.double() - exact).abs() <= TOLERANCE[dtype] * scale + 1e-30).all())
+    assert bool(((y.double() - exact).abs() <= TOLERANCE[dtype] * scale + torch.finfo(dtype).tiny).all())
     with use_reference():
         assert torch.equal(linear(x, b), reference.packed_linear(x, PackedWeight.of(weight), b))
 
@@ -110,7 +125,8 @@ def test_columns_up_to_the_last_that_fits_into_16_bits():
     for tokens in (1, 9):
         x = torch.ones(tokens, NativeCsr.MAX_COLUMNS)
         assert torch.equal(CsrLinear(weight)(x, None), torch.tensor([2.0, 6.0]).expand(tokens, 2))
-    assert torch.equal(CsrLinear(weight)._native.csr_tensor().to_dense(), weight)
+    with use_reference():
+        assert torch.equal(CsrLinear(weight)(torch.eye(2, NativeCsr.MAX_COLUMNS), None), weight[:, :2].T)
     wider = torch.zeros(1, NativeCsr.MAX_COLUMNS + 8)
     wider[0, -1] = 2.0
     assert CsrLinear(wider)(torch.ones(1, wider.shape[1]), None).item() == 2.0  # by MKL
@@ -118,9 +134,15 @@ def test_columns_up_to_the_last_that_fits_into_16_bits():
 
 
 @needs_kernels
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this torch does without OpenMP")
+def test_torch_s_threads_are_found():
+    assert None not in library.openmp() and library.threads(1 << 30) == torch.get_num_threads()
+
+
+@needs_kernels
 @pytest.mark.parametrize("rows", [1, 2, 5, 700])
 def test_any_number_of_threads_gives_the_same(rows, monkeypatch):
-    monkeypatch.setattr(kernels, "SHARED_FROM", 1)
+    monkeypatch.setattr(library, "SHARED_FROM", 1)
     weight = sparse(rows, 130, 0.6)
     packed, x = PackedWeight.of(weight), torch.randn(9, 130)
     linears, before = (BitmaskLinear(packed), CsrLinear(packed)), torch.get_num_threads()
@@ -172,6 +194,8 @@ def test_parts_that_do_not_fit_are_refused():
     for values, columns in ((packed.values[1:], 20), (packed.values.repeat(2), 20), (packed.values, 25)):
         with pytest.raises(ValueError, match="Each bit of a bitmask that is set has a value, got"):
             native.native_unpack(values, packed.bitmask, columns)
+    with pytest.raises(ValueError, match="A bitmask is"):
+        native.native_pack(torch.ones(4, 25), packed.bitmask)
 
 
 @needs_kernels
@@ -201,10 +225,10 @@ def test_what_the_kernels_leave_to_pytorch():
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not looked for kernels yet, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_reason", None)
-    kernels._library.cache_clear()
+    monkeypatch.setattr(library, "_reason", None)
+    library._library.cache_clear()
     yield tmp_path / "peft_sparse"
-    kernels._library.cache_clear()
+    library._library.cache_clear()
 
 
 @needs_kernels
@@ -213,9 +237,9 @@ def test_compiled_once_and_again_where_the_cache_is_damaged(fresh, monkeypatch):
     (made,) = fresh.iterdir()
     whole = made.read_bytes()
     made.write_bytes(b"no library")
-    kernels._library.cache_clear()
+    library._library.cache_clear()
     assert native.native_in_use() and made.read_bytes() == whole and list(fresh.iterdir()) == [made]
-    kernels._library.cache_clear()
+    library._library.cache_clear()
     monkeypatch.setattr(build, "_compile", None)  # which is not called
     assert native.native_in_use()
 
@@ -271,7 +295,7 @@ def test_other_machines_have_none(fresh, monkeypatch):
 def test_the_switch_from_outside(value, said):
     done = subprocess.run(
         [sys.executable, "-c", "from peft_sparse import native; print(native.unavailable())"],
-        env=os.environ | {kernels.VARIABLE: value}, capture_output=True, text=True,
+        env=os.environ | {library.VARIABLE: value}, capture_output=True, text=True,
     )  # fmt: skip
     assert said in done.stdout + done.stderr or (said == "None" and native.unavailable() in done.stdout)
 
