@@ -41,7 +41,7 @@ from peft_sparse.linears import (
 # Token by token, a few sequences at once, and prompts.
 TOKENS = (1, 2, 8, 32, 128, 512)
 MIN_SPARSITY = 0.3  # below, nothing was faster anywhere that we measured
-MIN_NUMEL = 1 << 18  # in smaller layers, the time to decide is as much as there is to gain
+MIN_NUMEL = 1 << 16  # in smaller layers, the time to decide is as much as there is to gain
 
 
 def accelerate_sparse(
