@@ -44,6 +44,13 @@ def load_tokenizer(model: ModelPart) -> Any:
     """Raises:
     ValueError: if there is none."""
     source = model.tokenizer or model.path
+    folder = Path(source)
+    known = ("config.json", "adapter_config.json", "tokenizer*", "*.gguf")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in known):
+        raise ValueError(
+            f"A model's folder has a config.json, a tokenizer's a tokenizer.json, got {source!r} with neither; check "
+            "the path."
+        )
     extra = {"gguf_file": model.gguf_file} if model.gguf_file and model.tokenizer is None else {}
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **extra)
