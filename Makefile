@@ -113,8 +113,9 @@ style: .venv/.installed-quality ## mend what ruff can mend
 models-table: .venv/.installed ## try both tuners on tiny models of many architectures: docs/models.md
 	.venv/bin/python -m benchmarks.any_model
 
+# Not with -q: warnings would be neither shown nor counted.
 docs: .venv/.installed-docs ## the guides and the reference, into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 clean: ## remove environments, demo data, caches and build products
 	rm -rf .venv .venv-oldest .venv-triton .venv-quant .venv-deepspeed .demo build dist site src/*.egg-info

@@ -75,7 +75,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: of a YAML file.
-        overrides: such as "training.max_steps=10", see [`with_overrides`].
+        overrides: such as "training.max_steps=10", see `with_overrides`.
 
     Raises:
         ValueError: if a key is unknown, a value has another type or is out of its range, or a needed one is missing.
