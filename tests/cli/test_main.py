@@ -325,6 +325,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["evaluate", "LLAMA", "--data", "TEXT", "--tokenizer", "NOTHING"], "a tokenizer.json, got .*nothing' with"),
         (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, .* got .*nothing' with neither"),
         (["finetune", "nowhere.yaml"], "nowhere.yaml"),
+        (["finetune", str(ROOT / "configs/spp_causal_lm.yaml")], "got './pruned', which is no folder here"),
         (["finetune", "RECIPE"], "is YAML, got something else: expected .* in line 2, column 1"),
     ],
 )

@@ -1,6 +1,6 @@
 """Where rows come from: a file here, several files, or a data set on the Hub, through the package `datasets`.
 
-`datasets` is an optional dependency (`pip install peft-sparse[train]`), imported when rows are asked for.
+`datasets` is an optional dependency (the extra `train`), imported when rows are asked for.
 """
 
 from __future__ import annotations
