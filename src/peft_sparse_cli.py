@@ -1,4 +1,4 @@
-"""The command `peft-sparse`, started quickly.
+"""The command `peft-sparse`, started quickly, and ended quickly by Ctrl-C.
 
 `import peft_sparse` brings torch, transformers and PEFT with it, some seconds that `--help` and a mistyped option
 should not take. So the package's own `__init__` runs once the command line is parsed, and this module lies outside of
@@ -8,8 +8,13 @@ the package, since importing anything inside would run it first. What the comman
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
+
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from peft_sparse.cli.main import main as run
 
         return run(argv)
+    # While libraries are imported, and when the process ends, an exception goes wherever their code lets it, and there
+    # is nothing to tidy: Ctrl-C ends the process at once. In between `front.main` has an answer to it.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which `nohup` and a shell's `&` ask for
+        signal.signal(signal.SIGINT, _leave)
     spec = importlib.util.find_spec("peft_sparse")
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)
@@ -25,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from peft_sparse.cli import main as front
 
     return front.main(argv, before_running=lambda: spec.loader.exec_module(package))
+
+
+def _leave(*_: Any) -> NoReturn:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def test_a_wrong_command_line(arguments, cli):
             ["prune", "a", "b", "--patern", "2:4"],
             "there is no '--patern', did you mean --pattern?; `peft-sparse prune -",
         ),
+        (["prune", "--patern", "2:4"], "there is no '--patern', did you mean --pattern?; `peft-sparse prune -"),
+        (["--vresion", "report"], "there is no '--vresion', did you mean --version?; `peft-sparse --help`"),
         (["verify", "a", "--refrence=b"], "there is no '--refrence=b', did you mean --reference?"),
         (["report", "a", "b"], "there is no 'b'; `peft-sparse report --help`"),
         (["prune", "a", "b", "--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
@@ -235,6 +237,17 @@ def test_evaluate_text_is_the_librarys_perplexity(cli, pruned, text, tmp_path):
     assert json.loads(out)["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
 
 
+def test_the_tokenizer_that_was_asked_for_is_used(cli, pruned, text, tmp_path):
+    words = tmp_path / "letters"
+    save_with_tokenizer(tiny_llama(), words)
+    vocabulary = json.loads((words / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] = {token: n for token, n in vocabulary["model"]["vocab"].items() if n < 10}
+    (words / "tokenizer.json").write_text(json.dumps(vocabulary))
+    arguments = ["evaluate", pruned, "--data", text, "--length", "32", "--json"]
+    own, other = (json.loads(cli(*arguments, *more)[1]) for more in ([], ["--tokenizer", words]))
+    assert own["tokens"] == other["tokens"] and own["perplexity"] != other["perplexity"]
+
+
 def test_evaluate_a_classifier(cli, tmp_path):
     pytest.importorskip("evaluate")
     bert, rows = save_with_tokenizer(tiny_bert(), tmp_path / "bert"), tmp_path / "rows.csv"
@@ -292,23 +305,57 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["prune", "/nowhere", "NEW", "--method", "magnitude"], "is no folder"),
         (["prune", "LLAMA", "TEXT/new", "--method", "magnitude"], "a folder that can be written, got .*text.txt/new"),
         (["prune", "LLAMA", "NEW", "--data", "TEXT", "--length", "4000"], "4000"),
+        (["prune", "LLAMA", "NEW", "--data", "EMPTY"], "something in them, got .*empty.txt', which is empty"),
+        (["prune", "LLAMA", "NEW", "--data", "LATIN"], "stored as UTF-8, got .*latin.txt' with the byte 0xe9"),
+        (["prune", "LLAMA", "NEW", "--data", "RECIPE"], "ending tells its format, one of .txt, .* got .*recipe.yaml"),
+        (["prune", "LLAMA", "NEW", "--data", "ROWS"], "got .*rows.jsonl' .*JSON parse error.*check what is in it"),
+        (["report", "LLAMA", "--plot", "NEW/x.png"], "a folder that is there, got .*new/x.png' and no folder"),
+        (["report", "LLAMA", "--plot", "TEXT/x.png"], "a folder that is there, got .*text.txt/x.png'"),
+        (["report", "LLAMA", "--plot", "x.jpq"], "ending tells its format, one of .*png, .* got 'x.jpq'"),
         (["merge", "LLAMA", "NEW"], "got .* which has none"),
         (["pack", "LLAMA", "TEXT"], "which is a file"),
         (["verify", "LLAMA"], "pass --reference or --pattern"),
         (["evaluate", "LLAMA"], "give one of the two"),
         (["evaluate", "LLAMA", "--data", "TEXT", "--text-column", "story"], "got 'story'|names columns"),
+        (
+            ["evaluate", "LLAMA", "--data", "TEXT", "--set", "data.max_length=8"],
+            "changes a recipe, got .*in `--config`",
+        ),
+        (["evaluate", "LLAMA", "--config", "RECIPE", "--length", "8"], "the recipe names .*, got --length beside it"),
+        (["evaluate", "LLAMA", "--data", "TEXT", "--tokenizer", "NOTHING"], "a tokenizer.json, got .*nothing' with"),
+        (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, .* got .*nothing' with neither"),
         (["finetune", "nowhere.yaml"], "nowhere.yaml"),
+        (["finetune", str(ROOT / "configs/spp_causal_lm.yaml")], "got './pruned', which is no folder here"),
+        (["finetune", "RECIPE"], "is YAML, got something else: expected .* in line 2, column 1"),
     ],
 )
 def test_bad_input(arguments, message, cli, llama, text, tmp_path):
+    wrong = {"EMPTY": ("empty.txt", b""), "LATIN": ("latin.txt", "caf\xe9".encode("latin-1")),
+             "RECIPE": ("recipe.yaml", b"model: {path: x\n"), "ROWS": ("rows.jsonl", b"{no json\n")}  # fmt: skip
+    for name, content in wrong.values():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "nothing").mkdir()
     places = {"LLAMA": llama, "TEXT": text, "TEXT/new": text + "/new", "NEW": str(tmp_path / "new")}
+    places |= {key: str(tmp_path / name) for key, (name, _) in wrong.items()}
+    places |= {
+        "NOTHING": str(tmp_path / "nothing"),
+        "TEXT/x.png": text + "/x.png",
+        "NEW/x.png": f"{tmp_path}/new/x.png",
+    }
+    before = set(tmp_path.iterdir())
     status, out, err = cli(*[places.get(argument, argument) for argument in arguments])
     assert status == FAILED and out == ""
     assert "Traceback" not in err
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert re.search(message, error)
     assert not (tmp_path / "new").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"llama", "text.txt"}  # nothing half-written
+    assert set(tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_a_picture_is_refused_before_the_work(cli, monkeypatch, llama):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", lambda *_: pytest.fail("counted first"))
+    assert cli("report", llama, "--plot", "nowhere/x.png")[0] == FAILED
 
 
 def test_an_interrupted_command(cli, monkeypatch, llama):

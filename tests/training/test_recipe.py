@@ -96,6 +96,12 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
     ("part", "values", "message"),
     [
         ("training", {"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
+        ("training", {"max_steps": 0}, r"`training.max_steps` is a whole number from 1 up, got 0"),
+        ("training", {"gradient_accumulation_steps": 0}, r"accumulation_steps` is a whole number from 1 up, got 0"),
+        ("training", {"per_device_train_batch_size": 1.5}, r"train_batch_size` is a whole number from 1 up, got 1.5"),
+        ("training", {"learning_rate": -1}, r"`training.learning_rate` is from 0 up, got -1"),
+        ("training", {"bf16": "no"}, r"`training.bf16` is bool, got 'no'"),
+        ("training", {"seed": "x"}, r"`training.seed` is int or float, got 'x'"),
         ("training", {"learning_rate": "fast"}, r"`training.learning_rate` is int or float, got 'fast'"),
         ("adapter", {"sparsty": 0.5}, "`adapter` has no key 'sparsty'"),
         ("adapter", {"method": "lora"}, "one of pst, spp, got 'lora'"),

@@ -139,7 +139,10 @@ def _load_adapter(
     if not Path(base).is_dir() and len(Path(base).parts) > 2 and beside.is_dir():
         base = beside
     types = {task_type: name for name, (_, task_type) in TASKS.items()}
-    task = task or types.get(saved.get("task_type") or "")
+    trained = types.get(saved.get("task_type") or "")
+    if task and trained and task != trained:
+        raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
+    task = task or trained
     if task == "sequence_classification" and "num_labels" not in config:
         labels = _labels_of_head(folder)
         config = config | ({"num_labels": labels} if labels else {})

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -27,11 +29,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; `{self.prog} --help` lists what there is\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse would first say what is missing, and leave what is mistyped to the parser of all commands, which
+        # does not know this one's options.
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words[: words.index("--")] if "--" in words else words:
+            if self._subparsers is not None and not word.startswith("-"):
+                break  # the command; what follows is for its own parser
+            if re.match(r"--[A-Za-z]\S*$", word) and word.partition("=")[0] not in self._option_string_actions:
+                self._unknown(word)
         options, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # by default the parser of all commands would complain, which does not know this one's options
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            self.error(f"there is no {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+        if unknown:
+            self._unknown(unknown[0])
         return options, unknown
+
+    def _unknown(self, word: str) -> NoReturn:
+        near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+        self.error(f"there is no {word!r}" + (f", did you mean {near[0]}?" if near else ""))
 
 
 def add_command(

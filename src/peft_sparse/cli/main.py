@@ -12,12 +12,15 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from peft_sparse.cli import _hub as hub
 from peft_sparse.cli import _options as shared
 from peft_sparse.cli import convert, measure, prune, train
 
@@ -82,23 +85,50 @@ def main(argv: Sequence[str] | None = None, before_running: Callable[[], Any] = 
             return USAGE
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return int(stop.code or 0)
+    interrupts: list[int] = []
     try:
         with _quiet_streams(options.quiet):
             before_running()
-            outcome: shared.Outcome = options.run(options)
+            with _noted(interrupts), hub.no_long_wait():
+                outcome: shared.Outcome = options.run(options)
         _print(outcome, options.json)
         return outcome.status
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:  # `peft-sparse report MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
         if options.traceback:
             traceback.print_exc()
+        if interrupts:  # a library has made something else of it
+            return _interrupted()
         print(f"error: {_message(error)}", file=sys.stderr)
         return FAILED
+
+
+@contextlib.contextmanager
+def _noted(interrupts: list[int]) -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C, as ever, and note it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _: Any) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted() -> int:
+    print("\ninterrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _message(error: Exception) -> str:

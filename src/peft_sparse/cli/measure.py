@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from peft_sparse.cli._options import Outcome, add_command, add_data, add_loading, positive
@@ -37,7 +38,11 @@ def add_commands(commands: Any) -> None:
         REPORT_EXAMPLES,
     )
     report.add_argument("model", metavar="MODEL", help="a folder, dense or packed, or a name on the Hub")
-    report.add_argument("--plot", metavar="FILE", help="draw how full rows and columns are: .png, .svg or .pdf")
+    report.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw how full rows and columns are: .png, .svg or .pdf; an old picture there is replaced",
+    )
     verify = add_command(
         commands,
         "verify",
@@ -69,11 +74,12 @@ def add_commands(commands: Any) -> None:
         dest="overrides",
     )
     add_data(evaluate, "validation", needed=False)
+    evaluate.set_defaults(split=None, text_column=None)  # so that one that is given beside a recipe is seen
     evaluate.add_argument("--label-column", metavar="NAME", help="for sequence_classification")
     evaluate.add_argument("--second-text-column", metavar="NAME", help="for pairs of texts")
     evaluate.add_argument("--num-labels", type=positive, metavar="N", help="1: a number is the target (default: 2)")
     evaluate.add_argument("--metric", nargs="+", default=[], metavar="NAME", help="accuracy, f1, pearsonr, ...")
-    evaluate.add_argument("--length", type=positive, default=512, metavar="TOKENS", help="of a window (default: 512)")
+    evaluate.add_argument("--length", type=positive, metavar="TOKENS", help="of a window (default: 512)")
     evaluate.add_argument("--examples", type=positive, metavar="N", help="at most so many rows")
     evaluate.add_argument("--batch-size", type=positive, metavar="N", help="examples at once (default: 8)")
     evaluate.add_argument("--tokenizer", metavar="MODEL", help="default: the model's")
@@ -84,10 +90,32 @@ def run_report(options: argparse.Namespace) -> Outcome:
     """Count zeros, and draw them."""
     from peft_sparse.evaluation import plot_sparsity, sparsity_report
 
+    if options.plot is not None:
+        _check_picture(options.plot)  # first: counting may take long
     report = sparsity_report(options.model)
     if options.plot is not None:
         plot_sparsity(options.model).savefig(options.plot)
     return Outcome(report.to_dict(), str(report))
+
+
+def _check_picture(path: str) -> None:
+    """Raises:
+    ValueError: if no picture can be written there.
+    ImportError: if matplotlib is not installed."""
+    from peft_sparse.checkpoint.convert import check_writable
+    from peft_sparse.evaluation.plots import picture_formats
+
+    file, formats = Path(path), picture_formats()
+    if file.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"A picture's ending tells its format, one of {', '.join(formats)}, got {path!r}.")
+    if file.is_dir():
+        raise ValueError(f"A picture is a file, got {path!r}, which is a folder; name a file in it.")
+    if not file.parent.is_dir():
+        raise ValueError(
+            f"A picture goes into a folder that is there, got {path!r} and no folder {str(file.parent)!r}; make it, "
+            "or choose another place."
+        )
+    check_writable(file.parent)
 
 
 def run_verify(options: argparse.Namespace) -> Outcome:
@@ -106,11 +134,14 @@ def run_evaluate(options: argparse.Namespace) -> Outcome:
 
     if (options.config is None) == (options.data is None):
         raise ValueError("Data comes from --data or from a recipe, `--config`; give one of the two.")
+    if options.overrides and options.config is None:
+        raise ValueError(f"`--set` changes a recipe, got {options.overrides[0]!r} without one; name it in `--config`.")
     if options.config is not None:
+        _check_recipe_alone(options)
         recipe = load_recipe(options.config, options.overrides)
         result = evaluate_recipe(recipe, options.model, options.batch_size, progress=not options.quiet)
     else:
-        text = options.text_column
+        text = options.text_column or "text"
         result = evaluate_model(
             options.model,
             task=options.task or "causal_lm",
@@ -121,10 +152,10 @@ def run_evaluate(options: argparse.Namespace) -> Outcome:
             data={
                 "path": options.data,
                 "name": options.data_name,
-                "validation_split": options.split,
+                "validation_split": options.split or "validation",
                 "text": [text, options.second_text_column] if options.second_text_column else text,
                 "label": options.label_column,
-                "max_length": options.length,
+                "max_length": options.length or 512,
                 "validation_examples": options.examples,
             },
             metrics=options.metric,
@@ -132,6 +163,18 @@ def run_evaluate(options: argparse.Namespace) -> Outcome:
             progress=not options.quiet,
         )
     return Outcome(result, table(result))
+
+
+def _check_recipe_alone(options: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: if an option is given that the recipe decides."""
+    for name in ("data_name", "split", "text_column", "label_column", "second_text_column", "num_labels", "metric",
+                 "length", "examples", "tokenizer", "task", "dtype", "trust_remote_code"):  # fmt: skip
+        if getattr(options, name):
+            raise ValueError(
+                f"With `--config` the recipe names data, metrics and model settings, got --{name.replace('_', '-')} "
+                "beside it; change the recipe's value with `--set PART.KEY=VALUE`."
+            )
 
 
 def table(values: dict[str, Any]) -> str:

@@ -176,6 +176,15 @@ def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
     return dict(zip(tails, kinds.values(), strict=True)) if len(set(tails)) == len(tails) else kinds
 
 
+def picture_formats() -> list[str]:
+    """The endings, without dots, of the files that a picture can be written to.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    return sorted(_figure_cls()().canvas.get_supported_filetypes())
+
+
 def _figure_cls() -> Any:
     try:
         from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from peft_sparse.linears.weights import in_out_features, num_zeros, weight_param
 def pack_model(
     model: nn.Module, target_modules: Names | None = None, exclude_modules: Names | None = None
 ) -> nn.Module:
-    """Replace a pruned model's linears by [`PackedLinear`]s, in place.
+    """Replace a pruned model's linears by PackedLinears, in place.
 
     The model computes what it computed before; a negative zero becomes a positive one. Packed weights are frozen:
     `get_peft_model(model, SppConfig())` then trains the model in the memory of its packed weights.

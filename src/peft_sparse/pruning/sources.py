@@ -1,6 +1,6 @@
 """Where rows come from: a file here, several files, or a data set on the Hub, through the package `datasets`.
 
-`datasets` is an optional dependency (`pip install peft-sparse[train]`), imported when rows are asked for.
+`datasets` is an optional dependency (the extra `train`), imported when rows are asked for.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise ImportError("Rows are read by the package `datasets`; `pip install datasets`.") from error
-    file = Path(path)
+    file, asked = Path(path), str(path)
+    if files is None and file.is_file() and file.suffix.lower() not in READERS:
+        raise ValueError(
+            f"A file's ending tells its format, one of {', '.join(READERS)}, got {asked!r}; rename it, or name a "
+            "reader and `files`."
+        )
     if files is None and file.suffix.lower() in READERS and (file.is_file() or not file.is_dir()):
         reader = READERS[file.suffix.lower()]
         if file.suffix.lower() == ".tsv":
@@ -60,14 +65,24 @@ def load_rows(
     for listed in _flat(files):
         if "://" not in listed and not any(sign in listed for sign in "*?[") and not Path(listed).is_file():
             raise ValueError(f"Data is in files that are there, got {listed!r}, which is none; check the path.")
+        if Path(listed).is_file() and not Path(listed).stat().st_size:
+            raise ValueError(
+                f"Data is in files with something in them, got {listed!r}, which is empty; check the path."
+            )
     try:
         return datasets.load_dataset(str(path), name, data_files=files, split=split, streaming=streaming, **options)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines() or [""]
+        cause = error.__cause__ or error  # `datasets` wraps what a reader says of a file into "an error occurred"
+        if isinstance(cause, UnicodeDecodeError):
+            raise ValueError(
+                f"Text is stored as UTF-8, got {asked!r} with the byte 0x{cause.object[cause.start]:02x}, which is "
+                "none (at a guess latin-1 or UTF-16); store it again as UTF-8."
+            ) from error
+        reason = " ".join(str(cause).split())
         raise ValueError(
-            f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {str(path)!r} (split "
-            f"{split!r}), which could not be loaded ({type(error).__name__}: {reason[0]}); check the names and the "
-            "connection."
+            f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {asked!r} (split "
+            f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
+            f"{'what is in it' if files is not None else 'the names and the connection'}."
         ) from error
 
 

@@ -64,7 +64,7 @@ def prune_wanda(
         device: where to run the blocks of a model that does not fit there: they are moved one at a time, and nothing
             else is on it but one batch's activations. None: where they are.
         measure_error: also estimate how much the output of every linear changes on the calibration data,
-            ||X W_new^T - X W^T|| / ||X W^T||, see [`OutputSketch`]. It is written into the config and shown by
+            ||X W_new^T - X W^T|| / ||X W^T||, see `OutputSketch`. It is written into the config and shown by
             [`sparsity_report`].
         progress: show a bar over the blocks.
 

@@ -203,8 +203,9 @@ def _check_index(files: list[SafetensorsFile], index: Path) -> None:
 def _nothing_to_read(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return (
-            f"A stored model has all of its weights, got an adapter in {str(folder)!r}; load it with "
-            "`AutoPeftModelForCausalLM` (or its sibling for your task) and pass that model."
+            f"A stored model has all of its weights, got an adapter in {str(folder)!r}; merge it first with "
+            "`peft-sparse merge`, or load it with `AutoPeftModelForCausalLM` (or its sibling for your task) and pass "
+            "that model."
         )
     if any(folder.glob("sparse_model*.safetensors")):
         return (

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from peft_sparse.checkpoint.models import TASKS, load_model
 from peft_sparse.evaluation.metrics import compares_numbers
+from peft_sparse.storage import may_be_on_the_hub
 from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
 from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
@@ -44,6 +45,15 @@ def load_tokenizer(model: ModelPart) -> Any:
     """Raises:
     ValueError: if there is none."""
     source = model.tokenizer or model.path
+    folder = Path(source)
+    if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
+        raise ValueError(f"A model is a folder or a name on the Hub, got {source!r}, which is no folder here.")
+    known = ("config.json", "adapter_config.json", "tokenizer*", "*.gguf")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in known):
+        raise ValueError(
+            f"A model's folder has a config.json, a tokenizer's a tokenizer.json, got {source!r} with neither; check "
+            "the path."
+        )
     extra = {"gguf_file": model.gguf_file} if model.gguf_file and model.tokenizer is None else {}
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **extra)

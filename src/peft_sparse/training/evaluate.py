@@ -19,7 +19,11 @@ from peft_sparse.training.recipe import Recipe, make_recipe
 
 
 def evaluate_recipe(
-    recipe: Recipe, path: str | Path | None = None, batch_size: int | None = None, progress: bool = True
+    recipe: Recipe,
+    path: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    tokenizer_from: str | Path | None = None,
 ) -> dict[str, Any]:
     """The numbers of a model on `data.validation_split`.
 
@@ -28,9 +32,10 @@ def evaluate_recipe(
 
     Args:
         recipe: its model, data and evaluation parts are used.
-        path: a model, packed or dense, or an adapter, in place of the recipe's; its tokenizer is used if it has one.
+        path: a model, packed or dense, or an adapter, in place of the recipe's.
         batch_size: examples at once; None: the recipe's, or 8.
         progress: show a bar.
+        tokenizer_from: a folder or a name on the Hub; None: `path` if it has a tokenizer, else the recipe's.
 
     Returns:
         Plain values: `model`, `sparsity`, `examples` or `tokens`, and the metrics.
@@ -42,8 +47,10 @@ def evaluate_recipe(
     if data.validation_split is None:
         raise ValueError("Evaluation takes `data.validation_split`, got none; name the split to measure on.")
     part = recipe.model
-    if path is not None and any(Path(path).glob("tokenizer*")):
-        part = replace(part, tokenizer=str(path))
+    if tokenizer_from is None and path is not None and any(Path(path).glob("tokenizer*")):
+        tokenizer_from = path
+    if tokenizer_from is not None:
+        part = replace(part, tokenizer=str(tokenizer_from))
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     tokenizer = load_tokenizer(part)
     found: dict[str, Any] = {"model": str(path or part.path)}
@@ -111,4 +118,4 @@ def evaluate_model(
     # Nothing is trained: the parts that say how have what they need to be a recipe's.
     unused = {"adapter": {"method": "spp"}, "training": {"output_dir": "unused"}}
     recipe = make_recipe(parts | unused | {"evaluation": {"metrics": list(metrics)}})
-    return evaluate_recipe(recipe, path, batch_size, progress)
+    return evaluate_recipe(recipe, path, batch_size, progress, tokenizer_from=recipe.model.tokenizer)

@@ -174,6 +174,11 @@ def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
             f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
             "choose another `training.output_dir`."
         )
+    elif (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"A run starts in a folder of its own, got {str(folder)!r}, which holds a model; choose another "
+            "`training.output_dir`."
+        )
     check_writable(folder)
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)

@@ -31,6 +31,7 @@ from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.spp import SppConfig
 
 METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
+_COUNTS = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
 
@@ -74,7 +75,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: of a YAML file.
-        overrides: such as "training.max_steps=10", see [`with_overrides`].
+        overrides: such as "training.max_steps=10", see `with_overrides`.
 
     Raises:
         ValueError: if a key is unknown, a value has another type or is out of its range, or a needed one is missing.
@@ -175,9 +176,7 @@ def _check_training(recipe: Recipe) -> None:
     check_type("training.score_learning_rate", recipe.score_learning_rate, float | None)
     if recipe.score_learning_rate is not None and recipe.method != "pst":
         raise ValueError("`training.score_learning_rate` is for PST's scores, got it with method 'spp'; leave it out.")
-    for name in ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed"):
-        if name in recipe.training:
-            check_type(f"training.{name}", recipe.training[name], int | float)
+    _check_numbers(recipe.training)
     if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
         raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
     evaluates = recipe.training.get("eval_strategy", "no") not in ("no", False) or recipe.evaluation.metrics
@@ -186,3 +185,18 @@ def _check_training(recipe: Recipe) -> None:
             "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
             "`training.eval_strategy`."
         )
+
+
+def _check_numbers(training: Mapping[str, Any]) -> None:
+    """What transformers takes as it comes, and then trains with, or fails on in the first step."""
+    hints = typing.get_type_hints(TrainingArguments)
+    for name, value in training.items():
+        kinds = set(typing.get_args(hints[name]) or [hints[name]]) - {type(None)}
+        if value is not None and kinds and kinds <= {bool, int, float}:  # a string such as "no" is true in Python
+            check_type(f"training.{name}", value, bool if kinds == {bool} else int | float)
+    for name in _COUNTS:
+        value = training.get(name)
+        if value is not None and (value < 1 or value != int(value)) and (name, value) != ("max_steps", -1):
+            raise ValueError(f"`training.{name}` is a whole number from 1 up, got {value}; or leave it out.")
+    if training.get("learning_rate", 0) < 0:
+        raise ValueError(f"`training.learning_rate` is from 0 up, got {training['learning_rate']}.")

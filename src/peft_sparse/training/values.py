@@ -55,9 +55,16 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is YAML, got something else: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{where} is YAML, got something else: {_said(error, where)}.") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _said(error: yaml.YAMLError, where: str) -> str:
+    """PyYAML's reason without its drawing, which is of several lines."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+    return f"{problem}{place}" if problem else " ".join(str(error).replace("<unicode string>", where).split())
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""Commands that end before their time: Ctrl-C at any moment, and a Hub that cannot be reached."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from peft_sparse.cli import _hub
+from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, main
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+START = "import sys; from peft_sparse_cli import main; sys.exit(main())"  # as the console script does
+# Where a command is when Ctrl-C comes: the name of a module that is being imported, or of a function that runs.
+IN_IMPORT = """
+import importlib.abc, os, signal, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:  # as some of what is imported does
+                pass
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def run(arguments, before="", interrupt_after=None, **environment):
+    """(status, stdout, stderr) of a process of its own, in which Ctrl-C is not ignored as in a background job."""
+    settings = os.environ | {"PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"} | environment
+    process = subprocess.Popen(
+        [sys.executable, "-c", before + START, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    if interrupt_after is not None:
+        time.sleep(interrupt_after)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy", "transformers", "peft_sparse.tuners.spp"])
+def test_an_interrupt_while_the_package_is_imported(module, tmp_path):
+    status, out, err = run(["report", tmp_path], before=IN_IMPORT.format(module=module))
+    assert (status, out, err.strip()) == (INTERRUPTED, "", "interrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 1, 2, 3, 5, 8])
+def test_an_interrupt_at_any_moment(seconds, llama_dir, tmp_path):
+    """Whatever it meets: one line and nothing half-written, or the command was done."""
+    arguments = ["prune", llama_dir, tmp_path / "out", "--method", "magnitude", "--quiet"]
+    status, out, err = run(arguments, interrupt_after=seconds)
+    assert status in (INTERRUPTED, DONE) and "Traceback" not in err and "ignored" not in err
+    if status == INTERRUPTED:
+        assert err.strip() == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if out else [])
+
+
+def test_an_interrupt_that_a_library_turns_into_another_error(monkeypatch, capsys, llama_dir):
+    def turned(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("a worker died") from error
+
+    monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", turned)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["report", str(llama_dir)]) == INTERRUPTED
+    assert capsys.readouterr().err.strip() == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# The Hub
+
+
+@pytest.fixture
+def closed_port():
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "owner/model", "--data", "TEXT"],
+        ["prune", "LLAMA", "NEW", "--data", "owner/data"],
+        ["report", "owner/model"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_hub_that_cannot_be_reached_is_given_up_soon(arguments, closed_port, llama_dir, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "text.txt").write_text("a text")
+    places = {"TEXT": tmp_path / "text.txt", "LLAMA": llama_dir, "NEW": tmp_path / "new"}
+    start = time.monotonic()
+    status, out, err = run(
+        [places.get(word, word) for word in arguments],
+        HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{closed_port}", HF_HOME=str(tmp_path / "home"),
+    )  # fmt: skip
+    assert status == FAILED and out == "" and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: ") and "owner/" in err.splitlines()[-1]
+    assert time.monotonic() - start < 60
+
+
+class Line:
+    """Stands for `huggingface_hub`'s client: each request ends as the next item of a list says."""
+
+    def __init__(self, ends, hooks=()):
+        self.ends, self.event_hooks, self.limits = list(ends), hooks, []
+
+    def send(self, request):
+        self.limits.append(request.extensions["timeout"])
+        if isinstance(end := self.ends.pop(0), Exception):
+            raise end
+        return end
+
+
+class Request:
+    def __init__(self, **timeout):
+        self.extensions = {"timeout": timeout}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(_hub, "SECONDS", 0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_three_failures_without_an_answer_are_the_last(at_once):
+    client = _hub._Line().watch(Line([OSError("no route")] * 3))
+    for _ in range(2):
+        with pytest.raises(OSError):
+            client.send(Request())
+    assert not constants.HF_HUB_OFFLINE
+    with pytest.raises(OSError), pytest.warns(UserWarning, match=r"cannot be reached \(no route\); from here on only"):
+        client.send(Request())
+    assert huggingface_hub.is_offline_mode()
+
+
+def test_an_answer_of_any_kind_means_that_there_is_a_hub(at_once):
+    client = _hub._Line().watch(Line([OSError("slow"), "404", *[OSError("slow")] * 5]))
+    for _ in range(7):
+        try:
+            client.send(Request())
+        except OSError as error:
+            assert str(error) == "slow"
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_three_failures_in_one_moment_are_not_enough(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    client = _hub._Line().watch(Line([OSError("a blink")] * 3))
+    for _ in range(3):
+        with pytest.raises(OSError):
+            client.send(Request())
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_connecting_has_a_limit_and_reading_keeps_its_own():
+    client = Line(["200", "200", "200"])
+    watched = _hub._Line().watch(client)
+    for timeout in ({}, {"connect": None, "read": None}, {"connect": 3, "read": 100}):
+        watched.send(Request(**timeout))
+    limit = constants.HF_HUB_ETAG_TIMEOUT
+    assert client.limits == [{"connect": limit}, {"connect": limit, "read": None}, {"connect": 3, "read": 100}]
+
+
+def test_afterwards_all_is_as_before(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    kind = type(huggingface_hub.get_session())
+    with _hub.no_long_wait():
+        assert "watched" in huggingface_hub.get_session().send.__qualname__
+        constants.HF_HUB_OFFLINE = True
+    assert not constants.HF_HUB_OFFLINE
+    assert type(huggingface_hub.get_session()) is kind
+    assert "watched" not in huggingface_hub.get_session().send.__qualname__
