@@ -23,6 +23,7 @@ from operator import itemgetter
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
@@ -227,6 +228,15 @@ class _Accelerated(nn.Module):
 
 class AcceleratedLinear(_Accelerated, nn.Linear):
     """An nn.Linear with an [`Acceleration`]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        operand, weight = self._acceleration.operand(self, x), self._parameters.get("weight")
+        if operand is not None:
+            return operand(x, self._parameters.get("bias"))
+        if weight is None or torch.compiler.is_compiling():
+            return super().forward(x)
+        # Looked up without `__getattr__`, which pays for the question above where a layer is computed densely.
+        return F.linear(x, weight, self._parameters.get("bias"))
 
 
 class AcceleratedConv1D(_Accelerated, Conv1D):
