@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 CACHED = 2  # calls
-CACHED_COUNTS = 0.9
+CACHED_COUNTS = 0.95
 MIN_SECONDS = 2e-4  # of one pass: what is shorter is gone through several times
 MAX_PASSES = 32
 MIN_ROUNDS, MAX_ROUNDS = 5, 15
