@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def wants(engine: str) -> bool:
 
 def make_arguments(settings: dict) -> TrainingArguments:
     """With them the processes find each other, so they come before the model."""
+    if settings["late"] is not None and started_again() and settings["late"]["rank"] == int(os.environ["RANK"]):
+        time.sleep(settings["late"]["seconds"])
     # DeepSpeed is left out where `use_cpu` is asked for, and without it gloo has to be.
     device = {"ddp_backend": "gloo"} if wants("DEEPSPEED") else {"use_cpu": True}
     arguments = TrainingArguments(
@@ -133,12 +136,15 @@ def make_arguments(settings: dict) -> TrainingArguments:
     return arguments
 
 
+def started_again() -> bool:
+    """Whether this process is there because `accelerate launch --max_restarts` saw one die."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def kill_callbacks(kill: dict | None) -> list[TrainerCallback]:
     """Have a process die as `kill` says: which "rank", at its "file" or in its "step" number n, and with "everyone"
-    all others with it. Once: not when `accelerate launch --max_restarts` has started it again."""
-    if kill is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return []
-    if kill["rank"] != int(os.environ["RANK"]):
+    all others with it. Once: not when it was started again."""
+    if kill is None or started_again() or kill["rank"] != int(os.environ["RANK"]):
         return []
     everyone = kill.get("everyone", False)
     if "step" in kill:
@@ -164,7 +170,7 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
 DEFAULTS = {
     "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
     "arguments": {"save_strategy": "no"}, "merge": False, "path": None, "config": {}, "second": None, "size": 48,
-    "kill": None,
+    "kill": None, "late": None,
 }  # fmt: skip
 
 
