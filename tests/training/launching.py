@@ -3,8 +3,10 @@ compare them with one process, look at what they saved."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +19,10 @@ from safetensors.torch import load_file
 
 from peft_sparse import sparsity_report, verify_sparsity
 from peft_sparse.linears import block_linears, get_weight
+from peft_sparse.training import finetune, load_recipe
 
 import train_script
+from models import WORDS, save_with_tokenizer, tiny_llama
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs" / "accelerate"
@@ -119,6 +123,47 @@ def check_adapter(folder: Path, tuner: str, model: str = "tiny_llama") -> dict[s
     return {
         f"{name}.weight": train_script.digest(linear.weight.detach()) for name, linear in block_linears(merged).items()
     }
+
+
+def make_recipe_file(folder: Path, method: str, num_processes: int, **training) -> Path:
+    """A recipe for `num_processes` that prunes for SPP; they have four rows a step together."""
+    folder.mkdir(parents=True)
+    (folder / "rows.txt").write_text("\n".join(" ".join(WORDS[(n * k) % 90] for k in range(1, 40)) for n in range(40)))
+    recipe = {
+        "model": {"path": save_with_tokenizer(tiny_llama(), folder / "llama")},
+        "adapter": {"method": "spp", "r": 4} if method == "spp" else {"method": "pst", "sparsity": 0.75},
+        "data": {"path": str(folder / "rows.txt"), "text": "text", "max_length": 16},
+        "training": {
+            "output_dir": str(folder / "run"), "max_steps": 4, "per_device_train_batch_size": 4 // num_processes,
+            "seed": 1, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True, **training,
+        },
+    }  # fmt: skip
+    if method == "spp":
+        recipe["prune"] = {"method": "wanda", "pattern": "2:4", "calibration": {"num_sequences": 4, "length": 8}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder / "recipe.yaml"
+
+
+def check_recipe(folder: Path, engine: str, **training) -> None:
+    """`peft-sparse finetune` in two processes does what it does in one, ends, and can be resumed."""
+    for method, sparsity in (("spp", 0.5), ("pst", 0.75)):
+        file = make_recipe_file(folder / method, method, 2, **training)
+        command = ["--num_processes", "2", str(HERE / "command_script.py"), "finetune", str(file)]
+        accelerate_launch(CONFIGS / f"{engine}.yaml", *command)
+        written = file.parent / "run" / "result.json"
+        assert time.time() - written.stat().st_mtime < 90, "it had written its result and did not end"
+        found = json.loads(written.read_text())
+        alone = finetune(load_recipe(make_recipe_file(folder / f"{method}-alone", method, 1, use_cpu=True)))
+        losses, expected = ([row["loss"] for row in log if "loss" in row] for log in (found["log"], alone.log))
+        assert losses == pytest.approx(expected, abs=1e-4) and len(losses) == 4
+        assert found["sparsity"] == alone.sparsity == sparsity and found["trainable"] == alone.trainable
+        adapter = load_file(file.parent / "run" / "adapter" / "adapter_model.safetensors")
+        if method == "pst":
+            shutil.rmtree(file.parent / "run" / "checkpoint-4")
+            accelerate_launch(CONFIGS / f"{engine}.yaml", *command, "--resume")
+            resumed = load_file(file.parent / "run" / "adapter" / "adapter_model.safetensors")
+            assert all(torch.equal(resumed[name], tensor) for name, tensor in adapter.items())
+            assert json.loads(written.read_text())["resumed_from"].endswith("checkpoint-2")
 
 
 def whole_and_resumed(folder: Path, tuner: str) -> list[dict]:

@@ -13,6 +13,7 @@ import train_script
 from launching import (
     check,
     check_adapter,
+    check_recipe,
     check_resumed,
     launch,
     one_process,
@@ -66,3 +67,7 @@ def test_three_processes(tmp_path):
         "spp": from_folder(tmp_path, "spp", tuner="spp", config={"r": 2, "modules_to_save": ["lm_head"]}),
     }
     check_runs(runs, tmp_path, num_processes=3)
+
+
+def test_a_recipe(tmp_path):
+    check_recipe(tmp_path, "zero3", ddp_backend="gloo")

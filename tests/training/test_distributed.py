@@ -12,7 +12,16 @@ from peft_sparse.sparsity import sparsity_at
 from peft_sparse.tuners.pst import PstLinear
 
 import train_script
-from launching import check, check_adapter, check_resumed, launch, one_process, reports, whole_and_resumed
+from launching import (
+    check,
+    check_adapter,
+    check_recipe,
+    check_resumed,
+    launch,
+    one_process,
+    reports,
+    whole_and_resumed,
+)
 
 
 def test_the_masks_follow_the_schedule(tmp_path):
@@ -91,6 +100,11 @@ def test_fsdp2_loads_in_the_first_process_only(tmp_path):
         alone = one_process(tmp_path / "alone" / run["tuner"], tuner=run["tuner"])
         check(tmp_path / run["tuner"], alone, "FSDP", sharded=True)
         check_adapter(tmp_path / run["tuner"], run["tuner"])
+
+
+@pytest.mark.slow
+def test_a_recipe(tmp_path):
+    check_recipe(tmp_path, "fsdp2", use_cpu=True)
 
 
 @pytest.mark.slow

@@ -233,13 +233,17 @@ def merge_and_unmerge(model) -> dict:
     return {"merged": merged, "restored": base_digests(model) == before}
 
 
+def do_not_compile() -> None:
+    """DeepSpeed would compile its own all-reduce for CPUs, which takes minutes, where it finds a compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(runs: list[dict]) -> None:
     torch.set_num_threads(1)
     if wants("DEEPSPEED"):
-        import deepspeed
-
-        # it would compile its own all-reduce for CPUs, which takes minutes, where it finds a compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        do_not_compile()
     for settings in runs:
         train(settings)
     if torch.distributed.is_initialized():
