@@ -17,9 +17,11 @@ from launching import (
     check_adapter,
     check_recipe,
     check_resumed,
+    check_uneven,
     launch,
     one_process,
     reports,
+    uneven_runs,
     whole_and_resumed,
 )
 
@@ -100,6 +102,47 @@ def test_fsdp2_loads_in_the_first_process_only(tmp_path):
         alone = one_process(tmp_path / "alone" / run["tuner"], tuner=run["tuner"])
         check(tmp_path / run["tuner"], alone, "FSDP", sharded=True)
         check_adapter(tmp_path / run["tuner"], run["tuner"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_rows_that_do_not_fill_the_last_batch(tmp_path, engine):
+    runs = uneven_runs(tmp_path)
+    launch(engine, list(runs.values()))
+    check_uneven(tmp_path, runs, "MULTI_CPU" if engine == "ddp" else "FSDP", sharded=engine == "fsdp2")
+
+
+@pytest.mark.slow
+def test_fsdp2_in_mixed_precision(tmp_path):
+    """Forwards have bf16 shares, scores are float32 all the same; what is kept, merged and saved is float32."""
+    tuners = ("pst", "pst-2:4", "spp")
+    launch(
+        "fsdp2", [{"tuner": t, "output_dir": str(tmp_path / t), "merge": True} for t in tuners], mixed_precision="bf16"
+    )
+    for tuner in tuners:
+        alone = one_process(tmp_path / "alone" / tuner, tuner=tuner)
+        check(tmp_path / tuner, alone, "FSDP", sharded=True, tolerance=0.0625)  # two steps of bf16 at 4.5
+        merged = check_adapter(tmp_path / tuner, tuner)
+        for report in reports(tmp_path / tuner):
+            assert report["dtypes"] == ([] if tuner == "spp" else [["torch.bfloat16", "torch.float32"]])
+            assert report["restored"] and report["merged"] == merged
+            assert report["sparsity"] == (0.75 if tuner == "pst" else 0.5)
+
+
+@pytest.mark.slow
+def test_fsdp2_shards_of_another_number_of_processes(tmp_path):
+    """A checkpoint of two is resumed by three, and one of those by two: they go on as one process does."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    shared = {"arguments": saving, "config": {"total_steps": 6}}
+    resume = None
+    for steps, number in ((2, 2), (4, 3), (6, 2)):
+        run = {"output_dir": str(tmp_path / str(steps)), "steps": steps, "batch_size": 6 // number, "resume": resume}
+        launch("fsdp2", [shared | run], number, fsdp_state_dict_type="SHARDED_STATE_DICT")
+        resume = str(tmp_path / str(steps) / f"checkpoint-{steps}")
+    alone = one_process(tmp_path / "alone", 3, **shared)
+    alone["counts"] = {step: alone["counts"][step] for step in ("5", "6")}  # the log has the earlier losses too
+    check(tmp_path / "6", alone, "FSDP", sharded=True)
+    check_adapter(tmp_path / "6", "pst")
 
 
 @pytest.mark.slow

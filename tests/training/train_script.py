@@ -8,17 +8,20 @@ was) and the adapter.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -46,25 +49,34 @@ from killing import KillInStep, kill_at_file
 CONFIGS = {
     "pst": lambda **kw: PstConfig(sparsity=0.75, **kw),
     "pst-2:4": lambda **kw: PstConfig(pattern="2:4", **kw),
+    "pst-4:8": lambda **kw: PstConfig(pattern="4:8", **kw),
     "movement": lambda **kw: PstConfig(sparsity=0.75, importance="movement", weight_update="full", **kw),
     "magnitude": lambda **kw: PstConfig(sparsity=0.75, importance="magnitude", weight_update="full", **kw),
     "spp": lambda **kw: SppConfig(**kw),
     "spp-dropout": lambda **kw: SppConfig(spp_dropout=0.1, **kw),
+    "lora": lambda **kw: LoraConfig(**kw),
 }
 
 
 class Sentences(Dataset):
-    """Random token ids; the label is a function of the first one, or the ids themselves for a language model."""
+    """Random token ids; the label is a function of the first one, or the ids themselves for a language model.
 
-    def __init__(self, model, size: int = 48, seed: int = 0):
+    `read` has which ones this process was given; with `order`, the rows of another run's epochs, it is given those.
+    """
+
+    def __init__(self, model, size: int = 48, seed: int = 0, order: list[list[int]] | None = None):
         self.ids = torch.randint(3, 90, (size, 8), generator=torch.Generator().manual_seed(seed))
         self.is_classifier = hasattr(model, "classifier")
+        self.read: list[int] = []
+        self.order = order and [row for epoch in order for row in epoch]
+        self.length = len(order[0]) if order else size
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.length
 
     def __getitem__(self, index: int) -> dict:
-        ids = self.ids[index]
+        self.read.append(index if self.order is None else self.order[len(self.read)])
+        ids = self.ids[self.read[-1]]
         return {"input_ids": ids, "labels": (ids[0] > 45).long() if self.is_classifier else ids}
 
 
@@ -83,6 +95,24 @@ class Recorder(TrainerCallback):
             for adapter in layer._masks
         }
         self.counts[state.global_step] = [int(layer.pst_pruned["default"]) for layer in self.layers.values()]
+
+
+@contextmanager
+def dtypes_of_selections() -> Iterator[set[tuple[str, str]]]:
+    """Of the weights that a forward had, and of the scores that its mask was selected from."""
+    module = importlib.import_module("peft_sparse.ops.pst_mask")
+    scores_of, found = module._scores, set()
+
+    def scores(weight, factors, scales):
+        result = scores_of(weight, factors, scales)
+        found.add((str(weight.dtype), str(result.dtype)))
+        return result
+
+    module._scores = scores
+    try:
+        yield found
+    finally:
+        module._scores = scores_of
 
 
 def make_model(settings: dict):
@@ -161,16 +191,17 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
         model.add_adapter("second", CONFIGS[settings["second"]](**settings["config"]))
         model.base_model.set_adapter(["default", "second"])
     callbacks = [Recorder(model), *callbacks, *kill_callbacks(settings["kill"])]
-    if not settings["tuner"].startswith("spp"):
+    if "pst" in settings["tuner"] or settings["tuner"] in ("movement", "magnitude"):
         callbacks.append(SparsityCallback())
-    data = Sentences(base, settings["size"])
-    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+    data = Sentences(base, settings["size"], order=settings["order"])
+    other = Sentences(base, settings["size"])
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=other, callbacks=callbacks)
 
 
 DEFAULTS = {
     "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
     "arguments": {"save_strategy": "no"}, "merge": False, "path": None, "config": {}, "second": None, "size": 48,
-    "kill": None, "late": None,
+    "kill": None, "late": None, "order": None,
 }  # fmt: skip
 
 
@@ -187,13 +218,16 @@ def train(settings: dict, callbacks=()) -> Trainer:
         resume = settings["resume"]
         if resume == "last":
             resume = last_complete_checkpoint(settings["output_dir"])
-        trainer.train(resume_from_checkpoint=resume)
+        with dtypes_of_selections() as dtypes:
+            trainer.train(resume_from_checkpoint=resume)
     recorder = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
     report = {
         "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
         "masks": recorder.masks,
         "counts": recorder.counts,
         "final_masks": {name: digest(layer.get_mask("default")) for name, layer in recorder.layers.items()},
+        "read": trainer.train_dataset.read,
+        "dtypes": sorted(dtypes),
         "engine": str(trainer.accelerator.distributed_type),
         "shares": sum(is_share(parameter) for parameter in trainer.model.parameters()),
         "warnings": [str(w.message) for w in caught if "peft_sparse" in str(w.filename)],
