@@ -112,11 +112,12 @@ def check_adapter(folder: Path, tuner: str, model: str = "tiny_llama") -> dict[s
     tuned = PeftModel.from_pretrained(base, folder / "final")
     report = sparsity_report(tuned)
     merged = tuned.merge_and_unload()
-    if tuner.startswith("spp") or tuner == "pst-2:4":
-        assert verify_sparsity(merged, pattern="2:4").ok
+    pattern = "4:8" if tuner == "pst-4:8" else "2:4" if tuner.startswith("spp") or tuner == "pst-2:4" else None
+    if pattern is not None:
+        assert verify_sparsity(merged, pattern=pattern).ok
     for name, linear in block_linears(merged).items():
         weight = get_weight(linear)
-        expected = 0.5 if tuner.startswith("spp") or tuner == "pst-2:4" else 0.75
+        expected = 0.75 if pattern is None else 0.5
         assert int((weight == 0).sum()) == int(expected * weight.numel()), name
     assert report.total_sparsity == sparsity_report(merged).total_sparsity
     return {

@@ -57,23 +57,29 @@ def test_fsdp2(tmp_path):
             assert report["sparsity"] == (0.75 if run["tuner"] == "pst" else 0.5)
 
 
+NM_RUNS = [
+    {"tuner": "pst-2:4", "model": "tiny_gpt2"},  # Conv1D: rows are inputs, so that shares cut through groups
+    {"tuner": "pst-4:8", "model": "tiny_gpt2"},
+]
+OTHER_RUNS = [
+    {"tuner": "movement", "model": "tiny_llama"},
+    {"tuner": "magnitude", "model": "tiny_llama"},
+    {"tuner": "spp", "model": "tiny_gpt2"},
+]
+
+
 @pytest.mark.slow
-def test_fsdp2_with_three_processes_and_other_models(tmp_path):
+@pytest.mark.parametrize(("number", "runs"), [(3, NM_RUNS + OTHER_RUNS), (4, NM_RUNS)])
+def test_fsdp2_with_more_processes_and_other_models(tmp_path, number, runs):
     """Rows that do not divide by three; Conv1D; the other kinds of PST."""
-    runs = [
-        {"tuner": "pst-2:4", "model": "tiny_gpt2"},
-        {"tuner": "movement", "model": "tiny_llama"},
-        {"tuner": "magnitude", "model": "tiny_llama"},
-        {"tuner": "spp", "model": "tiny_gpt2"},
-    ]
     runs = [run | {"output_dir": str(tmp_path / str(i)), "merge": True} for i, run in enumerate(runs)]
-    launch("fsdp2", runs, num_processes=3)
+    launch("fsdp2", runs, num_processes=number)
     for i, run in enumerate(runs):
         settings = {"tuner": run["tuner"], "model": run["model"]}
-        alone = one_process(tmp_path / "alone" / str(i), 3, **settings)
-        check(tmp_path / str(i), alone, "FSDP", sharded=True, num_processes=3)
+        alone = one_process(tmp_path / "alone" / str(i), number, **settings)
+        check(tmp_path / str(i), alone, "FSDP", sharded=True, num_processes=number)
         merged = check_adapter(tmp_path / str(i), **settings)
-        for report in reports(tmp_path / str(i), 3):
+        for report in reports(tmp_path / str(i), number):
             assert report["restored"] and report["merged"] == merged
 
 
