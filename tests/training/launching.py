@@ -70,7 +70,8 @@ def accelerate_launch(file: Path, *arguments: str) -> None:
 def launched_environment(engine: str) -> dict[str, str]:
     """The environment in which `accelerate launch` starts its processes."""
     command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), str(HERE / "train_script.py")]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
