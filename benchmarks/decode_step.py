@@ -1,5 +1,5 @@
-"""A layer and one token, as text is decoded: the dense layer, the lists of its non-zeros, what `accelerate_sparse`
-chooses, and the dense layer in bfloat16.
+"""A layer and one token, as text is decoded: the dense layer, the lists of its non-zeros, its values and bitmask, what
+`accelerate_sparse` chooses, and the dense layer and values and bitmask in bfloat16.
 
     python -m benchmarks.decode_step                 # 2048 and 4096 square
     python -m benchmarks.decode_step --tokens 8
@@ -22,27 +22,33 @@ from torch import nn
 from benchmarks import runner, stacks
 from peft_sparse import accelerate_sparse, prune_magnitude
 from peft_sparse.linears import acceleration_of
+from peft_sparse.native import unavailable
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 CASES = ((2048, 2048), (4096, 4096))  # (out, in)
 QUICK_CASES = ((64, 48),)
-TOLERANCE = {"dense_bf16": 2e-2, "dense_bf16_mv": 2e-2}  # of the norm; 1e-4 for the others
+TOLERANCE = {"dense_bf16": 2e-2, "dense_bf16_mv": 2e-2, "bitmask_bf16": 2e-2}  # of the norm; 1e-4 for the others
 
 
 def make_stacks(dense: nn.Sequential, tokens: int) -> dict[str, nn.Sequential]:
     """The accelerated ones, which share the weights of the dense one, and that in bfloat16."""
-    made = {name: nn.Sequential(*map(stacks.twin, dense)) for name in ("csr", "chosen")}
-    accelerate_sparse(made["csr"], tokens, kernel="csr")
-    accelerate_sparse(made["chosen"], tokens)
-    return made | {"dense_bf16": copy.deepcopy(dense).bfloat16()}
+    made = {name: nn.Sequential(*map(stacks.twin, dense)) for name in ("csr", "bitmask", "chosen")}
+    made["dense_bf16"] = copy.deepcopy(dense).bfloat16()
+    made["bitmask_bf16"] = nn.Sequential(*map(stacks.twin, made["dense_bf16"]))
+    for name, kernel in (("csr", "csr"), ("bitmask", "bitmask"), ("bitmask_bf16", "bitmask"), ("chosen", None)):
+        if kernel in (None, "csr") or unavailable() is None:
+            accelerate_sparse(made[name], tokens, kernel=kernel)
+        else:
+            del made[name]
+    return made
 
 
 def make_ways(dense: nn.Sequential, others: Mapping[str, nn.Sequential], tokens: int) -> dict[str, list[stacks.Run]]:
     """For each variant a function for each layer that computes Y of the same X, which lies there in its dtype."""
     x = torch.randn(1, tokens, dense[0].in_features, generator=torch.Generator().manual_seed(0))
-    ways = {"dense": stacks.runs(dense, x), "csr": stacks.runs(others["csr"], x)}
-    ways["chosen"] = stacks.runs(others["chosen"], x)
-    ways["dense_bf16"] = stacks.runs(others["dense_bf16"], x.bfloat16())
+    ways = {"dense": stacks.runs(dense, x)}
+    for name, layers in others.items():
+        ways[name] = stacks.runs(layers, x.bfloat16() if name.endswith("bf16") else x)
     if tokens == 1:
         vector = x.bfloat16().view(-1)
         ways["dense_bf16_mv"] = [lambda w=linear.weight: torch.mv(w, vector) for linear in others["dense_bf16"]]

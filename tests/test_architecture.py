@@ -30,6 +30,7 @@ ROOMS = (
     "linears",
     "ops",
     "sparsity",
+    "native",
 )
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())

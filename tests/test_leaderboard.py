@@ -6,6 +6,9 @@ The models are random and the texts made up here, so nothing is needed from `sha
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -385,10 +388,14 @@ def test_a_loss_is_stated_and_a_difference_within_the_spread_is_none():
 # The command
 
 
-def run_command(tmp_path, data, model, *options):
+def command_line(tmp_path, data, model, *options):
     argv = ["--budget", "smoke", "--seeds", "0", "1", "--device", "cpu", "--threads", "1"]
     argv += ["--store", str(tmp_path / "store"), "--out", str(tmp_path / "out"), "--data", str(data)]
-    return command.main([*argv, "--model", str(model), *options])
+    return [*argv, "--model", str(model), *options]
+
+
+def run_command(tmp_path, data, model, *options):
+    return command.main(command_line(tmp_path, data, model, *options))
 
 
 def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys):
@@ -436,6 +443,20 @@ def test_a_fresh_clone_goes_on_from_the_runs_beside_the_tables(tmp_path, data, c
     path.write_text(path.read_text().replace(",spp,", ",hira,"))
     with pytest.raises(SystemExit, match="The key of a run is made from its settings, got"):
         runs.restore(path, store.Store(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_several_workers_from_the_command(tmp_path, data):
+    """In a process of its own: workers are started anew, and have to find what they are to do."""
+    folder = save_with_tokenizer(models.tiny_llama(), tmp_path / "tiny")
+    options = ("--part", "causal-lm", "--cases", "wanda 2:4", "--rows", "pruned", "spp", "--workers", "2")
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.leaderboard", *command_line(tmp_path, data, folder, *options)],
+        cwd=Path(__file__).parents[1], check=True, timeout=300,
+    )  # fmt: skip
+    records = store.Store(tmp_path / "store").records()
+    assert len(records) == 1 + parts.BUDGETS["causal-lm"]["smoke"].tries + 2
+    assert "SPP r=16 (ours)" in (tmp_path / "out" / "causal-lm-tiny-smoke.md").read_text()
 
 
 def test_nlg_from_the_command(tmp_path, data):

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import check_pruning, models, report
+from benchmarks import check_pruning, models
 from benchmarks.leaderboard import __doc__ as description
 from benchmarks.leaderboard import parts, render, runs
-from benchmarks.leaderboard.plan import work
 from benchmarks.leaderboard.settings import SEARCH_SEED
 from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.workers import make_runs
 
 STORE = models.REPOSITORY / ".leaderboard"
 OUT = models.REPOSITORY / "benchmarks" / "results" / "leaderboard"
@@ -55,24 +52,6 @@ def options() -> argparse.ArgumentParser:
     return found
 
 
-def _work(args: argparse.Namespace) -> None:
-    """One worker, in a process of its own or in this one."""
-    torch.set_num_threads(args.threads)
-    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    store, facts = Store(args.store), _facts(args)
-    for part, cases in parts.make(args, store):
-        lines = part.lines(cases, args.rows, tuple(args.seeds))
-        work(store, lines, part.run, deadline, lambda text: print(text, flush=True), facts)
-
-
-def _facts(args: argparse.Namespace) -> dict[str, object]:
-    """Hardware, versions and commit, for every record."""
-    given = argparse.Namespace(
-        rounds=None, device=torch.device(args.device), dtype=torch.float32, threads=args.threads
-    )
-    return {name: value for name, value in report.metadata(given).items() if value is not None}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Make the runs that are missing, then tables and charts.
 
@@ -95,24 +74,12 @@ def main(argv: list[str] | None = None) -> int:
             for trial in line.open_trials(records):
                 print(trial)
         return 0
-    status = 0
-    if not args.render:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and ours would compete
-        if args.workers == 1:
-            _work(args)
-        else:
-            context = multiprocessing.get_context("spawn")
-            workers = [context.Process(target=_work, args=(args,)) for _ in range(args.workers)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            status = int(any(worker.exitcode for worker in workers))
+    whole = args.render or make_runs(args)
     records = Store(args.store).records()
     for part, several in lines.items():
         path = render.render(part, several, records, args.out, args.name)
         print(f"No result of {part.name} yet." if path is None else f"\n{path.read_text(encoding='utf-8')}\n{path}")
-    return status
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

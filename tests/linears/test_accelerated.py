@@ -29,6 +29,7 @@ from peft_sparse.linears import (
 )
 from peft_sparse.linears.accelerated import KEPT, SAMPLED, _sample
 from peft_sparse.linears.operands import CsrOperand, is_two_of_four
+from peft_sparse.native import unavailable, use_native
 from peft_sparse.sparsity import PackedWeight
 
 KINDS = {
@@ -232,7 +233,7 @@ def test_the_sample_is_small():
 def test_packed_values_that_are_changed():
     linear, operand = accelerated(KINDS["packed"])
     x = torch.randn(1, 13)
-    assert operand.csr.values().data_ptr() == linear.values.data_ptr()
+    assert operand.linear.values.data_ptr() == linear.values.data_ptr()
     linear.values.mul_(2)
     with pytest.warns(UserWarning, match="accelerate_sparse"):
         y = linear(x)
@@ -302,15 +303,23 @@ def test_what_operands_refuse():
     csr, semi, bitmask = (OPERANDS[name].refusal for name in ("csr", "semi_structured", "bitmask"))
     linear = pruned(nn.Linear(8, 4))
     assert csr(linear) is None and csr(linear.double()) is None
-    assert "not in bfloat16" in csr(linear.bfloat16()) and "not on meta" in csr(nn.Linear(2, 2, device="meta"))
-    assert "NVIDIA GPU, not on cpu" in semi(linear) and "use_triton" in bitmask(linear)
+    assert "not on meta" in csr(nn.Linear(2, 2, device="meta"))
+    assert "NVIDIA GPU, not on cpu" in semi(linear) and "not for float64" in bitmask(linear.double())
+    with use_native(enabled=False):
+        assert "bitmask needs native kernels, which are switched off" in bitmask(linear.float())
+        assert "without native kernels, not in bfloat16" in csr(linear.bfloat16())
 
 
 def test_bytes_of_csr():
     linear = pruned(nn.Linear(64, 32), 0.75)
     kept = int((linear.weight != 0).sum())
-    assert CsrOperand.of(linear).nbytes == 8 * kept + 4 * 33
-    assert CsrOperand.of(PackedLinear.from_linear(linear)).nbytes == 4 * kept + 4 * 33
+    with use_native(enabled=False):
+        assert CsrOperand.of(linear).nbytes == 8 * kept + 4 * 33
+        assert CsrOperand.of(PackedLinear.from_linear(linear)).nbytes == 4 * kept + 4 * 33
+    if unavailable() is None:
+        columns = 2 * (kept + 16)  # loaded 16 at a time, up to the last
+        assert CsrOperand.of(linear).nbytes == 4 * kept + columns + 8 * 33
+        assert CsrOperand.of(PackedLinear.from_linear(linear)).nbytes == columns + 8 * 33
 
 
 def test_two_of_four():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_sparse.native import use_native
 from peft_sparse.sparsity import (
     PackedWeight,
     dense_weight,
@@ -65,9 +66,10 @@ def test_values_round_trip(rows, columns, seed, zeros, dtype):
 
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 10_000), st.integers(1, 200))
 def test_unpacking_in_parts_is_the_same(rows, columns, seed, at_once):
+    """Without the native kernels, which tests/native compares with this."""
     weight = sparse_weight(rows, columns, seed)
     packed = PackedWeight.of(weight)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, use_native(enabled=False):
         patch.setattr("peft_sparse.sparsity.packing.UNPACKED_AT_ONCE", at_once)
         assert torch.equal(packed.dense(), weight)
 

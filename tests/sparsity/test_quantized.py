@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse.sparsity import EightBitWeight, FourBitWeight, lost_blocks, quantize_like
-from peft_sparse.sparsity.packing import put_together, take_apart
+from peft_sparse.sparsity.forms import put_together, take_apart
 
 NF4 = torch.tensor(
     [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0.0,

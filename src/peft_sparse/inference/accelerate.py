@@ -61,14 +61,17 @@ def accelerate_sparse(
 
     - `csr`: lists of the non-zeros; on a CPU, in float32 and float64. Pays from about 75% zeros for a single token.
     - `semi_structured`: torch's 2:4 matmul on NVIDIA GPUs, in half precision.
-    - `bitmask`: a Triton kernel for one token on such a GPU, in half precision; only inside of `ops.use_triton`.
+    - `bitmask`: values and a bit for each place, read as they lie. On a CPU, in float32 and half precision, by C
+      kernels that are compiled at their first use where there is a compiler (`native.use_native`): pays from about
+      half zeros for a few tokens, and takes half to two thirds of the memory of `csr`'s lists. On such a GPU a Triton
+      kernel for one token, in half precision; only inside of `ops.use_triton`.
 
     The result is that of the dense layer up to the order of sums; where a weight is zero, infinities and NaNs in the
-    input are ignored. A layer computes in its own way as before wherever autograd records, in autocast and in compiled
-    graphs: the choices are for `generate()` and other work under `torch.no_grad()`. It also does so, and warns, once
-    its weight was changed, moved or cast; call this function again then. A change of a few entries through `.data`,
-    which torch does not count as one, may go unnoticed. A copy of the model starts without the choices. They hold for
-    the number of threads with which they were made.
+    input may be ignored. A layer computes in its own way as before wherever autograd records, in autocast and in
+    compiled graphs: the choices are for `generate()` and other work under `torch.no_grad()`. It also does so, and
+    warns, once its weight was changed, moved or cast; call this function again then. A change of a few entries
+    through `.data`, which torch does not count as one, may go unnoticed. A copy of the model starts without the
+    choices. They hold for the number of threads with which they were made.
 
     Args:
         model: without adapters; dense with zeros, or packed. A packed layer stays packed, and is compared with
@@ -195,7 +198,7 @@ def _decide(
         weight, (in_features, out_features) = weight_parameter(linear), in_out_features(linear)
         if not kinds:
             device = weight.device.type
-            relevant = [r for kind, r in refusals.items() if r and (kind.device_type == device or kernel)]
+            relevant = [r for kind, r in refusals.items() if r and (device in kind.device_types or kernel)]
             found[id(linear)] = Decision([], [refused] if refused else relevant or [f"there is nothing for {device}"])
             continue
         form = "packed" if isinstance(linear, PackedLinear) or id(linear) in to_pack else "dense"

@@ -1,8 +1,9 @@
 """A linear's weight in the forms in which its zeros save time, each with the kernel that multiplies with it.
 
-    csr              lists of the non-zeros, on a CPU, in float32 and float64
+    csr              lists of the non-zeros, on a CPU, by our C kernels, or in float32 and float64 by MKL
     semi_structured  2:4 in the form of NVIDIA's sparse tensor cores, by torch itself, in half precision
-    bitmask          values and a bit for each place, for one token on a GPU, by our Triton kernel where it is on
+    bitmask          values and a bit for each place, for few tokens on a CPU by our C kernels, for one on a GPU by our
+                     Triton kernel where it is on
 
 None of them has a backward. Whether one is faster is for `peft_sparse.inference` to measure.
 """
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.linears.weights import stored_weight, weight_parameter
-from peft_sparse.ops import csr_linear, triton_in_use
+from peft_sparse.linears.weights import in_out_features, stored_weight, weight_parameter
+from peft_sparse.native import PRODUCTS, unavailable
+from peft_sparse.ops import BitmaskLinear, CsrLinear, triton_in_use
 from peft_sparse.ops.triton_switch import MIN_CAPABILITY, triton_takes_bitmask
-from peft_sparse.sparsity import PackedWeight, csr_tensor, dense_weight
+from peft_sparse.sparsity import PackedWeight, dense_weight
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -29,12 +30,12 @@ class Operand:
 
     Attributes:
         name: in reports.
-        device_type: that it is meant for.
+        device_types: that it is meant for.
         nbytes: that it takes beyond the linear's own weight.
     """
 
     name: ClassVar[str]
-    device_type: ClassVar[str]
+    device_types: ClassVar[tuple[str, ...]]
     nbytes: int
 
     @classmethod
@@ -57,39 +58,38 @@ class Operand:
 
 
 class CsrOperand(Operand):
-    """Lists of the non-zeros: 8 bytes for each in float32; 4 beside the values of a PackedLinear, which are shared."""
+    """Lists of the non-zeros: values, which are shared with a PackedLinear, and columns in 2 bytes each, in 4 without
+    native kernels."""
 
-    name, device_type = "csr", "cpu"
+    name, device_types = "csr", ("cpu",)
 
-    def __init__(self, csr: torch.Tensor, nbytes: int) -> None:
-        self.csr, self.nbytes = csr, nbytes
+    def __init__(self, linear: CsrLinear) -> None:
+        self.linear, self.nbytes = linear, linear.nbytes
 
     @classmethod
     def refusal(cls, linear: nn.Module) -> str | None:
         weight = weight_parameter(linear)
         if weight.device.type != "cpu":
             return f"csr runs on a CPU, not on {weight.device.type}"
-        if weight.dtype not in (torch.float32, torch.float64):
-            return f"csr computes in float32 or float64, not in {str(weight.dtype).removeprefix('torch.')}"
-        if not torch.backends.mkl.is_available():
-            return "csr needs a torch with MKL, which this one is without"
-        return None
+        reason = CsrLinear.refusal(weight.dtype, in_out_features(linear)[0])
+        return reason and f"csr {reason}"
 
     @classmethod
     @torch.no_grad()
     def of(cls, linear: nn.Module) -> CsrOperand:
-        csr = csr_tensor(stored_weight(linear))
-        parts = [csr.crow_indices(), csr.col_indices()] + [csr.values()] * (not isinstance(linear, PackedLinear))
-        return cls(csr, sum(part.nbytes for part in parts))
+        return cls(CsrLinear(stored_weight(linear)))
+
+    def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        return self.linear.takes(x)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return csr_linear(x, self.csr, bias)
+        return self.linear(x, bias)
 
 
 class SemiStructuredOperand(Operand):
     """The kept half of a 2:4 weight and where it lies: 9/16 of the dense bytes in half precision."""
 
-    name, device_type = "semi_structured", "cuda"
+    name, device_types = "semi_structured", ("cuda",)
 
     def __init__(self, weight: torch.Tensor, nbytes: int) -> None:
         self.weight, self.nbytes = weight, nbytes
@@ -123,39 +123,44 @@ class SemiStructuredOperand(Operand):
 class BitmaskOperand(Operand):
     """Values and bitmask, as in the packed format; those of a PackedLinear are shared."""
 
-    name, device_type = "bitmask", "cuda"
+    name, device_types = "bitmask", ("cpu", "cuda")
 
-    def __init__(self, weight: PackedWeight, nbytes: int) -> None:
-        self.weight, self.nbytes = weight, nbytes
+    def __init__(self, linear: BitmaskLinear, nbytes: int) -> None:
+        self.linear, self.nbytes = linear, nbytes
 
     @classmethod
     def refusal(cls, linear: nn.Module) -> str | None:
-        if not triton_in_use():
-            return "bitmask is off (`ops.use_triton`): nobody has timed it on a GPU"
         weight = weight_parameter(linear)
-        if weight.dtype not in HALF:
-            return f"bitmask is for half precision, not for {str(weight.dtype).removeprefix('torch.')}"
+        dtype, on_cpu = str(weight.dtype).removeprefix("torch."), weight.device.type == "cpu"
+        if not on_cpu and not triton_in_use():
+            return "bitmask is off (`ops.use_triton`): nobody has timed it on a GPU"
+        if weight.dtype not in (PRODUCTS if on_cpu else HALF):
+            return f"bitmask is for {'float32 and half' if on_cpu else 'half'} precision, not for {dtype}"
+        if on_cpu:
+            reason = unavailable()
+            return None if reason is None else f"bitmask needs native kernels, which {reason}"
         tiny = PackedWeight.of(weight.new_ones(1, 8))
         tiny = tiny._replace(starts=tiny.starts.to(weight.device))
-        runs = triton_takes_bitmask(weight.new_ones(8), tiny, None)
-        return None if runs else f"bitmask does not run on {weight.device}"
+        return (
+            None
+            if triton_takes_bitmask(weight.new_ones(8), tiny, None)
+            else f"bitmask does not run on {weight.device}"
+        )
 
     @classmethod
     @torch.no_grad()
     def of(cls, linear: nn.Module) -> BitmaskOperand:
         stored = stored_weight(linear)
         packed = stored if isinstance(stored, PackedWeight) else PackedWeight.of(dense_weight(stored).detach())
-        packed = packed._replace(values=packed.values.detach(), starts=packed.starts.to(packed.values.device))
+        made = BitmaskLinear(packed)
         own = 0 if isinstance(stored, PackedWeight) else packed.values.nbytes + packed.bitmask.nbytes
-        return cls(packed, packed.starts.nbytes + own)
+        return cls(made, made.weight.starts.nbytes + own)
 
     def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        return triton_takes_bitmask(x, self.weight, bias)
+        return self.linear.takes(x, bias)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        from peft_sparse.ops import triton_bitmask
-
-        return triton_bitmask.forward(x, self.weight, bias)
+        return self.linear(x, bias)
 
 
 OPERANDS: dict[str, type[Operand]] = {kind.name: kind for kind in (CsrOperand, SemiStructuredOperand, BitmaskOperand)}

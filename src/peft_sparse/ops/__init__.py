@@ -3,8 +3,9 @@
 `use_triton` turns on the kernels of the `triton_*` modules."""
 
 from peft_sparse.ops import reference
+from peft_sparse.ops.bitmask_linear import BitmaskLinear
 from peft_sparse.ops.csr_cache import CsrCache, use_csr
-from peft_sparse.ops.csr_linear import csr_linear
+from peft_sparse.ops.csr_linear import CsrLinear, csr_linear
 from peft_sparse.ops.packed_linear import packed_linear
 from peft_sparse.ops.pst_linear import pst_linear
 from peft_sparse.ops.pst_mask import MaskCache, pst_mask
@@ -16,7 +17,9 @@ from peft_sparse.ops.triton_switch import triton_in_use, use_triton
 from peft_sparse.sparsity import CsrMatrix
 
 __all__ = [
+    "BitmaskLinear",
     "CsrCache",
+    "CsrLinear",
     "CsrMatrix",
     "MaskCache",
     "PstFactors",

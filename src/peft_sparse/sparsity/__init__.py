@@ -9,24 +9,26 @@ from peft_sparse.sparsity.budgets import (
     uniform_sparsities,
 )
 from peft_sparse.sparsity.csr import CsrMatrix, csr_tensor, to_csr
-from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
-from peft_sparse.sparsity.masks import round_keeping_support, select_mask
-from peft_sparse.sparsity.packing import (
+from peft_sparse.sparsity.forms import (
     PackedWeight,
     Weight,
     dense_weight,
-    pack_mask,
-    pack_values,
-    packed_fault,
     put_together,
-    row_starts,
     take_apart,
-    unpack_after_zero,
-    unpack_mask,
-    unpack_values,
     weight_entries,
     with_entries,
     write_rows,
+)
+from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
+from peft_sparse.sparsity.masks import round_keeping_support, select_mask
+from peft_sparse.sparsity.packing import (
+    pack_mask,
+    pack_values,
+    packed_fault,
+    row_starts,
+    unpack_after_zero,
+    unpack_mask,
+    unpack_values,
 )
 from peft_sparse.sparsity.patterns import (
     NM,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from peft_sparse.sparsity.packing import PackedWeight, Weight, dense_weight, unpack_mask
+from peft_sparse.sparsity.forms import PackedWeight, Weight, dense_weight
+from peft_sparse.sparsity.packing import unpack_mask
 
 # Places whose bits are looked at at a time when a weight is listed: bounds the temporaries, 25 bytes a place.
 LISTED_AT_ONCE = 1 << 22

@@ -1,10 +1,11 @@
-"""Masks as bits, and weights without their zeros.
+"""Masks as bits, and the entries of a weight without its zeros.
 
 A mask takes one bit a weight, rows padded to whole bytes, least significant bit first: bit b of byte j of a row
 belongs to column 8 j + b, which is NumPy's `packbits(..., bitorder="little")`. A weight is packed into that mask and
 the entries that it keeps, row by row, so that n of N weights in a dtype of d bytes take n d + N / 8 bytes.
 
-Unpacking is the one of the two that has to be fast. The k-th kept place gets the k-th value: a running count over the
+Unpacking is the one of the two that has to be fast: on a CPU the kernels of `peft_sparse.native` do it where there are
+some. Everywhere else, the k-th kept place gets the k-th value: a running count over the
 bytes and a table of the ranks inside a byte say which value a place gets, and the places without one get a zero that
 is put before the values. So it is two table look-ups, a cumulative sum and a gather, without a branch, which is
 faster than `masked_scatter_`, whose branch for each bit no processor predicts.
@@ -13,12 +14,11 @@ faster than `masked_scatter_`, whose branch for each bit no processor predicts.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from peft_sparse.sparsity.quantized import EightBitWeight, FourBitWeight, QuantizedWeight
+from peft_sparse.native import native_row_starts, native_takes, native_unpack
 
 # Multiplying the eight 0/1 bytes of a little-endian word by this gathers them, in order, in its top byte.
 _GATHER_BYTES = 0x0102040810204080
@@ -115,6 +115,8 @@ def unpack_values(
         tensor([[0.0000, 1.5000, 0.0000],
                 [2.0000, 0.0000, 3.0000]])
     """
+    if native_takes(bitmask, values):
+        return native_unpack(values, bitmask, in_features, out)
     return unpack_after_zero(torch.cat([values.new_zeros(1), values]), bitmask, in_features, out)
 
 
@@ -122,6 +124,8 @@ def unpack_after_zero(
     zero_first: torch.Tensor, bitmask: torch.Tensor, in_features: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[`unpack_values`] of values that have a zero before them, (1 + nnz,), which spares a copy of them."""
+    if native_takes(bitmask, zero_first):
+        return native_unpack(zero_first[1:], bitmask, in_features, out)
     if torch.compiler.is_compiling():  # a compiler fuses these
         bits = unpack_mask(bitmask, in_features, torch.int64)
         return zero_first[bits.flatten().cumsum(0).view_as(bits) * bits]
@@ -180,8 +184,11 @@ def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
         >>> row_starts(torch.tensor([[2], [5]], dtype=torch.uint8))
         tensor([0, 1, 3], dtype=torch.int32)
     """
-    counts = _popcounts(bitmask.device).index_select(0, bitmask.reshape(-1).int()).view(bitmask.shape).sum(1)
-    ends = F.pad(counts.cumsum(0), (1, 0)).cpu()
+    if native_takes(bitmask):
+        ends = native_row_starts(bitmask)
+    else:
+        counts = _popcounts(bitmask.device).index_select(0, bitmask.reshape(-1).int()).view(bitmask.shape).sum(1)
+        ends = F.pad(counts.cumsum(0), (1, 0)).cpu()
     return ends.int() if int(ends[-1]) < 2**31 else ends  # half the memory, and it is kept for each layer
 
 
@@ -206,95 +213,3 @@ def packed_fault(values: torch.Tensor, bitmask: torch.Tensor, rows: int, columns
 @functools.lru_cache(maxsize=16)
 def _popcounts(device: torch.device) -> torch.Tensor:
     return _byte_table(torch.uint8, torch.device("cpu")).sum(1, dtype=torch.int32).to(device)
-
-
-class PackedWeight(NamedTuple):
-    """A weight (out, in) without its zeros, of which any rows can be had as a tensor.
-
-    Attributes:
-        values: (nnz,), the entries that are kept, in row-major order.
-        bitmask: uint8 (out, ceil(in / 8)), see [`pack_mask`]; 1 = kept.
-        in_features: columns of the weight.
-        starts: see [`row_starts`].
-
-    Examples:
-        >>> packed = PackedWeight.of(torch.tensor([[0.0, 1.5, 0.0], [2.0, 0.0, 3.0]]))
-        >>> packed.values
-        tensor([1.5000, 2.0000, 3.0000])
-        >>> packed.rows(slice(1, 2))
-        tensor([[2., 0., 3.]])
-    """
-
-    values: torch.Tensor
-    bitmask: torch.Tensor
-    in_features: int
-    starts: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> PackedWeight:
-        """Pack (out, in): all entries but zeros. A negative zero comes back as a positive one."""
-        bitmask = pack_mask(weight != 0)
-        return cls(pack_values(weight, bitmask), bitmask, weight.shape[1], row_starts(bitmask))
-
-    @property
-    def shape(self) -> torch.Size:
-        """(out, in)."""
-        return torch.Size((self.bitmask.shape[0], self.in_features))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self.values.dtype
-
-    def span(self, rows: slice) -> slice:
-        """Where the values of some consecutive rows lie in `values`."""
-        start, stop, _ = rows.indices(self.bitmask.shape[0])
-        return slice(int(self.starts[start]), int(self.starts[stop]))
-
-    def rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Some consecutive rows, (rows, in), a new tensor or in `out`, see [`unpack_values`]."""
-        if torch.compiler.is_compiling():  # in one block, see ops/blocks.py
-            return unpack_values(self.values, self.bitmask, self.in_features)[rows]
-        return unpack_values(self.values[self.span(rows)], self.bitmask[rows], self.in_features, out)
-
-    def dense(self) -> torch.Tensor:
-        """All of it, (out, in), a new tensor."""
-        return unpack_values(self.values, self.bitmask, self.in_features)
-
-
-Weight = torch.Tensor | PackedWeight | QuantizedWeight
-_FORMS = {form.__name__: form for form in (PackedWeight, FourBitWeight, EightBitWeight)}
-
-
-def take_apart(weight: Weight) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """The tensor of a weight's entries (of a quantised one, their codes), which autograd is to know, and the rest of
-    it: empty for a dense weight."""
-    return (weight, ()) if isinstance(weight, torch.Tensor) else (weight[0], (type(weight).__name__, *weight[1:]))
-
-
-def put_together(entries: torch.Tensor, rest: tuple[Any, ...]) -> Weight:
-    """The inverse of [`take_apart`]."""
-    return _FORMS[rest[0]](entries, *rest[1:]) if rest else entries
-
-
-def write_rows(entries: torch.Tensor, weight: Weight, rows: slice, block: torch.Tensor) -> None:
-    """Write some consecutive rows of another weight, (rows, in), into entries of the form of [`weight_entries`]."""
-    if isinstance(weight, PackedWeight):
-        entries[weight.span(rows)] = pack_values(block, weight.bitmask[rows])
-    else:
-        entries[rows] = block
-
-
-def weight_entries(weight: Weight) -> torch.Tensor:
-    """The entries of a weight: the values of a packed one, else (out, in); of a quantised one a new float32 tensor."""
-    return weight.values if isinstance(weight, PackedWeight) else dense_weight(weight)
-
-
-def with_entries(weight: Weight, entries: torch.Tensor) -> Weight:
-    """The weight that has other entries at the same places; the inverse of [`weight_entries`]. Not quantised."""
-    return weight._replace(values=entries) if isinstance(weight, PackedWeight) else entries
-
-
-def dense_weight(weight: Weight) -> torch.Tensor:
-    """A weight as (out, in); one that is packed or quantised as a new tensor."""
-    return weight if isinstance(weight, torch.Tensor) else weight.dense()
