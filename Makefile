@@ -11,7 +11,7 @@ OLDEST_PEFT := 0.20.0
 TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
 	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 QUANT_TESTS := tests/tuners/test_quantized.py
-DEEPSPEED_TESTS := tests/training/test_deepspeed.py
+DEEPSPEED_TESTS := tests/training/test_deepspeed.py tests/training/test_killed_runs.py::test_killed_under_zero3
 # DeepSpeed, and what it imports on a CPU; the rest of its dependencies is in .venv already.
 DEEPSPEED := deepspeed hjson msgpack ninja py-cpuinfo einops
 TRITON_COMPILER_TESTS := tests/ops/test_triton_switch.py tests/ops/test_triton_compile.py

@@ -13,10 +13,13 @@ import train_script
 from launching import (
     check,
     check_adapter,
+    check_recipe,
     check_resumed,
+    check_uneven,
     launch,
     one_process,
     reports,
+    uneven_runs,
     whole_and_resumed,
 )
 
@@ -61,8 +64,20 @@ def test_three_processes(tmp_path):
     """Rows that do not divide by three, fewer rows than processes, accumulation, several adapters."""
     accumulating = {"save_strategy": "no", "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     runs = {
+        "4:8": from_folder(tmp_path, "4:8", tuner="pst-4:8", model="tiny_gpt2", merge=True),
         "accumulating": from_folder(tmp_path, "accumulating", tuner="movement", arguments=accumulating),
         "two": from_folder(tmp_path, "two", tuner="pst", second="pst", config={"r": 2, "score_r": 1}, merge=False),
         "spp": from_folder(tmp_path, "spp", tuner="spp", config={"r": 2, "modules_to_save": ["lm_head"]}),
     }
     check_runs(runs, tmp_path, num_processes=3)
+
+
+def test_rows_that_do_not_fill_the_last_batch(tmp_path):
+    train_script.save_model(tmp_path / "base", tuner="spp")
+    runs = uneven_runs(tmp_path, path=str(tmp_path / "base"))
+    launch("zero3", list(runs.values()))
+    check_uneven(tmp_path, runs, "DEEPSPEED", sharded=True)
+
+
+def test_a_recipe(tmp_path):
+    check_recipe(tmp_path, "zero3", ddp_backend="gloo")

@@ -12,7 +12,18 @@ from peft_sparse.sparsity import sparsity_at
 from peft_sparse.tuners.pst import PstLinear
 
 import train_script
-from launching import check, check_adapter, check_resumed, launch, one_process, reports, whole_and_resumed
+from launching import (
+    check,
+    check_adapter,
+    check_recipe,
+    check_resumed,
+    check_uneven,
+    launch,
+    one_process,
+    reports,
+    uneven_runs,
+    whole_and_resumed,
+)
 
 
 def test_the_masks_follow_the_schedule(tmp_path):
@@ -46,23 +57,29 @@ def test_fsdp2(tmp_path):
             assert report["sparsity"] == (0.75 if run["tuner"] == "pst" else 0.5)
 
 
+NM_RUNS = [
+    {"tuner": "pst-2:4", "model": "tiny_gpt2"},  # Conv1D: rows are inputs, so that shares cut through groups
+    {"tuner": "pst-4:8", "model": "tiny_gpt2"},
+]
+OTHER_RUNS = [
+    {"tuner": "movement", "model": "tiny_llama"},
+    {"tuner": "magnitude", "model": "tiny_llama"},
+    {"tuner": "spp", "model": "tiny_gpt2"},
+]
+
+
 @pytest.mark.slow
-def test_fsdp2_with_three_processes_and_other_models(tmp_path):
+@pytest.mark.parametrize(("number", "runs"), [(3, NM_RUNS + OTHER_RUNS), (4, NM_RUNS)])
+def test_fsdp2_with_more_processes_and_other_models(tmp_path, number, runs):
     """Rows that do not divide by three; Conv1D; the other kinds of PST."""
-    runs = [
-        {"tuner": "pst-2:4", "model": "tiny_gpt2"},
-        {"tuner": "movement", "model": "tiny_llama"},
-        {"tuner": "magnitude", "model": "tiny_llama"},
-        {"tuner": "spp", "model": "tiny_gpt2"},
-    ]
     runs = [run | {"output_dir": str(tmp_path / str(i)), "merge": True} for i, run in enumerate(runs)]
-    launch("fsdp2", runs, num_processes=3)
+    launch("fsdp2", runs, num_processes=number)
     for i, run in enumerate(runs):
         settings = {"tuner": run["tuner"], "model": run["model"]}
-        alone = one_process(tmp_path / "alone" / str(i), 3, **settings)
-        check(tmp_path / str(i), alone, "FSDP", sharded=True, num_processes=3)
+        alone = one_process(tmp_path / "alone" / str(i), number, **settings)
+        check(tmp_path / str(i), alone, "FSDP", sharded=True, num_processes=number)
         merged = check_adapter(tmp_path / str(i), **settings)
-        for report in reports(tmp_path / str(i), 3):
+        for report in reports(tmp_path / str(i), number):
             assert report["restored"] and report["merged"] == merged
 
 
@@ -91,6 +108,52 @@ def test_fsdp2_loads_in_the_first_process_only(tmp_path):
         alone = one_process(tmp_path / "alone" / run["tuner"], tuner=run["tuner"])
         check(tmp_path / run["tuner"], alone, "FSDP", sharded=True)
         check_adapter(tmp_path / run["tuner"], run["tuner"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_rows_that_do_not_fill_the_last_batch(tmp_path, engine):
+    runs = uneven_runs(tmp_path)
+    launch(engine, list(runs.values()))
+    check_uneven(tmp_path, runs, "MULTI_CPU" if engine == "ddp" else "FSDP", sharded=engine == "fsdp2")
+
+
+@pytest.mark.slow
+def test_fsdp2_in_mixed_precision(tmp_path):
+    """Forwards have bf16 shares, scores are float32 all the same; what is kept, merged and saved is float32."""
+    tuners = ("pst", "pst-2:4", "spp")
+    launch(
+        "fsdp2", [{"tuner": t, "output_dir": str(tmp_path / t), "merge": True} for t in tuners], mixed_precision="bf16"
+    )
+    for tuner in tuners:
+        alone = one_process(tmp_path / "alone" / tuner, tuner=tuner)
+        check(tmp_path / tuner, alone, "FSDP", sharded=True, tolerance=0.0625)  # two steps of bf16 at 4.5
+        merged = check_adapter(tmp_path / tuner, tuner)
+        for report in reports(tmp_path / tuner):
+            assert report["dtypes"] == ([] if tuner == "spp" else [["torch.bfloat16", "torch.float32"]])
+            assert report["restored"] and report["merged"] == merged
+            assert report["sparsity"] == (0.75 if tuner == "pst" else 0.5)
+
+
+@pytest.mark.slow
+def test_fsdp2_shards_of_another_number_of_processes(tmp_path):
+    """A checkpoint of two is resumed by three, and one of those by two: they go on as one process does."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    shared = {"arguments": saving, "config": {"total_steps": 6}}
+    resume = None
+    for steps, number in ((2, 2), (4, 3), (6, 2)):
+        run = {"output_dir": str(tmp_path / str(steps)), "steps": steps, "batch_size": 6 // number, "resume": resume}
+        launch("fsdp2", [shared | run], number, fsdp_state_dict_type="SHARDED_STATE_DICT")
+        resume = str(tmp_path / str(steps) / f"checkpoint-{steps}")
+    alone = one_process(tmp_path / "alone", 3, **shared)
+    alone["counts"] = {step: alone["counts"][step] for step in ("5", "6")}  # the log has the earlier losses too
+    check(tmp_path / "6", alone, "FSDP", sharded=True)
+    check_adapter(tmp_path / "6", "pst")
+
+
+@pytest.mark.slow
+def test_a_recipe(tmp_path):
+    check_recipe(tmp_path, "fsdp2", use_cpu=True)
 
 
 @pytest.mark.slow

@@ -8,16 +8,20 @@ was) and the adapter.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -45,25 +49,34 @@ from killing import KillInStep, kill_at_file
 CONFIGS = {
     "pst": lambda **kw: PstConfig(sparsity=0.75, **kw),
     "pst-2:4": lambda **kw: PstConfig(pattern="2:4", **kw),
+    "pst-4:8": lambda **kw: PstConfig(pattern="4:8", **kw),
     "movement": lambda **kw: PstConfig(sparsity=0.75, importance="movement", weight_update="full", **kw),
     "magnitude": lambda **kw: PstConfig(sparsity=0.75, importance="magnitude", weight_update="full", **kw),
     "spp": lambda **kw: SppConfig(**kw),
     "spp-dropout": lambda **kw: SppConfig(spp_dropout=0.1, **kw),
+    "lora": lambda **kw: LoraConfig(**kw),
 }
 
 
 class Sentences(Dataset):
-    """Random token ids; the label is a function of the first one, or the ids themselves for a language model."""
+    """Random token ids; the label is a function of the first one, or the ids themselves for a language model.
 
-    def __init__(self, model, size: int = 48, seed: int = 0):
+    `read` has which ones this process was given; with `order`, the rows of another run's epochs, it is given those.
+    """
+
+    def __init__(self, model, size: int = 48, seed: int = 0, order: list[list[int]] | None = None):
         self.ids = torch.randint(3, 90, (size, 8), generator=torch.Generator().manual_seed(seed))
         self.is_classifier = hasattr(model, "classifier")
+        self.read: list[int] = []
+        self.order = order and [row for epoch in order for row in epoch]
+        self.length = len(order[0]) if order else size
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.length
 
     def __getitem__(self, index: int) -> dict:
-        ids = self.ids[index]
+        self.read.append(index if self.order is None else self.order[len(self.read)])
+        ids = self.ids[self.read[-1]]
         return {"input_ids": ids, "labels": (ids[0] > 45).long() if self.is_classifier else ids}
 
 
@@ -82,6 +95,24 @@ class Recorder(TrainerCallback):
             for adapter in layer._masks
         }
         self.counts[state.global_step] = [int(layer.pst_pruned["default"]) for layer in self.layers.values()]
+
+
+@contextmanager
+def dtypes_of_selections() -> Iterator[set[tuple[str, str]]]:
+    """Of the weights that a forward had, and of the scores that its mask was selected from."""
+    module = importlib.import_module("peft_sparse.ops.pst_mask")
+    scores_of, found = module._scores, set()
+
+    def scores(weight, factors, scales):
+        result = scores_of(weight, factors, scales)
+        found.add((str(weight.dtype), str(result.dtype)))
+        return result
+
+    module._scores = scores
+    try:
+        yield found
+    finally:
+        module._scores = scores_of
 
 
 def make_model(settings: dict):
@@ -114,6 +145,8 @@ def wants(engine: str) -> bool:
 
 def make_arguments(settings: dict) -> TrainingArguments:
     """With them the processes find each other, so they come before the model."""
+    if settings["late"] is not None and started_again() and settings["late"]["rank"] == int(os.environ["RANK"]):
+        time.sleep(settings["late"]["seconds"])
     # DeepSpeed is left out where `use_cpu` is asked for, and without it gloo has to be.
     device = {"ddp_backend": "gloo"} if wants("DEEPSPEED") else {"use_cpu": True}
     arguments = TrainingArguments(
@@ -133,12 +166,15 @@ def make_arguments(settings: dict) -> TrainingArguments:
     return arguments
 
 
+def started_again() -> bool:
+    """Whether this process is there because `accelerate launch --max_restarts` saw one die."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def kill_callbacks(kill: dict | None) -> list[TrainerCallback]:
     """Have a process die as `kill` says: which "rank", at its "file" or in its "step" number n, and with "everyone"
-    all others with it. Once: not when `accelerate launch --max_restarts` has started it again."""
-    if kill is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return []
-    if kill["rank"] != int(os.environ["RANK"]):
+    all others with it. Once: not when it was started again."""
+    if kill is None or started_again() or kill["rank"] != int(os.environ["RANK"]):
         return []
     everyone = kill.get("everyone", False)
     if "step" in kill:
@@ -155,16 +191,17 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
         model.add_adapter("second", CONFIGS[settings["second"]](**settings["config"]))
         model.base_model.set_adapter(["default", "second"])
     callbacks = [Recorder(model), *callbacks, *kill_callbacks(settings["kill"])]
-    if not settings["tuner"].startswith("spp"):
+    if "pst" in settings["tuner"] or settings["tuner"] in ("movement", "magnitude"):
         callbacks.append(SparsityCallback())
-    data = Sentences(base, settings["size"])
-    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+    data = Sentences(base, settings["size"], order=settings["order"])
+    other = Sentences(base, settings["size"])
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=other, callbacks=callbacks)
 
 
 DEFAULTS = {
     "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
     "arguments": {"save_strategy": "no"}, "merge": False, "path": None, "config": {}, "second": None, "size": 48,
-    "kill": None,
+    "kill": None, "late": None, "order": None,
 }  # fmt: skip
 
 
@@ -181,13 +218,16 @@ def train(settings: dict, callbacks=()) -> Trainer:
         resume = settings["resume"]
         if resume == "last":
             resume = last_complete_checkpoint(settings["output_dir"])
-        trainer.train(resume_from_checkpoint=resume)
+        with dtypes_of_selections() as dtypes:
+            trainer.train(resume_from_checkpoint=resume)
     recorder = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
     report = {
         "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
         "masks": recorder.masks,
         "counts": recorder.counts,
         "final_masks": {name: digest(layer.get_mask("default")) for name, layer in recorder.layers.items()},
+        "read": trainer.train_dataset.read,
+        "dtypes": sorted(dtypes),
         "engine": str(trainer.accelerator.distributed_type),
         "shares": sum(is_share(parameter) for parameter in trainer.model.parameters()),
         "warnings": [str(w.message) for w in caught if "peft_sparse" in str(w.filename)],
@@ -227,13 +267,17 @@ def merge_and_unmerge(model) -> dict:
     return {"merged": merged, "restored": base_digests(model) == before}
 
 
+def do_not_compile() -> None:
+    """DeepSpeed would compile its own all-reduce for CPUs, which takes minutes, where it finds a compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(runs: list[dict]) -> None:
     torch.set_num_threads(1)
     if wants("DEEPSPEED"):
-        import deepspeed
-
-        # it would compile its own all-reduce for CPUs, which takes minutes, where it finds a compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        do_not_compile()
     for settings in runs:
         train(settings)
     if torch.distributed.is_initialized():

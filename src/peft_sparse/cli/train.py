@@ -51,6 +51,8 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Train, or say what would be trained."""
+    from accelerate import PartialState
+
     from peft_sparse.cli.measure import table
     from peft_sparse.training import finetune, load_recipe, plan_finetune
 
@@ -60,5 +62,6 @@ def run(options: argparse.Namespace) -> Outcome:
         plan = plan_finetune(recipe, options.resume)
         return Outcome(plan | {"dry_run": True}, table(plan) + "\n(dry run, nothing was trained or written)")
     result = finetune(recipe, options.resume)
+    PartialState().destroy_process_group()  # else nccl may wait at the exit for processes that are gone already
     data = {key: value for key, value in result.to_dict().items() if key != "log"}  # that is in result.json
     return Outcome(data, str(result))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from peft_sparse.checkpoint.commit import flush
 from peft_sparse.storage.files import SafetensorsFile
+from peft_sparse.tuners.adapter_files import PICKLED, WEIGHTS, pickled_weights
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def checkpoint_fault(folder: str | Path) -> str | None:
         return f"{STATE} cannot be read ({error})"
     if _NAME.fullmatch(folder.name) and (not isinstance(state, dict) or state.get("global_step") != _step(folder)):
         return f"{STATE} is of another step"
+    if (pickled := pickled_weights(folder)) is not None:
+        return f"it has {PICKLED} and no {WEIGHTS} in {pickled.name}"
     if (folder / MANIFEST).exists():
         return _manifest_fault(folder)
     return _rng_fault(folder) or _content_fault(folder)

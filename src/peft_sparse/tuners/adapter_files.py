@@ -5,7 +5,8 @@ that file is missing, PEFT reads a pickled adapter_model.bin. Neither can be see
 PEFT reads the config.
 
 Only folders are checked. What comes from the Hub is checked by its client; an adapter that is loaded into one that is
-there already (as Trainer does when it resumes) has no config read, and gets the checks of `adapter_state.py` alone.
+there already has no config read, and gets the checks of `adapter_state.py` alone. Where Trainer does so the callbacks
+look, see `training/adapter_record.py`; elsewhere the config's `from_pretrained` does when it is called.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ def weights_crc32(folder: str | os.PathLike[str]) -> str | None:
         while chunk := file.read(_CHUNK):
             found = zlib.crc32(chunk, found)
     return f"{found:08x}"
+
+
+def pickled_weights(folder: str | os.PathLike[str]) -> Path | None:
+    """Where, in a folder or in those of its other adapters, weights are there as a pickle only; None: nowhere."""
+    files = sorted([*Path(folder).glob(PICKLED), *Path(folder).glob(f"*/{PICKLED}")])
+    return next((file.parent for file in files if not (file.parent / WEIGHTS).is_file()), None)
 
 
 def check_folder(
