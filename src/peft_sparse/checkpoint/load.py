@@ -22,6 +22,7 @@ from peft_sparse.linears import block_linears
 from peft_sparse.storage import CONFIG_KEY, StoredModel, StoredTensor, facts_of, locate, open_model
 from peft_sparse.storage.folders import packed_path
 from peft_sparse.storage.model import transformers_class
+from peft_sparse.storage.names import names_in_model
 
 _LEGACY_CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -73,6 +74,8 @@ def load_sparse(
     config = _config(stored, trust_remote_code)
     saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
     model_cls = _of_auto_class(saved_cls or model_cls, config)
+    if not verify_checksums:
+        _check_shapes(model_cls, config, stored)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
     model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device)
     _check_complete(model, stored, info)
@@ -175,6 +178,23 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_shapes(model_cls: type[PreTrainedModel], config: PreTrainedConfig, stored: StoredModel) -> None:
+    """Before memory is asked for: a config.json that nobody has verified may describe a model of any size.
+
+    Raises:
+        ValueError: if a tensor has another shape in the files than in the model."""
+    with torch.device("meta"):
+        model = model_cls(config)
+    state = model.state_dict()
+    for key, (name, converted) in names_in_model(model, stored.tensors).items():
+        shape, expected = stored.tensors[key].shape, tuple(state[name].shape)
+        if not converted and shape != expected:
+            raise ValueError(
+                f"A packed checkpoint has the tensors of its model, got `{key}` of {shape}, which is {expected} by "
+                f"config.json, in {str(stored.folder)!r}; put the config.json back that was saved with it."
+            )
 
 
 def _check_complete(model: PreTrainedModel, stored: StoredModel, info: dict[str, Any]) -> None:
