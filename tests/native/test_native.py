@@ -7,6 +7,7 @@ import ctypes
 import math
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from peft_sparse.sparsity import PackedWeight, pack_values, row_starts, unpack_m
 from peft_sparse.sparsity.packing import pack_nonzeros
 
 needs_kernels = pytest.mark.skipif(native.unavailable() is not None, reason=f"native kernels {native.unavailable()}")
+NATIVE = Path(build.__file__).parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Of one product beside its sum of |W||X|: sums in float32, one rounding to the dtype at the end.
@@ -218,6 +220,14 @@ def test_what_the_kernels_leave_to_pytorch():
         assert not linear.takes(torch.ones(20), None) and not lists.takes(torch.ones(20))
 
 
+def test_the_sources_are_installed_with_the_package():
+    """As package data, of which an editable install shows nothing."""
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    (patterns,) = re.findall(r"^peft_sparse = \[(.*)\]$", project.read_text(), re.MULTILINE)
+    found = {path.name for pattern in re.findall(r"native/([^\"]+)", patterns) for path in NATIVE.glob(pattern)}
+    assert found == set(build.SOURCES) == {path.name for path in NATIVE.iterdir() if path.suffix in (".c", ".h")}
+
+
 # Where there are none
 
 
@@ -276,9 +286,16 @@ def test_a_compiler_that_fails_is_told_of(fresh, monkeypatch, compiler, message)
 
 
 @needs_kernels
+def test_sources_that_are_not_there(fresh, monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda: [fresh / name for name in build.SOURCES])
+    with pytest.warns(UserWarning, match="cannot be compiled: their sources are not there"):
+        assert not native.native_in_use()
+
+
+@needs_kernels
 def test_kernels_that_compute_wrong_results_are_not_used(fresh, monkeypatch):
     wrong = fresh.parent / "wrong"
-    shutil.copytree(Path(build.__file__).parent, wrong)
+    shutil.copytree(NATIVE, wrong)
     source = wrong / "bitmask.c"
     source.write_text(source.read_text().replace("? *values++ : 0", "? *values : 0"))
     monkeypatch.setattr(build, "sources", lambda: [wrong / name for name in build.SOURCES])

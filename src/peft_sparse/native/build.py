@@ -73,7 +73,10 @@ def sources() -> list[Path]:
 
 def _digest(command: tuple[str, ...]) -> str:
     """Of what the kernels are made from: the sources and the command."""
-    made_from = b"".join(path.read_bytes() for path in sources()) + repr(command).encode()
+    try:
+        made_from = b"".join(path.read_bytes() for path in sources()) + repr(command).encode()
+    except OSError as error:
+        raise Unavailable(f"cannot be compiled: their sources are not there ({error})") from error
     return hashlib.sha256(made_from).hexdigest()[:16]
 
 
