@@ -236,6 +236,7 @@ def fresh(monkeypatch, tmp_path):
     """As in a process that has not looked for kernels yet, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(library, "_reason", None)
+    monkeypatch.setattr(native.use_native, "_enabled", True)
     library._library.cache_clear()
     yield tmp_path / "peft_sparse"
     library._library.cache_clear()
