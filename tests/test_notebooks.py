@@ -44,7 +44,7 @@ def code_cells(name):
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("name", ["quickstart"])
+@pytest.mark.parametrize("name", ["quickstart", "spp_causal_lm"])
 def test_outputs_are_stored(name):
     """As `make notebooks` left them: all cells were run in order, with results and without noise."""
     cells = code_cells(name)
