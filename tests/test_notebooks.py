@@ -44,7 +44,7 @@ def code_cells(name):
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "spp_causal_lm"])
+@pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_stored(name):
     """As `make notebooks` left them: all cells were run in order, with results and without noise."""
     cells = code_cells(name)
@@ -56,7 +56,7 @@ def test_outputs_are_stored(name):
     assert all(word not in text for word in ("Traceback", "Warning", "warning", "_runtime", "it/s"))
 
 
-@pytest.mark.parametrize("name", ["quickstart"])
+@pytest.mark.parametrize("name", ["quickstart", "pst_classification"])
 def test_pictures_are_stored(name):
     kinds = {kind for cell in code_cells(name) for output in cell["outputs"] for kind in output.get("data", {})}
     assert "image/png" in kinds

@@ -59,11 +59,12 @@ def test_an_interrupt_at_any_moment(seconds, llama_dir, tmp_path):
     """Whatever it meets: one line, and nothing half-written; the whole model if it came after the last file."""
     arguments = ["prune", llama_dir, tmp_path / "out", "--method", "magnitude", "--quiet"]
     status, out, err = run(arguments, interrupt_after=seconds)
-    assert status in (INTERRUPTED, DONE) and "Traceback" not in err and "ignored" not in err
+    # The last of them is what a shell reports as 130: the interpreter was ending, and has no handlers any more.
+    assert status in (INTERRUPTED, DONE, -signal.SIGINT) and "Traceback" not in err and "ignored" not in err
     if status == INTERRUPTED:
         assert err.strip() == "interrupted"
     left = [path.name for path in tmp_path.iterdir()]
-    assert left == ["out"] or (left == [] and not out)
+    assert left == ["out"] or (left == [] and status == INTERRUPTED and not out)
     if left:
         assert sparsity_report(tmp_path / "out").total_sparsity == pytest.approx(0.5, abs=1e-3)
 
