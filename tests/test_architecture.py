@@ -31,6 +31,7 @@ ROOMS = (
     "ops",
     "sparsity",
     "native",
+    "_switch",
 )
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())

@@ -31,6 +31,10 @@ class Unavailable(Exception):
     """Why there are no kernels here, in words that follow "native kernels"."""
 
 
+class Broken(Unavailable):
+    """The same where one would expect some, since there is a compiler."""
+
+
 def load_library() -> ctypes.CDLL:
     """The compiled kernels.
 
@@ -58,7 +62,7 @@ def load_library() -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(made))  # outlives its file
         except OSError as error:
-            raise Unavailable(f"were compiled but cannot be loaded ({error})") from error
+            raise Broken(f"were compiled but cannot be loaded ({error})") from error
 
 
 def cache_folder() -> Path:
@@ -76,7 +80,7 @@ def _digest(command: tuple[str, ...]) -> str:
     try:
         made_from = b"".join(path.read_bytes() for path in sources()) + repr(command).encode()
     except OSError as error:
-        raise Unavailable(f"cannot be compiled: their sources are not there ({error})") from error
+        raise Broken(f"cannot be compiled: their sources are not there ({error})") from error
     return hashlib.sha256(made_from).hexdigest()[:16]
 
 
@@ -84,10 +88,10 @@ def _compile(command: tuple[str, ...], made: Path) -> None:
     try:
         done = subprocess.run([*command, "-o", made], capture_output=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"cannot be compiled: {' '.join(command)!r} does not run ({error})") from error
+        raise Broken(f"cannot be compiled: {' '.join(command)!r} does not run ({error})") from error
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise Unavailable(f"cannot be compiled: {' '.join(command)!r} says {said[0][:200]!r}")
+        raise Broken(f"cannot be compiled: {' '.join(command)!r} says {said[0][:200]!r}")
 
 
 def _keep(made: Path, path: Path) -> None:

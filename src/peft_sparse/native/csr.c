@@ -15,6 +15,13 @@ typedef struct {
     float *y; /* (tokens, rows) */
 } product;
 
+#define ENTRY(TOKENS, DTYPE)                                                                                          \
+    void csr_##TOKENS##_##DTYPE(RUNTIME, const void *values, const uint16_t *columns, const int64_t *starts,          \
+                                int64_t rows, int64_t width, int64_t tokens, const float *x, float *y) {              \
+        product work = {values, columns, starts, rows, tokens, width, x, y};                                          \
+        share(start, number, count, threads, csr_##DTYPE##_##TOKENS, &work, rows);                                    \
+    }
+
 /* --- few tokens: x (tokens, width) --- */
 
 #define FEW_TOKENS(DTYPE, TYPE, FLOATS, EXPAND, LOAD_VALUES, ONE)                                                     \
@@ -43,11 +50,7 @@ typedef struct {
                 w->y[t * w->rows + row] = csr_##DTYPE##_dot(values + start, w->columns + start,                       \
                                                             w->starts[row + 1] - start, end, w->x + t * w->width);    \
     }                                                                                                                 \
-    void csr_few_##DTYPE(RUNTIME, const void *values, const uint16_t *columns, const int64_t *starts, int64_t rows,   \
-                         int64_t width, int64_t tokens, const float *x, float *y) {                                   \
-        product work = {values, columns, starts, rows, tokens, width, x, y};                                          \
-        share(start, number, count, threads, csr_##DTYPE##_few, &work, rows);                                         \
-    }
+    ENTRY(few, DTYPE)
 
 FOR_EACH_DTYPE(FEW_TOKENS)
 
@@ -92,11 +95,7 @@ FOR_EACH_DTYPE(FEW_TOKENS)
         for (; token + 2 * LANES <= w->width; token += 2 * LANES) csr_##DTYPE##_2(w, first, last, token);             \
         for (; token < w->width; token += LANES) csr_##DTYPE##_1(w, first, last, token);                              \
     }                                                                                                                 \
-    void csr_many_##DTYPE(RUNTIME, const void *values, const uint16_t *columns, const int64_t *starts, int64_t rows,  \
-                          int64_t width, int64_t tokens, const float *x, float *y) {                                  \
-        product work = {values, columns, starts, rows, tokens, width, x, y};                                          \
-        share(start, number, count, threads, csr_##DTYPE##_many, &work, rows);                                        \
-    }
+    ENTRY(many, DTYPE)
 
 FOR_EACH_DTYPE(MANY_TOKENS)
 

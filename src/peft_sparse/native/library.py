@@ -10,14 +10,15 @@ from ctypes import c_int, c_int64, c_void_p
 
 import torch
 
-from peft_sparse.native.build import Unavailable, load_library
+from peft_sparse._switch import Switch
+from peft_sparse.native.build import Broken, Unavailable, load_library
 
 VARIABLE = "PEFT_SPARSE_NATIVE"
 PRODUCTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SHARED_FROM = 1 << 15  # weights: to wake other threads takes longer than to do less alone
 BITS = {2: 16, 4: 32, 8: 64}  # of an entry that is packed or unpacked, by its bytes
 
-_RUNTIME = (c_void_p, c_void_p, c_void_p, c_int)  # `_openmp` and `_threads`
+_RUNTIME = (c_void_p, c_void_p, c_void_p, c_int)  # `openmp` and `threads`
 _WEIGHT = (c_void_p, c_void_p, c_void_p, c_int64, c_int64)  # values, bitmask or columns, starts, and two sizes
 _SIGNATURES = {
     "row_starts": (c_void_p, c_int64, c_int64, c_void_p),
@@ -32,7 +33,7 @@ _SIGNATURES = {
 }
 
 
-class use_native:
+class use_native(Switch):
     """Whether packed weights on a CPU are computed with C kernels, which are compiled at their first use.
 
     On by default, as far as the machine can have them: Linux on x86-64 with AVX2 or AVX-512, and a C compiler (`CC`,
@@ -50,16 +51,6 @@ class use_native:
     """
 
     _enabled = True
-
-    def __init__(self, enabled: bool = True) -> None:
-        self._before = use_native._enabled
-        use_native._enabled = enabled
-
-    def __enter__(self) -> use_native:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        use_native._enabled = self._before
 
 
 def _switched_from_outside() -> bool:
@@ -100,13 +91,14 @@ def _library() -> ctypes.CDLL | None:
         _check(library)
     except Unavailable as error:
         _reason = str(error)
-        if "compiled" in _reason:  # there is a compiler, so that one would expect them to work
+        if isinstance(error, Broken):
             warnings.warn(f"peft_sparse's native kernels {_reason}; PyTorch computes the same.", stacklevel=2)
         return None
     return library
 
 
 def loaded() -> ctypes.CDLL:
+    """The kernels, where [`native_in_use`] has said that there are some."""
     library = _library()
     assert library is not None, "native_in_use() was not asked"
     return library
@@ -130,7 +122,7 @@ def threads(weights: int) -> int:
 
 def _check(library: ctypes.CDLL) -> None:
     """Raises:
-    Unavailable: if the kernels do not unpack a small weight as it was packed."""
+    Broken: if the kernels do not unpack a small weight as it was packed."""
     from peft_sparse.native.packing import unpack
 
     bitmask = torch.tensor([[7, 128, 1], [0, 255, 0]], dtype=torch.uint8)
@@ -139,4 +131,4 @@ def _check(library: ctypes.CDLL) -> None:
         expected = torch.zeros(2, 17, dtype=dtype)
         expected[0, [0, 1, 2, 15, 16]], expected[1, 8:16] = values[:5], values[5:]
         if not torch.equal(unpack(library, values, bitmask, 17), expected):
-            raise Unavailable("were compiled to something that computes wrong results")
+            raise Broken("were compiled to something that computes wrong results")

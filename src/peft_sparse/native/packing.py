@@ -51,6 +51,7 @@ def native_unpack(
 def unpack(
     library: Any, values: torch.Tensor, bitmask: torch.Tensor, in_features: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """[`native_unpack`] by a library that is not in use yet."""
     values, bitmask, rows = values.detach().contiguous(), bitmask.contiguous(), bitmask.shape[0]
     starts = _row_starts(library, bitmask)
     bits = int(starts[-1])

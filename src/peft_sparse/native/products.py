@@ -58,7 +58,7 @@ class NativeCsr(_Product):
 
     MAX_COLUMNS = 1 << 16
     _PADDING = 16  # columns are loaded so many at a time
-    _FEW = 4  # tokens, from which on transposing X and reading it by rows is faster than gathering from it
+    _FEW = 4  # tokens; with more, transposing X and reading whole rows of it is faster than gathering from it
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, in_features: int) -> None:
         assert in_features <= self.MAX_COLUMNS and bitmask.is_contiguous()

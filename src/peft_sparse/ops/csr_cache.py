@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peft_sparse._switch import Switch
 from peft_sparse.ops.blocks import matmul_dtype
 from peft_sparse.ops.fingerprint import Fingerprint
 from peft_sparse.ops.reference import reference_in_use
@@ -34,7 +35,7 @@ CLEAR = 1.5  # times faster: no need to time again
 ROUNDS = 3
 
 
-class use_csr:
+class use_csr(Switch):
     """Choose yourself whether SPP layers compute with the non-zeros of their weights alone.
 
     It makes no difference to results but the order of sums. It can only be done on the CPU, for weights and inputs in
@@ -55,14 +56,7 @@ class use_csr:
     _enabled: bool | None = None
 
     def __init__(self, enabled: bool | None) -> None:
-        self._before = use_csr._enabled
-        use_csr._enabled = enabled
-
-    def __enter__(self) -> use_csr:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        use_csr._enabled = self._before
+        super().__init__(enabled)
 
 
 def csr_wanted() -> bool | None:

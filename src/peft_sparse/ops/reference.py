@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from peft_sparse._switch import Switch
 from peft_sparse.sparsity import (
     PackedWeight,
     Weight,
@@ -26,7 +27,7 @@ from peft_sparse.sparsity import (
 from peft_sparse.sparsity.importance import score_dtype
 
 
-class use_reference:
+class use_reference(Switch):
     """Compute every layer with the functions of this module instead of the fused ones, to tell whether those are to
     blame for a result. Slower, and memory of the weight's size is kept for each layer.
 
@@ -40,18 +41,6 @@ class use_reference:
         False
         >>> _ = use_reference(enabled=False)
     """
-
-    _enabled = False
-
-    def __init__(self, enabled: bool = True) -> None:
-        self._before = use_reference._enabled
-        use_reference._enabled = enabled
-
-    def __enter__(self) -> use_reference:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        use_reference._enabled = self._before
 
 
 def reference_in_use() -> bool:

@@ -13,6 +13,7 @@ from importlib import import_module
 
 import torch
 
+from peft_sparse._switch import Switch
 from peft_sparse.ops.reference import PstFactors
 from peft_sparse.sparsity import PackedWeight
 
@@ -22,7 +23,7 @@ MAX_RANK = 32  # tiles of low-rank factors lie in shared memory; with more than 
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: older ones have less shared memory, and no bfloat16
 
 
-class use_triton:
+class use_triton(Switch):
     """Compute SPP and PST layers that lie on a GPU with Triton kernels, forward and backward.
 
     Off by default: the kernels' results are tested, under Triton's interpreter, but nobody has run or timed them on a
@@ -49,19 +50,10 @@ class use_triton:
         False
     """
 
-    _enabled = False
-
     def __init__(self, enabled: bool = True) -> None:
         if enabled:
             _import_triton()
-        self._before = use_triton._enabled
-        use_triton._enabled = enabled
-
-    def __enter__(self) -> use_triton:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        use_triton._enabled = self._before
+        super().__init__(enabled)
 
 
 def triton_in_use() -> bool:

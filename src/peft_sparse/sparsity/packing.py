@@ -76,8 +76,8 @@ def _byte_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def pack_nonzeros(weight: torch.Tensor) -> torch.Tensor:
-    """[`pack_mask`] of `weight != 0`, of (out, in) of a floating dtype. A negative zero is a zero."""
-    if native_takes(weight, weight):
+    """[`pack_mask`] of `weight != 0`, of (out, in). A negative zero is a zero."""
+    if weight.is_floating_point() and native_takes(weight, weight):
         return native_nonzeros(weight)
     return pack_mask(weight != 0)
 
