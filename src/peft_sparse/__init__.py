@@ -1,7 +1,8 @@
 """Sparse language models with PEFT: prune -> tune -> merge -> verify -> store -> run, every zero kept.
 
-Importing this package registers two methods with PEFT and changes nothing else: PST (`PstConfig`), which sparsifies a
-model while fine-tuning it, and SPP (`SppConfig`), which fine-tunes a pruned model so that its zeros survive.
+Importing this package registers two methods with PEFT: PST (`PstConfig`), which sparsifies a model while fine-tuning
+it, and SPP (`SppConfig`), which fine-tunes a pruned model so that its zeros survive. Saved adapters of these two are
+looked at before PEFT or transformers read their weights; nothing else of PEFT and transformers is changed.
 """
 
 from importlib.metadata import version

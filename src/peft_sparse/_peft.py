@@ -1,19 +1,42 @@
-"""The joint with PEFT: the one file that touches its registry of methods.
+"""The joint with PEFT: the one file that touches its registry of methods and its functions.
 
 PEFT's `register_peft_method` is public, but a method's type has to be a member of the `PeftType` enum first, and an
 enum cannot be extended by its users. `_add_peft_type` adds the member by hand, with all that `enum` itself would have
-set, so that `list(PeftType)`, `PeftType("PST")`, `in`, pickling and JSON treat it like a native one. Nothing else of
-PEFT or transformers is changed.
+set, so that `list(PeftType)`, `PeftType("PST")`, `in`, pickling and JSON treat it like a native one.
+
+Two functions of PEFT are wrapped, for our adapters alone, since both read a folder without asking the method whose it
+is: `PeftModel.load_adapter` the weights of an adapter that is there already (so does Trainer, when it resumes and when
+it takes the best model), and `PeftConfig.from_pretrained`, by which transformers' own `load_adapter` reads a config. A
+bit that has flipped in such a folder would be another model, and a pickle would be opened. Nothing else of PEFT or
+transformers is changed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from pathlib import Path
+from typing import Any, Protocol
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+
+
+class CheckedConfig(Protocol):
+    """What a method's config can do besides."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Read a config; raises ValueError if the weights beside it are not those that were saved with it."""
+
+    @classmethod
+    def check_saved(cls, folder: str | Path, subfolder: str | None = None) -> None:
+        """Raises ValueError if the adapter in a folder is not as it was saved; does nothing for a name on the Hub."""
+
+
+_checked: list[Any] = []  # the configs whose folders are looked at before PEFT reads them
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -22,6 +45,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     Args:
         name: lower case; its upper-cased form becomes the member of `PeftType` and `name + "_"` the parameter prefix,
             which transformers relies on when it loads or deletes an adapter.
+        config_cls: a [`CheckedConfig`].
 
     Raises:
         ImportError: if PEFT already has another method of this name or prefix.
@@ -43,6 +67,10 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         )
     _add_peft_type(name.upper())
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=f"{name}_")
+    if not _checked:
+        _check_before_weights_are_read()
+        _check_where_a_config_is_read()
+    _checked.append(config_cls)
 
 
 def _qualified_name(cls: type) -> str:
@@ -67,3 +95,31 @@ def _add_peft_type(name: str) -> None:
     enum._value2member_map_[name] = member
     if hasattr(PeftType, "_hashable_values_"):  # Python 3.13 and later: what `in` looks at
         enum._hashable_values_.append(name)
+
+
+def _check_before_weights_are_read() -> None:
+    load_adapter = PeftModel.load_adapter
+
+    @functools.wraps(load_adapter)
+    def checked(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config: Any = self.peft_config.get(adapter_name)
+        if type(config) in _checked:  # of a new adapter PEFT asks the config itself
+            config.check_saved(model_id, kwargs.get("subfolder"))
+        return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    wrapped: Any = PeftModel
+    wrapped.load_adapter = checked
+
+
+def _check_where_a_config_is_read() -> None:
+    read: Any = PeftConfigMixin.from_pretrained.__func__
+
+    @functools.wraps(read)
+    def checked(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        config = read(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if type(config) in _checked and not issubclass(cls, type(config)):
+            return type(config).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return config
+
+    wrapped: Any = PeftConfigMixin
+    wrapped.from_pretrained = classmethod(checked)

@@ -33,26 +33,33 @@ def test_registers_two_methods_like_native_ones():
     """)
 
 
-def test_changes_nothing_else():
+def test_wraps_two_functions_and_changes_nothing_else():
     check("""
-        import peft, transformers, types
-        from peft import mapping, peft_model, tuners
+        import inspect, peft, transformers, types
+        from peft import config, mapping, peft_model, tuners
         from peft.tuners import tuners_utils
         from transformers import modeling_utils, trainer
-        modules = [peft, mapping, peft_model, tuners, tuners_utils, modeling_utils, trainer]
+        modules = [peft, config, mapping, peft_model, tuners, tuners_utils, modeling_utils, trainer]
         def contents():
             found = {}
             for module in modules:
                 for name, value in vars(module).items():
                     if isinstance(value, type) and value.__module__.startswith(("peft", "transformers")):
-                        found |= {(module.__name__, name, k): v for k, v in vars(value).items() if callable(v)}
+                        for k, v in vars(value).items():
+                            if callable(v) or isinstance(v, (classmethod, staticmethod)):
+                                found[value.__name__, k] = v
                     if callable(value):
                         found[module.__name__, name] = value
             return found
         before = contents()
+        signatures = [inspect.signature(f) for f in (peft.PeftModel.load_adapter, peft.PeftConfig.from_pretrained)]
         import peft_sparse
         after = contents()
-        assert {k for k in before if before[k] is not after.get(k)} == set()
+        changed = {k for k in before if before[k] is not after.get(k)}
+        assert changed == {("PeftModel", "load_adapter"), ("PeftConfigMixin", "from_pretrained")}, changed
+        wrapped = peft.PeftModel.load_adapter, peft.PeftConfig.from_pretrained
+        assert signatures == [inspect.signature(f) for f in wrapped]
+        assert all(f.__doc__ and f.__wrapped__ for f in wrapped)
     """)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.training.adapter_record import AdapterRecord
 from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
 from peft_sparse.tuners.pst import driven_adapters
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-class SparsityCallback(AdapterRecord, TrainerCallback):
+class SparsityCallback(TrainerCallback):
     """Drives PST's sparsity schedule: one step of it for each optimizer step, whatever the gradient accumulation.
 
     The schedule spans `PstConfig.total_steps`, or else all steps of the training. A resumed run goes on where it
@@ -27,9 +26,6 @@ class SparsityCallback(AdapterRecord, TrainerCallback):
     `state.log_history` and every callback behind this one. Those that `report_to` names come before the callbacks of
     a Trainer; `log_before_reporters` lets them have the numbers too.
 
-    Checkpoints get checksums of the adapter, in trainer_state.json, with which a resumed run's adapter and the best
-    model are compared (not where FSDP or ZeRO-3 have sharded it).
-
     Args:
         best_at_final_sparsity: forget the best metric seen before the final sparsity was reached, so that
             `load_best_model_at_end` chooses among fully sparse models, as the authors do. With False, the best model
@@ -37,8 +33,7 @@ class SparsityCallback(AdapterRecord, TrainerCallback):
         log: False logs nothing. It costs a pass over the masks and scores for each log, and a bit a weight.
 
     Raises:
-        ValueError: when training starts, if the model has no PST or SPP layer, or if the adapter of a resumed run is
-            not the one that was saved; at the end, if the best model's is not.
+        ValueError: when training starts, if the model has no PST or SPP layer.
 
     Examples:
         >>> callback = SparsityCallback()  # Trainer(model, args, train_dataset=..., callbacks=[callback])
@@ -49,20 +44,11 @@ class SparsityCallback(AdapterRecord, TrainerCallback):
         self.log = log
         self._masks: MaskLog | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        return {"best_at_final_sparsity": self.best_at_final_sparsity, "log": self.log}
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self.begin_record(args, state, model, counts=True)
         _set_sparsity(model, state)
         self._masks = MaskLog(model) if self.log else None
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.end_record(args, state, model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

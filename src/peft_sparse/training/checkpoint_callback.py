@@ -14,14 +14,13 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.training.adapter_record import AdapterRecord
 from peft_sparse.training.checkpoints import manifest_size, set_aside_incomplete, write_manifest
 
 # Bytes of a checkpoint's small files, such as the trainer's state and the random ones, and of the disk's blocks.
 _REST = 1 << 16
 
 
-class CheckpointCallback(AdapterRecord, TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Lets a run be killed at any moment, also in the middle of a save, and go on from its last complete checkpoint.
 
     When a Trainer with it is made, unfinished checkpoints that are newer than the last complete one are renamed to
@@ -30,14 +29,9 @@ class CheckpointCallback(AdapterRecord, TrainerCallback):
     [`last_complete_checkpoint`] knows a complete checkpoint. Before training
     and before each save it is checked that there is a place for it.
 
-    Checkpoints also get checksums of the adapter, in trainer_state.json, with which a resumed run's adapter and the
-    best model are compared, whichever folder they come from (not where FSDP or ZeRO-3 have sharded it).
-
     One run at a time may write to an `output_dir`.
 
     Raises:
-        ValueError: when training starts, if the adapter of a resumed run is not the one that was saved; at the end,
-            if the best model's is not.
         OSError: when training starts, if nothing can be written to `output_dir`; before a save, if the disk has not
             enough space for it. Older checkpoints stay as they are.
 
@@ -57,9 +51,8 @@ class CheckpointCallback(AdapterRecord, TrainerCallback):
         PartialState().wait_for_everyone()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.begin_record(args, state, model, counts=False)
         if not args.should_save or args.save_strategy == "no":
             return
         try:
@@ -72,11 +65,6 @@ class CheckpointCallback(AdapterRecord, TrainerCallback):
                 f"Checkpoints are written to `output_dir`, got {args.output_dir!r}, where nothing can be written "
                 f"({error.strerror}); choose another folder, or `save_strategy='no'`",
             ) from error
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.end_record(args, state, model)
 
     def on_step_end(
         self,

@@ -2,11 +2,9 @@
 
 PEFT writes and reads adapter_model.safetensors, which has no checksum: one flipped bit is another model. And where
 that file is missing, PEFT reads a pickled adapter_model.bin. Neither can be seen later, so both are looked at when
-PEFT reads the config.
+a config is read, and `_peft.py` has that done wherever an adapter is loaded.
 
-Only folders are checked. What comes from the Hub is checked by its client; an adapter that is loaded into one that is
-there already has no config read, and gets the checks of `adapter_state.py` alone. Where Trainer does so the callbacks
-look, see `training/adapter_record.py`; elsewhere the config's `from_pretrained` does when it is called.
+Only folders are checked. What comes from the Hub is checked by its client.
 """
 
 from __future__ import annotations
@@ -57,14 +55,8 @@ def check_folder(
     path = place / WEIGHTS
     if not (place / CONFIG).is_file():  # it came from the Hub
         return
+    refuse_pickled(place)
     if not path.is_file():
-        if (place / PICKLED).is_file():
-            raise ValueError(
-                f"An adapter's weights are in {WEIGHTS}, got only {PICKLED} in {str(place)!r}: a pickle, which can "
-                "run code when it is read and is not opened here; save the adapter again with "
-                "`safe_serialization=True`, or, if you know where it is from, convert it with `safetensors.torch."
-                "save_file(torch.load(..., weights_only=True), ...)`."
-            )
         if expected is not None:
             raise ValueError(
                 f"The adapter_config.json was saved with {WEIGHTS}, got no such file in {str(place)!r}; save or "
@@ -78,6 +70,18 @@ def check_folder(
             f"{WEIGHTS} is as it was saved (CRC-32 {expected}), got {found} in {str(place)!r}: it is damaged, or of "
             "another save; save or download the adapter again, or remove `checksums` from adapter_config.json if you "
             "changed it on purpose."
+        )
+
+
+def refuse_pickled(place: Path) -> None:
+    """Raises:
+    ValueError: if the weights in a folder are there as a pickle only."""
+    if (place / PICKLED).is_file() and not (place / WEIGHTS).is_file():
+        raise ValueError(
+            f"An adapter's weights are in {WEIGHTS}, got only {PICKLED} in {str(place)!r}: a pickle, which can run "
+            "code when it is read and is not opened here; save the adapter again with `safe_serialization=True`, or, "
+            "if you know where it is from, convert it with `safetensors.torch.save_file(torch.load(..., "
+            "weights_only=True), ...)`."
         )
 
 

@@ -7,7 +7,9 @@ is an error and not another model: PEFT and safetensors have none.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 
 from peft_sparse.linears import PackedLinear, unwrap
 from peft_sparse.storage.files import crc32
-from peft_sparse.tuners.adapter_files import check_folder, weights_crc32
+from peft_sparse.tuners.adapter_files import CONFIG, check_folder, refuse_pickled, weights_crc32
 from peft_sparse.tuners.field_checks import check_bool, check_indices, check_names
 
 # What may be edited in a file without changing what the adapter computes.
@@ -90,6 +92,19 @@ class SparseConfig(PeftConfig):
         check_folder(pretrained_model_name_or_path, subfolder, expected, config.modules_to_save)
         config._awaits_weights = True
         return config
+
+    @classmethod
+    def check_saved(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
+        """Check a folder, before its weights are read into an adapter that is there already and that has its config.
+
+        What comes from the Hub is checked by its client.
+
+        Raises:
+            ValueError: see `from_pretrained`.
+        """
+        if (Path(folder, subfolder or "") / CONFIG).is_file():
+            cls.from_pretrained(os.fspath(folder), subfolder=subfolder)
+        refuse_pickled(Path(folder, subfolder or ""))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, see PEFT's PeftConfig; when PeftModel saves an adapter, with checksums.
