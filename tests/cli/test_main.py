@@ -297,7 +297,8 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
     [
         (["prune", "LLAMA", "NEW", "--pattern", "3:2", "--data", "TEXT"], "3:2"),
         (["prune", "LLAMA", "NEW", "--pattern", "2:4"], "wanda calibrates on data"),
-        (["prune", "LLAMA", "NEW", "--method", "magnitude", "--data", "TEXT"], "takes no data"),
+        (["prune", "LLAMA", "NEW", "--method", "magnitude", "--data", "TEXT"], "got --data; leave it out"),
+        (["prune", "LLAMA", "NEW", "--method", "magnitude", "--length", "8", "--seed", "1"], "got --length, --seed;"),
         (["prune", "LLAMA", "NEW", "--sparsity", "1.5", "--data", "TEXT"], "1.5"),
         (["prune", "LLAMA", "NEW", "--data", "nowhere.txt"], "nowhere.txt"),
         (["prune", "LLAMA", "LLAMA", "--method", "magnitude"], "is not empty; choose another name"),

@@ -15,6 +15,9 @@ EXAMPLES = """\
 """
 
 
+CALIBRATION = "calibration, for all methods but magnitude"
+
+
 def add_commands(commands: Any) -> None:
     """Add the command."""
     parser = add_command(
@@ -38,7 +41,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--group", choices=["layer", "row"], help="what competes (default: as in the method's paper)")
     parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="only linears with these names")
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="all but linears with these names")
-    data = parser.add_argument_group("calibration, for all methods but magnitude")
+    data = parser.add_argument_group(CALIBRATION)
     add_data(data, "train", needed=False)  # type: ignore[arg-type] # a group adds arguments as a parser does
     data.add_argument("--streaming", action="store_true", help="read no more of the data than is needed")
     data.add_argument("--num-sequences", type=positive, default=128, metavar="N", help="default: 128")
@@ -51,6 +54,7 @@ def add_commands(commands: Any) -> None:
     add_loading(parser)
     parser.add_argument("--pack", action="store_true", help="save packed, as `peft-sparse pack` does")
     add_dry_run(parser)
+    parser.set_defaults(calibration={action.dest: action for action in data._group_actions})
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -62,7 +66,9 @@ def run(options: argparse.Namespace) -> Outcome:
         "exclude_modules": options.exclude_modules,
     }
     data = calibration = None
-    if options.method != "magnitude":
+    if options.method == "magnitude":
+        _refuse_calibration(options)
+    else:
         arguments |= {
             "checkpoint_dir": options.checkpoint_dir,
             "device": options.device,
@@ -99,3 +105,18 @@ def run(options: argparse.Namespace) -> Outcome:
         **arguments,
     )
     return Outcome(result.to_dict(), str(result))
+
+
+def _refuse_calibration(options: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: if an option was given that magnitude pruning would not heed."""
+    given = [
+        action.option_strings[0]
+        for name, action in options.calibration.items()
+        if getattr(options, name) != action.default
+    ]
+    if given:
+        raise ValueError(
+            f"magnitude prunes by weights alone, without calibration, got {', '.join(given)}; leave "
+            f"{'it' if len(given) == 1 else 'them'} out, or take another --method."
+        )

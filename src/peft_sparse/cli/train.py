@@ -12,7 +12,7 @@ EXAMPLES = """\
   peft-sparse finetune configs/spp_causal_lm.yaml --set training.max_steps=20 --set adapter.r=32
   peft-sparse finetune configs/spp_llama_7b.yaml --set model.path=./pruned --dry-run
   peft-sparse finetune configs/pst_bert_base_glue.yaml --resume
-  accelerate launch -m peft_sparse finetune configs/spp_llama_7b.yaml     on several devices
+  accelerate launch -m peft_sparse_cli finetune configs/spp_llama_7b.yaml     on several devices
 
 A recipe has the parts model, prune, adapter, data, training, evaluation and output; see configs/ for commented ones.
 `--set PART.KEY=VALUE` replaces a value; ${VARIABLE} in a value is taken from the environment.
