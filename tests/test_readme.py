@@ -2,12 +2,17 @@
 
 import re
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 import peft_sparse
-from peft_sparse.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,24 +35,30 @@ def test_quick_example_runs(llama_dir, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # as above
-def test_the_command_line_runs_as_printed(llama_dir, tmp_path, monkeypatch, capsys):
-    """Each line of the block, one after the other, with a small local model, a short text and two steps."""
-    pytest.importorskip("datasets")
-    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "peft-sparse prune" in block]
+def test_other_examples_run(hub_stand_ins, tmp_path, monkeypatch):
+    """With what each of them takes to be there."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "text.txt").write_text(topics["types"][:20000])
-    lines = [line.partition("#")[0].split() for line in block.splitlines() if line.startswith("peft-sparse")]
-    for words in lines:
-        words = [str(llama_dir) if word.startswith("HuggingFaceTB/") else word for word in words[1:]]
-        small = {
-            "prune": ["--length", "64"],
-            "finetune": ["--set", "training.max_steps=2"],
-            "evaluate": ["--length=64"],
-        }
-        assert main([*words, *small.get(words[0], [])]) == 0, capsys.readouterr().err
-    assert [words[1] for words in lines] == ["prune", "finetune", "merge", "evaluate", "pack"]
-    assert peft_sparse.verify_sparsity("packed", reference="pruned").ok
+    names = {"llama": "HuggingFaceTB/SmolLM2-135M", "bert": "google-bert/bert-base-uncased"}
+    tokenizer = AutoTokenizer.from_pretrained(hub_stand_ins[names["llama"]])
+    text = "a fine film, a dull film: what a joy and what a waste of the class " * 40
+    rows = [{"input_ids": [3 + index, 7, 9], "labels": index % 2} for index in range(8)]
+    pst, pruning, storing = BLOCKS[1:]
+    scope = {
+        "Trainer": Trainer,
+        "model": AutoModelForSequenceClassification.from_pretrained(hub_stand_ins[names["bert"]]),
+        "arguments": TrainingArguments("out", max_steps=2, report_to=[]),
+        "data": rows,
+        "texts": [text],
+        "tokenizer": tokenizer,
+    }
+    exec(compile(pst, "README.md", "exec"), scope)
+    scope["trainer"].train()
+    scope["model"] = AutoModelForCausalLM.from_pretrained(hub_stand_ins[names["llama"]])
+    exec(compile(pruning.replace("length=512", "length=8"), "README.md", "exec"), scope)
+    assert peft_sparse.sparsity_report(scope["model"]).total_sparsity == pytest.approx(0.6, abs=0.01)
+    scope["pruned_model"] = scope["model"]
+    exec(compile(storing, "README.md", "exec"), scope)
+    assert type(scope["model"].base_model) is peft_sparse.SppModel
 
 
 def test_named_recipes_exist():

@@ -1,7 +1,9 @@
 """SPP on a base model that bitsandbytes has quantised: zeros kept, nothing of the weight's size kept for backward."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,3 +360,17 @@ def test_widths_that_bitsandbytes_misreads_are_told():
     expected = model(IDS).logits.detach()
     merged = model.merge_and_unload(dequantize_to=torch.float32)
     torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    """docs/quantised.md, on a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[2] / "docs" / "quantised.md"
+    in_memory, while_loading = re.findall(r"```py\n(.*?)```", page.read_text(), re.DOTALL)
+    scope = {"model": llama(), "batches": [{"input_ids": IDS}]}
+    exec(compile(in_memory, page.name, "exec"), scope)
+    assert len(train(scope["model"], 2)) == 2
+    pruned().save_pretrained("pruned")
+    scope |= {"AutoModelForCausalLM": AutoModelForCausalLM, "BitsAndBytesConfig": BitsAndBytesConfig}
+    exec(compile(while_loading, page.name, "exec"), scope)
+    assert verify_sparsity(scope["model"], reference="pruned").lost == 0
