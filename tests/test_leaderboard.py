@@ -295,7 +295,7 @@ def test_super_tuning_says_that_it_refuses_conv1d():
         methods.METHODS["supertuning"].adapt(prune_magnitude(models.tiny_gpt2(), "2:4"))
 
 
-@pytest.mark.parametrize("name", pst_methods.METHODS)
+@pytest.mark.parametrize("name", pst_methods.ALL)
 def test_a_row_becomes_sparse(name, tmp_path, data):
     part = part_of(encoders.Encoders, models.tiny_bert(), tmp_path, data)
     (line,) = part.lines(["sst2 75%"], [name], (0,))

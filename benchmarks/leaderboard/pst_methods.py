@@ -80,5 +80,11 @@ METHODS: dict[str, PstMethod] = {
     "pst_no_rc": PstMethod("PST without R C", _tuner(SCORES_RC, alpha2=0.0), (5e-4, 5e-4)),
     "pst_no_uv": PstMethod("PST without U V", _tuner(weight_update="none"), (5e-4, 5e-4)),
 }
+# Only run when `--rows` names them: whether it is PST's mask or its update of low rank that a result is due to.
+VARIANTS: dict[str, PstMethod] = {
+    "pst_full": PstMethod("PST's scores, every weight tuned", _tuner(weight_update="full"), (3e-4, 5e-4)),
+    "pst_r32": PstMethod("PST r=32", _tuner(r=32), (5e-4, 5e-4)),
+}
+ALL = {**METHODS, **VARIANTS}
 OURS = "pst"
 RIVALS = ("one_shot", "one_shot_after", "gradual", "movement")

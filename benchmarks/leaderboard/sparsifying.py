@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from benchmarks.leaderboard import methods, pst_methods, training
 from benchmarks.leaderboard.plan import Line
-from benchmarks.leaderboard.pst_methods import METHODS, Setup
+from benchmarks.leaderboard.pst_methods import ALL, METHODS, Setup
 from benchmarks.leaderboard.search import rounded
 from benchmarks.leaderboard.settings import FINAL, Budget, Trial
 from benchmarks.leaderboard.store import Store
@@ -38,7 +38,7 @@ class Sparsifying:
     task_type = ""
     ours = pst_methods.OURS
     rivals = pst_methods.RIVALS
-    titles: Mapping[str, str] = {name: method.title for name, method in METHODS.items()}
+    titles: Mapping[str, str] = {name: method.title for name, method in ALL.items()}
     sparsities = ("50%", "90%")
     rate_scale = 1.0  # of all first learning rates, where the model takes higher ones than a BERT
 
@@ -81,12 +81,12 @@ class Sparsifying:
             if self._task(case) not in self.tasks or not 0 < self._sparsity(case) < 1:
                 raise SystemExit(f"A case is one of {list(self.tasks)} and a sparsity such as 90%, got {case!r}.")
         for row in rows:
-            if row not in METHODS:
-                raise SystemExit(f"A row of {self.name} is one of {list(METHODS)}, got {row!r}.")
+            if row not in ALL:
+                raise SystemExit(f"A row of {self.name} is one of {list(ALL)}, got {row!r}.")
         tasks = dict.fromkeys(self._task(case) for case in cases)
-        pairs = [(f"{task} dense", row) for task in tasks for row in rows if METHODS[row].dense]
-        pairs += [(case, row) for case in cases for row in rows if not METHODS[row].dense]
-        starts = {row: tuple(rounded(rate * self.rate_scale) for rate in METHODS[row].start) for row in rows}
+        pairs = [(f"{task} dense", row) for task in tasks for row in rows if ALL[row].dense]
+        pairs += [(case, row) for case in cases for row in rows if not ALL[row].dense]
+        starts = {row: tuple(rounded(rate * self.rate_scale) for rate in ALL[row].start) for row in rows}
         return [Line(self.name, self.model, case, row, starts[row], seeds, self.budget) for case, row in pairs]
 
     @staticmethod
@@ -106,7 +106,7 @@ class Sparsifying:
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Train, merge, verify and measure."""
-        task, method = self._task(trial.case), METHODS[trial.row]
+        task, method = self._task(trial.case), ALL[trial.row]
         set_seed(trial.seed)  # before the model: its head starts at random
         model = self.load(task)
         found: dict[str, Any] = {"fingerprint": methods.fingerprint(model)}
