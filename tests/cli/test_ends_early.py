@@ -77,10 +77,13 @@ def test_an_interrupt_that_a_library_turns_into_another_error(monkeypatch, capsy
             raise RuntimeError("a worker died") from error
 
     monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", turned)
-    before = signal.getsignal(signal.SIGINT)
-    assert main(["report", str(llama_dir)]) == INTERRUPTED
-    assert capsys.readouterr().err.strip() == "interrupted"
-    assert signal.getsignal(signal.SIGINT) is before
+    of_tests = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a background job
+    try:
+        assert main(["report", str(llama_dir)]) == INTERRUPTED
+        assert capsys.readouterr().err.strip() == "interrupted"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, of_tests)
 
 
 # The Hub
