@@ -14,27 +14,13 @@ transformers is changed.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
-
-
-class CheckedConfig(Protocol):
-    """What a method's config can do besides."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """Read a config; raises ValueError if the weights beside it are not those that were saved with it."""
-
-    @classmethod
-    def check_saved(cls, folder: str | Path, subfolder: str | None = None) -> None:
-        """Raises ValueError if the adapter in a folder is not as it was saved; does nothing for a name on the Hub."""
-
 
 _checked: list[Any] = []  # the configs whose folders are looked at before PEFT reads them
 
@@ -45,7 +31,8 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     Args:
         name: lower case; its upper-cased form becomes the member of `PeftType` and `name + "_"` the parameter prefix,
             which transformers relies on when it loads or deletes an adapter.
-        config_cls: a [`CheckedConfig`].
+        config_cls: its `from_pretrained` and its `check_saved(folder, subfolder)` raise ValueError if the weights in a
+            folder are not those that were saved with the config.
 
     Raises:
         ImportError: if PEFT already has another method of this name or prefix.
