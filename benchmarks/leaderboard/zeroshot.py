@@ -83,11 +83,16 @@ def log_likelihoods(model: nn.Module, tokenizer: Any, asked: list[Request], cont
             tokens, _ = pairs[index]
             ids[place, : len(tokens)] = torch.tensor(tokens)
             mask[place, : len(tokens)] = 1
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        logs = F.log_softmax(logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None].to(device)).squeeze(2).cpu()
+        # A vocabulary is wide: only logits from the first one that predicts a continuation.
+        first = min(len(pairs[index][0]) - 1 - pairs[index][1] for index in batch)
+        asks = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        logits = model(**asks, logits_to_keep=width - first).logits
+        targets = ids[:, first + 1 :, None].to(device)
+        logs = F.log_softmax(logits[:, :-1].float(), -1).gather(2, targets).squeeze(2).cpu()
         for place, index in enumerate(batch):
             tokens, count = pairs[index]
-            found[index] = float(logs[place, len(tokens) - 1 - count : len(tokens) - 1].sum())
+            end = len(tokens) - 1 - first
+            found[index] = float(logs[place, end - count : end].sum())
     return found
 
 
