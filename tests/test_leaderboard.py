@@ -398,6 +398,21 @@ def run_command(tmp_path, data, model, *options):
     return command.main(command_line(tmp_path, data, model, *options))
 
 
+def test_a_model_that_takes_hours_has_a_small_budget_of_its_own(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(parts.models, "DEMO_MODEL", tmp_path)
+
+    def budget(model, *options):
+        argv = command_line(tmp_path, data, model, "--part", "causal-lm", *options)
+        ((part, _),) = parts.make(command.options().parse_args(argv), store.Store(tmp_path / "store"))
+        return part.budget
+
+    small, budgets = ("--budget", "small"), parts.BUDGETS["causal-lm"]
+    assert budget("smollm2-135m", *small) == budgets["small"].change(steps=50, tries=3)
+    assert budget("smollm2-135m", *small, "--steps", "60") == budgets["small"].change(steps=60, tries=3)
+    assert budget("smollm2-135m") == budgets["smoke"]
+    assert budget(tmp_path, *small) == budgets["small"]
+
+
 def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys):
     folder = save_with_tokenizer(models.tiny_llama(), tmp_path / "tiny")
     options = ("--part", "causal-lm", "--cases", "wanda 2:4", "--rows", "dense", "pruned", "spp", "lora_remask")
