@@ -60,7 +60,7 @@ class Board(NamedTuple):
 # What the command makes when it is not told less.
 BOARDS = (
     Board("causal-lm", "stories260k-llama"),
-    Board("causal-lm", "smollm2-135m", ("wanda 2:4", "wanda 75%"), MappingProxyType({"steps": 50, "tries": 3})),
+    Board("causal-lm", "smollm2-135m", ("wanda 2:4", "wanda 75%"), {"steps": 50, "tries": 3}),
     Board("encoders", "minilm"),
     Board("encoders", "minilm-roberta", ("sst2 90%",)),
     Board("nlg", "gpt2-byte-shakespeare"),

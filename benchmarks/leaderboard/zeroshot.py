@@ -68,7 +68,10 @@ def accuracy(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], conte
 
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, tokenizer: Any, asked: list[Request], context_length: int) -> list[float]:
-    """log p(continuation | context) of each, in the order given; contexts that do not fit lose their beginning."""
+    """log p(continuation | context) of each, in the order given; contexts that do not fit lose their beginning.
+
+    The model takes `logits_to_keep`, as all but a few of transformers do.
+    """
     model.eval()
     device = next(model.parameters()).device
     pairs = [_encode(tokenizer, one, context_length) for one in asked]
