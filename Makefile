@@ -6,6 +6,8 @@ PYTHON ?= python3
 ARGS ?=
 
 CONSTRAINTS := .ci/constraints.txt
+# A process for each core, at most eight, since each takes up to a gigabyte. ARGS="-n 0" is for debuggers.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 # The oldest PEFT that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
 TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
@@ -78,24 +80,26 @@ demo: .demo/site/.installed ## prune, tune, merge and verify a small model (ARGS
 # --- tests: the quick suite, or all of it where CI=true ---
 
 test: .venv/.installed ## the quick tests; with CI=true in the environment all tests
-	.venv/bin/python -m pytest $(if $(filter true,$(CI)),-m "") $(ARGS)
+	.venv/bin/python $(PYTEST) $(if $(filter true,$(CI)),-m "") $(ARGS)
 
 test-all: .venv/.installed ## all tests, the slow ones too
-	.venv/bin/python -m pytest -m "" $(ARGS)
+	.venv/bin/python $(PYTEST) -m "" $(ARGS)
 
+# Without what takes long and asks nothing of PEFT: compiled graphs, and training real models.
 test-oldest: .venv-oldest/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT that is supported
-	.venv-oldest/bin/python -m pytest -m "" tests/tuners tests/training/test_resumed_adapter.py $(ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "" tests/tuners tests/training/test_resumed_adapter.py \
+		--ignore=tests/tuners/test_compile.py --ignore=tests/tuners/test_real_models.py $(ARGS)
 
 # The interpreter is chosen when kernels are made, the compiler too: two processes.
 test-triton: .venv-triton/site/.installed ## the Triton kernels, in Triton's interpreter and through its compiler
-	TRITON_INTERPRET=1 PYTHONPATH=.venv-triton/site .venv/bin/python -m pytest -m "" $(TRITON_TESTS) $(ARGS)
-	PYTHONPATH=.venv-triton/site .venv/bin/python -m pytest -m "" $(TRITON_COMPILER_TESTS) $(ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=.venv-triton/site .venv/bin/python $(PYTEST) -m "" $(TRITON_TESTS) $(ARGS)
+	PYTHONPATH=.venv-triton/site .venv/bin/python $(PYTEST) -m "" $(TRITON_COMPILER_TESTS) $(ARGS)
 
 test-quant: .venv-quant/site/.installed ## base models that bitsandbytes has quantised (43 MB to download)
-	PYTHONPATH=.venv-quant/site .venv/bin/python -m pytest -m "" $(QUANT_TESTS) $(ARGS)
+	PYTHONPATH=.venv-quant/site .venv/bin/python $(PYTEST) -m "" $(QUANT_TESTS) $(ARGS)
 
 test-deepspeed: .venv-deepspeed/site/.installed ## ZeRO-3 with two and three processes on CPUs
-	PYTHONPATH=.venv-deepspeed/site .venv/bin/python -m pytest -m "" $(DEEPSPEED_TESTS) $(ARGS)
+	PYTHONPATH=.venv-deepspeed/site .venv/bin/python $(PYTEST) -m "" $(DEEPSPEED_TESTS) $(ARGS)
 
 # --- style ---
 

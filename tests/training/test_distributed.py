@@ -158,12 +158,17 @@ def test_a_recipe(tmp_path):
 
 @pytest.mark.slow
 def test_bf16_base_weights(tmp_path):
-    """Factors stay in float32 beside them."""
-    runs = [{"tuner": tuner, "dtype": "bfloat16", "output_dir": str(tmp_path / tuner)} for tuner in ("pst", "spp")]
-    launch("fsdp2", runs)
-    for run in runs:
-        alone = one_process(tmp_path / "alone" / run["tuner"], tuner=run["tuner"], dtype="bfloat16")
-        check(tmp_path / run["tuner"], alone, "FSDP", sharded=True, tolerance=2e-2)
+    """Factors stay in float32 beside them. Compared with DDP, which rounds the same sums to bfloat16: one process adds
+    up a batch that is not in halves, and PST's masks amplify the difference."""
+    tuners = ("pst", "spp")
+    for engine in ("ddp", "fsdp2"):
+        launch(
+            engine,
+            [{"tuner": name, "dtype": "bfloat16", "output_dir": str(tmp_path / engine / name)} for name in tuners],
+        )
+    for name in tuners:
+        whole = reports(tmp_path / "ddp" / name)[0]
+        check(tmp_path / "fsdp2" / name, whole, "FSDP", sharded=True)
 
 
 @pytest.fixture
