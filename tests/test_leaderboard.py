@@ -321,6 +321,24 @@ def test_a_seed_draws_the_same_batches_for_every_row(tmp_path, data):
 # Zero-shot and metrics
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_the_metric_of_a_task_is_that_of_its_examples(batch_size, tmp_path, data, monkeypatch):
+    """Whichever batches they are read in."""
+    monkeypatch.setattr(encoders, "EVALUATION_BATCH", batch_size)
+    part, model = part_of(encoders.Encoders, models.tiny_bert(), tmp_path, data), models.tiny_bert().eval()
+    texts = ["a good dog", "a", "the quick brown fox", "the lazy dog jumps", "good fox", "over the dog."]
+    with torch.no_grad():
+        alone = [model(**part._batch("sst2", [{"sentence": text, "label": 0}])).logits for text in texts]
+        shift = torch.cat(alone).mean(0)
+        model.classifier.bias -= shift  # else it gives all of them the same label
+    rows = [{"sentence": text, "label": int((one - shift).argmax())} for text, one in zip(texts, alone, strict=True)]
+    assert {row["label"] for row in rows} == {0, 1}
+    monkeypatch.setattr(part, "_rows", lambda task, split: rows)
+    assert part.measure("sst2", model, final=True) == {"score": 0.0, "GLUE metric": 1.0}
+    rows[2]["label"] = 1 - rows[2]["label"]
+    assert part.measure("sst2", model, final=True)["GLUE metric"] == pytest.approx(5 / 6)
+
+
 def test_log_likelihoods_are_those_of_the_model(tmp_path):
     folder = save_with_tokenizer(models.tiny_llama(), tmp_path)
     model, tokenizer = models.tiny_llama(), PreTrainedTokenizerFast.from_pretrained(folder)
