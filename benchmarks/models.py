@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.peers import TrainingStep, adapt
+from peft_sparse import prune_magnitude
 from peft_sparse.linears import block_linears
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,6 +48,18 @@ def load(model: Path | dict[str, int], dtype: torch.dtype, device: torch.device)
             parameter.data = parameter.data.clone()
         return loaded
     return LlamaForCausalLM(LlamaConfig(**model)).to(device, dtype)
+
+
+def prune(model: nn.Module, case: str, **targets: list[str]) -> nn.Module:
+    """Magnitude pruned, in place.
+
+    Args:
+        case: a sparsity such as "0.75", or an N:M pattern.
+        targets: `target_modules`, if not the linears of the blocks.
+    """
+    if ":" in case:
+        return prune_magnitude(model, case, **targets)
+    return prune_magnitude(model, sparsity=float(case), **targets)
 
 
 def model_step(

@@ -1,6 +1,7 @@
 """The rule of `accelerate_sparse` measured again: no layer is more than 5% slower than it was dense.
 
     python -m benchmarks.never_slower                      # SmolLM2-135M of `make demo`, and stacks of other shapes
+    python -m benchmarks.never_slower --device cuda --dtype bfloat16 --sparsities 2:4 0.75   # the Triton kernel too
 
 By the protocol of `stacks.py`, for numbers of tokens that were asked for and others. A row has the layers of one place
 in the blocks, as they were and as they are, with the same weights: `ratio_dense` where each is computed after the
@@ -22,10 +23,10 @@ from torch import nn
 
 from benchmarks import models, runner, stacks
 from benchmarks.model_step import _model
-from peft_sparse import accelerate_sparse, prune_magnitude
+from peft_sparse import accelerate_sparse, ops
 from peft_sparse.linears import acceleration_of, in_out_features
 
-SPARSITIES = (0.5, 0.75, 0.9)
+SPARSITIES = ("0.5", "0.75", "0.9")
 TOKENS = (1, 3, 4, 8, 33, 64)
 SHAPES = ("2048x2048", "4096x4096", "11008x4096", "1000x3000", "777x1333")  # out x in
 QUICK_SHAPES = ("64x48",)
@@ -36,30 +37,31 @@ LIMIT = 1.05
 def measure(args: argparse.Namespace) -> list[runner.Row]:
     """A row for each model or shape, sparsity, place in the block and number of tokens."""
     rows = []
-    for sparsity in args.sparsities:
-        for name, model in _models(sparsity, args):
-            rows += _rows(model, name, sparsity, args)
+    with ops.use_triton(args.device.type == "cuda"):
+        for sparsity in args.sparsities:
+            for name, model in _models(sparsity, args):
+                rows += _rows(model, name, sparsity, args)
     for column in ("ratio_dense", "ratio_control", "ratio_cached", "ratio_cached_control"):
         slow = sum(row[column] > LIMIT for row in rows)
         print(f"{column}: {slow} of {len(rows)} rows are above {LIMIT}, the largest is {max(r[column] for r in rows)}")
     return rows
 
 
-def _models(sparsity: float, args: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
+def _models(sparsity: str, args: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     if "model" in args.cases:
         model = _model(args)
-        yield models.describe(model), prune_magnitude(models.load(model, args.dtype, args.device), sparsity=sparsity)
+        yield models.describe(model), models.prune(models.load(model, args.dtype, args.device), sparsity)
     for shape in QUICK_SHAPES if args.quick else [case for case in args.cases if case != "model"]:
         stack = stacks.stack_of(*map(int, shape.split("x")), args, STACK_BYTES)
         places = [str(place) for place in range(len(stack))]
-        yield shape, prune_magnitude(stack, sparsity=sparsity, target_modules=places)
+        yield shape, models.prune(stack, sparsity, target_modules=places)
 
 
 @torch.no_grad()
-def _rows(model: nn.Module, name: str, sparsity: float, args: argparse.Namespace) -> list[runner.Row]:
+def _rows(model: nn.Module, name: str, sparsity: str, args: argparse.Namespace) -> list[runner.Row]:
     before = {layer: stacks.twin(module) for layer, module in model.named_modules() if isinstance(module, nn.Linear)}
     report = accelerate_sparse(model)
-    print(f"{name}, {sparsity:.0%} zeros:\n{report}")
+    print(f"{name}, {sparsity}:\n{report}")
     places: dict[str, list[str]] = {}
     for layer in report.layers:
         places.setdefault(re.sub(r"(^|\.)\d+($|\.)", r"\1*\2", layer.name), []).append(layer.name)
@@ -99,7 +101,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument(
         "--cases", nargs="+", default=("model", *SHAPES), help="`model` and shapes of layers (default: model and five)"
     )
-    found.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES, help="default: 0.5 0.75 0.9")
+    found.add_argument("--sparsities", nargs="+", default=SPARSITIES, help="or N:M (default: 0.5 0.75 0.9)")
     return found
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks import memory, models, runner
 from benchmarks.model_step import TOKENS, _model
 from benchmarks.peers import RANK, TrainingStep
-from peft_sparse import SppConfig, pack_model, prune_magnitude
+from peft_sparse import SppConfig, pack_model
 from peft_sparse.linears import PackedLinear, block_linears, stored_weight, unwrap
 
 CASES = ("0.5", "0.75", "0.9", "2:4")
@@ -34,14 +34,10 @@ def build_step(
     """The step of a pruned model, see [`models.model_step`].
 
     Args:
-        case: a sparsity, or an N:M pattern.
+        case: see [`models.prune`].
         packed: whether the base is packed.
     """
-    loaded = models.load(model, dtype, device)
-    if ":" in case:
-        prune_magnitude(loaded, pattern=case)
-    else:
-        prune_magnitude(loaded, sparsity=float(case))
+    loaded = models.prune(models.load(model, dtype, device), case)
     if packed:
         pack_model(loaded)
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ from benchmarks import (
     compile_step,
     decode_step,
     generate,
+    gpu_decode_step,
     layer_step,
     memory,
     model_step,
@@ -69,6 +70,10 @@ COLUMNS = {
     decode_step: [
         "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_dense", "ratio_bf16", "ratio_bf16_mv",
         "ratio_cached", "ratio_spread", "speed_up", "chosen",
+    ],
+    gpu_decode_step: [
+        "out", "in", "tokens", "sparsity", "variant", *TIME, "ratio_dense", "ratio_spread", "graph_ms", "ratio_graph",
+        "chosen",
     ],
     generate: [
         "model", "tokens", "new_tokens", "sparsity", "variant", *TIME, "ratio_dense", "speed_up", "layers_accelerated",
@@ -352,6 +357,14 @@ def test_decode_step(tmp_path):
     first = {row["variant"]: row for row in rows if row["sparsity"] == "0.5"}
     assert first["dense"]["ratio_dense"] == first["dense_bf16"]["ratio_bf16"] == "1"
     assert first["dense"]["chosen"] == "" and first["chosen"]["chosen"] in ("dense", "csr", "bitmask")
+
+
+def test_gpu_decode_step_where_there_is_no_gpu(tmp_path):
+    rows = measure(gpu_decode_step, tmp_path / "a.csv", "--sparsities", "2:4", "0.9")
+    assert list(rows[0]) == [*COLUMNS[gpu_decode_step], *report.METADATA]
+    variants = [name for name in decode_variants() if not name.endswith("bf16")]
+    assert [(row["sparsity"], row["variant"]) for row in rows] == [(s, v) for s in ("2:4", "0.9") for v in variants]
+    assert {row["ratio_graph"] for row in rows} == {""} and rows[-1]["chosen"] in ("dense", "csr", "bitmask")
 
 
 def test_decode_step_of_several_tokens(tmp_path):

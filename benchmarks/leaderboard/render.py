@@ -127,7 +127,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     text = "; ".join(f"{name} {', '.join(values)}" for name, values in where.items() if values)
     return [
         f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a CPU"
-        " (which others on the machine lengthen less), by the clock on a GPU. Peak: tensors in the first steps beyond "
+        " (which others on the machine lengthen less), by the clock on a GPU,"
+        " which all workers share. Peak: tensors in the first steps beyond "
         "the model's own. (edge): the best rate was the highest or lowest tried, so a better one may lie beyond.",
         "",
         f"Measured with {text}." if text else "",

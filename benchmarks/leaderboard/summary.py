@@ -15,7 +15,7 @@ from benchmarks.leaderboard.store import Record
 # Columns of a table that are averaged over seeds, beside the metrics.
 AVERAGED = ("step_seconds", "step_cpu_seconds", "peak_mb", "sparsity")
 LARGEST = ("zeros_lost", "violations", "merge_difference")  # the worst of the seeds
-WHERE_FROM = ("hardware", "threads", "device", "torch", "transformers", "peft", "peft_sparse", "commit")
+WHERE_FROM = ("hardware", "workers", "threads", "device", "torch", "transformers", "peft", "peft_sparse", "commit")
 
 
 @dataclass

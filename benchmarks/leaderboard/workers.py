@@ -46,8 +46,9 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _facts(args: argparse.Namespace) -> dict[str, object]:
-    """Hardware, versions and commit, for every record."""
+    """Hardware, workers that shared it, versions and commit, for every record."""
     given = argparse.Namespace(
         rounds=None, device=torch.device(args.device), dtype=torch.float32, threads=args.threads
     )
-    return {name: value for name, value in report.metadata(given).items() if value is not None}
+    known = {"workers": args.workers} | report.metadata(given)
+    return {name: value for name, value in known.items() if value is not None}
