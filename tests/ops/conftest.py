@@ -15,12 +15,15 @@ SMALL = 16  # the smallest tile that there is: odd sizes then need several, the 
 
 @pytest.fixture(params=["small tiles", "tiles"])
 def use_triton(request, monkeypatch) -> Iterator[torch.device]:
-    """The kernels switched on, once with the smallest tiles and once with those that are used; their device."""
-    from peft_sparse.ops import triton_tiles
+    """The kernels switched on, once with the smallest tiles and blocks of a few rows, once with those that are used;
+    their device."""
+    from peft_sparse.ops import blocks, triton_tiles
 
     if request.param == "small tiles":
-        tiles = triton_tiles.Tiles(SMALL, SMALL, SMALL, warps=1, stages=1)
-        monkeypatch.setattr(triton_tiles, "MATMUL_TILES", {2: tiles, 4: tiles})
-        monkeypatch.setattr(triton_tiles, "REDUCE_TILES", {2: tiles, 4: tiles})
+        monkeypatch.setattr(triton_tiles, "ELEMENTWISE_TILE", triton_tiles.Tile(SMALL, SMALL, warps=1))
+        monkeypatch.setattr(triton_tiles, "REDUCE_TILE", triton_tiles.Tile(SMALL, SMALL, warps=1))
+        monkeypatch.setattr(blocks, "MIN_ROWS", 24)  # a block ends inside of a tile
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(blocks, "LARGE_BLOCK_ELEMENTS", 1)
     with ops.use_triton():
         yield torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")

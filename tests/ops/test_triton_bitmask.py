@@ -27,7 +27,7 @@ def device(request, monkeypatch):
 
     if request.param == "small tiles":
         monkeypatch.setattr(triton_bitmask, "ROWS", 2)
-        monkeypatch.setattr(triton_bitmask, "COLUMNS", 128)
+        monkeypatch.setattr(triton_bitmask, "BYTES", 16)
     with ops.use_triton():
         yield torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
@@ -56,7 +56,7 @@ def test_equals_reference(device, shape, zeros, dtype):
     torch.testing.assert_close(y.float(), expected, atol=atol, rtol=0)
 
 
-def test_strides_rows_that_are_empty_and_infinities(device):
+def test_strides_rows_that_are_empty_and_an_infinity(device):
     from peft_sparse.ops import triton_bitmask
 
     dense = torch.zeros(6, 20, device=device)
@@ -65,8 +65,8 @@ def test_strides_rows_that_are_empty_and_infinities(device):
     weight = weight._replace(starts=weight.starts.to(device))
     x = torch.randn(40, device=device)[::2]
     torch.testing.assert_close(triton_bitmask.forward(x, weight, None), dense @ x)
-    x = torch.full((20,), float("inf"), device=device)
-    assert triton_bitmask.forward(x, weight, None).tolist()[:4] == [0, float("inf"), 0, 0]
+    x[3] = float("inf")
+    torch.testing.assert_close(triton_bitmask.forward(x, weight, None), dense @ x, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", ["two tokens", "float64", "another dtype", "compiled", "off"])

@@ -23,7 +23,7 @@ TYPES = {
 }
 SHARED_MEMORY = 99 * 1024  # of one block: the smallest limit of a capability from 8.0 on (8.6, 8.9, 12.0)
 OUT, IN, TOKENS, GROUPS = 256, 128, 64, 16
-KERNELS = ("_matmul_kernel", "_reduce_kernel")
+KERNELS = {"triton_spp": ("_effective_kernel", "_reduce_kernel"), "triton_pst": ("_masked_kernel", "_reduce_kernel")}
 
 
 class Recorder:
@@ -37,11 +37,11 @@ class Recorder:
 
 
 def launches_of(module, launch, monkeypatch):
-    launches = []
-    for name in KERNELS:
+    launches, (build, reduce) = [], KERNELS[module.__name__.rpartition(".")[2]]
+    for name in (build, reduce):
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     launch(module)
-    assert [kernel.fn.__name__ for kernel, _, _ in launches] == [KERNELS[0], KERNELS[0], KERNELS[1]]
+    assert [kernel.fn.__name__ for kernel, _, _ in launches] == [build, build, reduce]
     return launches
 
 
@@ -50,7 +50,7 @@ def compiled(kernel, args, options, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    run = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    run = {"num_warps": options.pop("num_warps")}
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     constants = {
         name: value for name, value in values.items() if name in options or (type(value) is int and value == 1)
@@ -76,8 +76,7 @@ def launch_spp(dtype):
 
     def launch(module):
         module.forward(x, weight, weight[:, 0], A, B, 2.0, 1.0)
-        module.input_gradient(dy, weight, A, B, 2.0, 1.0)
-        module.factor_gradients(x, dy, weight, A, B, 2.0)
+        module.gradients(x, dy, weight, A, B, 2.0, 1.0, needs_x=True, needs_factors=True)
 
     return launch
 
@@ -90,8 +89,7 @@ def launch_pst(dtype, rank, score_rank):
 
     def launch(module):
         module.forward(x, weight, weight[:, 0], packed, factors, 1.0)
-        module.input_gradient(dy, weight, packed, factors, 1.0)
-        module.factor_gradients(x, dy, weight, packed, factors, PstScales())
+        module.gradients(x, dy, weight, packed, factors, PstScales(), needs_x=True, needs_factors=True)
 
     return launch
 
@@ -114,8 +112,9 @@ def test_compiles_and_fits(monkeypatch, tmp_path, kind, dtype, capability):
         found = compiled(kernel, args, options, capability)
         assert len(found.asm["cubin"]) > 0
         assert found.metadata.shared <= SHARED_MEMORY, kernel.fn.__name__
-        # tensor cores, for all but float32 that is not to be rounded to tf32
-        assert ("mma" in found.asm["ptx"]) == (dtype != torch.float32)
+        # tensor cores for the products with PST's factors, unless float32 is not to be rounded to tf32
+        products = kind != "spp" and kernel.fn.__name__ == "_reduce_kernel"
+        assert ("mma" in found.asm["ptx"]) == (products and dtype != torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -132,5 +131,5 @@ def test_the_kernel_for_one_token_compiles(monkeypatch, tmp_path, dtype, capabil
     weight = PackedWeight.of(torch.ones(OUT, IN, dtype=dtype))
     triton_bitmask.forward(torch.ones(IN, dtype=dtype), weight, torch.ones(OUT, dtype=dtype))
     ((kernel, args, options),) = launches
-    found = compiled(kernel, args, options | {"num_stages": 3}, capability)
+    found = compiled(kernel, args, options, capability)
     assert len(found.asm["cubin"]) > 0 and found.metadata.shared <= SHARED_MEMORY

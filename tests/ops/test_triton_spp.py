@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from peft_sparse import ops
+from peft_sparse.sparsity import PackedWeight
 
 pytest.importorskip("triton", reason="triton is not installed; `make test-triton` installs it")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -51,7 +52,7 @@ def calls(monkeypatch):
     from peft_sparse.ops import triton_spp
 
     seen = []
-    for name in ("forward", "input_gradient", "factor_gradients"):
+    for name in ("forward", "gradients"):
         original = getattr(triton_spp, name)
         monkeypatch.setattr(triton_spp, name, lambda *a, n=name, f=original, **k: seen.append(n) or f(*a, **k))
     return seen
@@ -66,7 +67,18 @@ def test_equals_reference(use_triton, calls, shape, batch, dtype):
     expected = run(ops.reference.spp_linear, x, weight, bias, A, B, dy)
     assert calls == []
     compare(run(ops.spp_linear, x, weight, bias, A, B, dy), expected, TOLERANCE[dtype])
-    assert calls == ["forward", "input_gradient", "factor_gradients"]
+    assert calls == ["forward", "gradients"]
+
+
+@pytest.mark.parametrize("shape", [(70, 37, 16), (37, 40, 5)], ids=str)
+def test_a_packed_weight(use_triton, calls, shape):
+    weight, bias, A, B = tensors(*shape, use_triton)
+    packed = PackedWeight.of(weight)
+    packed = packed._replace(starts=packed.starts.to(use_triton))
+    x, dy = (torch.randn(9, n).to(use_triton) for n in (shape[1], shape[0]))
+    expected = run(ops.reference.spp_linear, x, weight, bias, A, B, dy)
+    compare(run(ops.spp_linear, x, packed, bias, A, B, dy), expected, 1e-5)
+    assert calls == ["forward", "gradients"]
 
 
 def test_update_alone(use_triton, calls):
@@ -78,7 +90,7 @@ def test_update_alone(use_triton, calls):
 
     expected = run(without_bias(ops.reference.spp_linear_update), x, weight, None, A, B, dy)
     compare(run(without_bias(ops.spp_linear_update), x, weight, None, A, B, dy), expected, 1e-5)
-    assert len(calls) == 3
+    assert len(calls) == 2
 
 
 def test_any_strides(use_triton):
@@ -97,7 +109,7 @@ def test_half_precision_factors(use_triton, calls):
     found, expected = (run(impl.spp_linear, x, weight, bias, A, B, dy) for impl in (ops, ops.reference))
     assert found["A"].dtype == found["B"].dtype == torch.bfloat16
     compare(found, expected, 3e-2)
-    assert len(calls) == 3
+    assert len(calls) == 2
 
 
 def test_autocast(use_triton, calls):
@@ -107,7 +119,7 @@ def test_autocast(use_triton, calls):
         found, expected = (run(impl.spp_linear, x, weight, bias, A, B, dy) for impl in (ops, ops.reference))
     assert found["y"].dtype == torch.bfloat16 and found["A"].dtype == torch.float32
     compare(found, expected, 5e-2)
-    assert len(calls) == 3
+    assert len(calls) == 2
 
 
 def test_zeros_of_the_weight_add_nothing(use_triton):
@@ -133,7 +145,7 @@ def test_only_what_needs_a_gradient_gets_one(use_triton, calls):
     ops.spp_linear(x, weight, bias, A, B.requires_grad_(), SCALING).sum().backward()
     assert x.grad is None and A.grad is None and B.grad is not None
     torch.testing.assert_close(bias.grad, torch.full_like(bias, 3))
-    assert calls == ["forward", "factor_gradients"]
+    assert calls == ["forward", "gradients"]
 
 
 def test_output_may_be_edited_in_place_and_layer_used_twice(use_triton):

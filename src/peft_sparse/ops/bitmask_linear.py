@@ -19,8 +19,7 @@ class BitmaskLinear:
     """The fast form of [`peft_sparse.ops.reference.packed_linear`] for few tokens and one weight, made ready once:
     same results up to the order of sums.
 
-    Where W is zero an infinity or a NaN in X reaches Y on a CPU, as in a dense product, and does not on a GPU. Not
-    differentiable.
+    An infinity or a NaN in X reaches Y where W is zero too, as in a dense product. Not differentiable.
 
     Args:
         weight: float32 or half precision on a CPU that has native kernels, half precision on a GPU. Its tensors are

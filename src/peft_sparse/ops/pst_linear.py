@@ -141,15 +141,14 @@ def _backward_by_triton(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None
     x, weight, packed_mask, *factor_tensors = ctx.saved_tensors
     factors, scales = PstFactors(*factor_tensors), PstScales(*ctx.scales)
     needs_x, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
-    dx = grads = None
-    if needs_x:
-        dx = triton_pst.input_gradient(dy, weight, packed_mask, factors, scales[0])
-    if any(needs_factors):
-        grads = triton_pst.factor_gradients(x, dy, weight, packed_mask, factors, scales)
+    tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx, grads = triton_pst.gradients(
+        tokens, dy, weight, packed_mask, factors, scales, needs_x, needs_factors=any(needs_factors)
+    )
     return (
-        dx,
+        None if dx is None else dx.view(x.shape),
         None,
-        dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None,
+        dy.sum(0) if needs_bias else None,
         None,
         None,
         *(

@@ -98,11 +98,11 @@ class _SppLinear(torch.autograd.Function):
         ctx.save_for_backward(x, entries, A, B)
         ctx.scaling, ctx.offset, ctx.rest = scaling, offset, rest
         weight = put_together(entries, rest)
-        ctx.by_triton = not rest and triton_takes_spp(x, entries, A, B)
+        ctx.by_triton = triton_takes_spp(x, weight, A, B)
         if ctx.by_triton:
             from peft_sparse.ops import triton_spp  # needs triton
 
-            return triton_spp.forward(x, entries, bias, A, B, scaling, offset)
+            return triton_spp.forward(x, weight, bias, A, B, scaling, offset)
         factor_dtype, buffers = score_dtype(weight.dtype), Buffers(x)
         A, B = A.to(factor_dtype), B.to(factor_dtype)
 
@@ -163,16 +163,18 @@ def _backward_by_triton(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None
     """The backward of a layer whose weight is frozen."""
     from peft_sparse.ops import triton_spp  # needs triton
 
-    x, weight, A, B = ctx.saved_tensors
+    x, entries, A, B = ctx.saved_tensors
+    weight = put_together(entries, ctx.rest)
     needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-    dx = triton_spp.input_gradient(dy, weight, A, B, ctx.scaling, ctx.offset) if needs_x else None
-    dA, dB = triton_spp.factor_gradients(x, dy, weight, A, B, ctx.scaling) if needs_A or needs_B else (None, None)
+    tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx, dA, dB = triton_spp.gradients(
+        tokens, dy, weight, A, B, ctx.scaling, ctx.offset, needs_x, needs_factors=needs_A or needs_B
+    )
     return (
-        dx,
+        None if dx is None else dx.view(x.shape),
         None,
-        dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None,
+        dy.sum(0) if needs_bias else None,
         dA.to(A.dtype) if dA is not None and needs_A else None,
         dB.to(B.dtype) if dB is not None and needs_B else None,
-        None,
-        None,
+        *[None] * (2 + len(ctx.rest)),
     )

@@ -15,7 +15,7 @@ import torch
 
 from peft_sparse._switch import Switch
 from peft_sparse.ops.reference import PstFactors
-from peft_sparse.sparsity import PackedWeight
+from peft_sparse.sparsity import PackedWeight, Weight
 
 VARIABLE = "PEFT_SPARSE_TRITON"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,9 +101,10 @@ def _interpreted() -> bool:
     return import_module("peft_sparse.ops.triton_tiles").INTERPRETED
 
 
-def triton_takes_spp(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
-    """Whether the kernels compute this SPP layer; see [`use_triton`]."""
-    return _runs(x, weight, A, B)
+def triton_takes_spp(x: torch.Tensor, weight: Weight, A: torch.Tensor, B: torch.Tensor) -> bool:
+    """Whether the kernels compute this SPP layer, whose weight is dense or packed; see [`use_triton`]."""
+    entries = weight.values if isinstance(weight, PackedWeight) else weight
+    return isinstance(entries, torch.Tensor) and _runs(x, entries, A, B)
 
 
 def triton_takes_pst(x: torch.Tensor, weight: torch.Tensor, factors: PstFactors) -> bool:
