@@ -22,8 +22,8 @@ from peft_sparse import accelerate_sparse, ops
 from peft_sparse.linears import OPERANDS, acceleration_of
 
 SPARSITIES = ("2:4", "0.5", "0.75", "0.9")
-CASES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192))  # (out, in): Llama 2 7B and 70B
-QUICK_CASES = ((64, 48),)
+SHAPES = ("4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192")  # out x in, of Llama 2 7B and 70B
+QUICK_SHAPES = ("64x48",)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the norm
 
 
@@ -33,9 +33,9 @@ def measure(args: argparse.Namespace) -> list[runner.Row]:
     with ops.use_triton(args.device.type == "cuda"):
         return [
             row
-            for shape in (QUICK_CASES if args.quick else CASES)
+            for shape in (QUICK_SHAPES if args.quick else args.shapes)
             for sparsity in args.sparsities
-            for row in _rows(*shape, sparsity, args)
+            for row in _rows(*map(int, shape.split("x")), sparsity, args)
         ]
 
 

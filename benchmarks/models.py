@@ -47,7 +47,8 @@ def load(model: Path | dict[str, int], dtype: torch.dtype, device: torch.device)
             # Weights that are mapped from a file take memory when they are first read, which is not the step's doing.
             parameter.data = parameter.data.clone()
         return loaded
-    return LlamaForCausalLM(LlamaConfig(**model)).to(device, dtype)
+    with device:  # random numbers are quick to draw on a GPU
+        return LlamaForCausalLM(LlamaConfig(**model)).to(device, dtype)
 
 
 def prune(model: nn.Module, case: str, **targets: list[str]) -> nn.Module:

@@ -244,9 +244,11 @@ def test_compiled(config):
     model = get_peft_model(prune_magnitude(tiny_llama(), sparsity=0.5), CONFIGS[config]()).to(CUDA)
     if config == "pst":
         model.base_model.set_sparsity_step(10, 10)
-    ids = IDS.to(CUDA)
-    expected = model(input_ids=ids, labels=ids).loss
-    found = torch.compile(model, fullgraph=True)(input_ids=ids, labels=ids).loss
-    found.backward()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    ids, found = IDS.to(CUDA), []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad} | {"loss": loss.detach()})
+        model.zero_grad()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

@@ -123,6 +123,14 @@ def linear_by_blocks(
     return y
 
 
+def add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`total` plus left times right, in place; the product alone for the first block, whose `total` is None.
+
+    Not `addmm_(beta=0)` into empty memory: compiled for a GPU, that is 0 times what lies there, NaNs included.
+    """
+    return left @ right if total is None else total.addmm_(left, right)
+
+
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear of `x` is computed: autocast's where it is on, else that of `x`."""
     device_type = x.device.type

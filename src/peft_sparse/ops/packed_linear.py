@@ -15,7 +15,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
-from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, row_blocks, weight_rows
+from peft_sparse.ops.blocks import (
+    Buffers,
+    add_product,
+    autocast_off,
+    linear_by_blocks,
+    matmul_dtype,
+    row_blocks,
+    weight_rows,
+)
 from peft_sparse.sparsity import Weight, put_together, take_apart, write_rows
 
 
@@ -54,13 +62,12 @@ class _PackedLinear(torch.autograd.Function):
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         weight = put_together(entries, ctx.rest)
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_x else None
-        dvalues, buffers = torch.empty_like(entries) if needs_values else None, Buffers(dy)
+        dx, buffers = None, Buffers(dy)
+        dvalues = torch.empty_like(entries) if needs_values else None
         with autocast_off(dy):
             for rows in row_blocks(dy, *weight.shape):
-                if dx is not None:
-                    W = weight_rows(weight, rows, buffers).to(dy.dtype)
-                    dx.addmm_(dy[:, rows], W, beta=0 if rows.start == 0 else 1)
+                if needs_x:
+                    dx = add_product(dx, dy[:, rows], weight_rows(weight, rows, buffers).to(dy.dtype))
                 if dvalues is not None:
                     G = dy[:, rows].T @ x.reshape(-1, x.shape[-1])  # (rows, in)
                     write_rows(dvalues, weight, rows, G)

@@ -21,7 +21,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
-from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, matmul_dtype, outer_product, row_blocks
+from peft_sparse.ops.blocks import (
+    Buffers,
+    add_product,
+    autocast_off,
+    linear_by_blocks,
+    matmul_dtype,
+    outer_product,
+    row_blocks,
+)
 from peft_sparse.ops.reference import PstFactors, PstScales
 from peft_sparse.ops.triton_switch import triton_takes_pst
 from peft_sparse.sparsity import unpack_mask
@@ -103,8 +111,7 @@ class _PstLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
         dtype, buffers = score_dtype(weight.dtype), Buffers(x)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = torch.empty_like(tokens) if needs_x else None
-        dweight = torch.empty_like(weight) if needs_weight else None
+        dx, dweight = None, torch.empty_like(weight) if needs_weight else None
         grads = _FactorGrads(factors, needs_factors, scales, dtype)
         with autocast_off(x):
             for rows in row_blocks(x, weight.shape[0], weight.shape[1]):
@@ -112,9 +119,9 @@ class _PstLinear(torch.autograd.Function):
                 updated_out, mask_out, out = (buffers.get(name, shape, dtype) for name in ("W", "M", "product"))
                 updated = _updated_rows(weight[rows], _of_rows(factors, rows), scales.beta, updated_out)  # (rows, in)
                 mask = unpack_mask(packed_mask[rows], shape[1], dtype, mask_out)
-                if dx is not None:
+                if needs_x:
                     masked = torch.mul(updated, mask, out=out).to(x.dtype)
-                    dx.addmm_(dy[:, rows], masked, beta=0 if rows.start == 0 else 1)
+                    dx = add_product(dx, dy[:, rows], masked)
                 if not (needs_weight or any(needs_factors)):
                     continue
                 # The mask is of no more use but here, and the masked weight was used up above.

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import (
     Buffers,
+    add_product,
     autocast_off,
     group_blocks,
     linear_by_blocks,
@@ -129,17 +130,16 @@ class _SppLinear(torch.autograd.Function):
         dtype, scaling, offset = score_dtype(weight.dtype), ctx.scaling, ctx.offset
         A_wide, B_wide = A.to(dtype), B.to(dtype)
         tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = torch.empty_like(tokens) if needs_x else None
-        dA, dB = torch.zeros_like(A_wide), torch.zeros_like(B_wide)
+        dx, dA, dB = None, torch.zeros_like(A_wide), torch.zeros_like(B_wide)
         dentries, buffers = torch.empty_like(entries) if needs_weight else None, Buffers(x)
         with autocast_off(x):
             for groups, rows, size in group_blocks(x, weight.shape[0], weight.shape[1], A.shape[0]):
                 dy_rows, A_block, B_block = dy[:, rows], A_wide[groups], B_wide[rows]
                 block = weight_rows(weight, rows, buffers)  # (rows, in)
                 out = buffers.get("W or G", block.shape, dtype)
-                if dx is not None:
+                if needs_x:
                     W = _scaled_rows(block, A_block, B_block, size, scaling, offset, x.dtype, out)
-                    dx.addmm_(dy_rows, W, beta=0 if rows.start == 0 else 1)
+                    dx = add_product(dx, dy_rows, W)
                 if not (needs_A or needs_B or needs_weight):
                     continue
                 G = outer_product(dy_rows, tokens, dtype, out)  # (rows, in)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from peft_sparse.ops import triton_tiles
-from peft_sparse.ops.blocks import autocast_off, linear_by_blocks, row_blocks
+from peft_sparse.ops.blocks import add_product, autocast_off, linear_by_blocks, row_blocks
 from peft_sparse.ops.reference import PstFactors, PstScales
 from peft_sparse.ops.triton_tiles import device_of, load_tile, rank_precision, store_tile
 
@@ -141,8 +141,9 @@ def _factor_gradients(
     beta: float,
     precision: str,
     rows: slice,
-) -> tuple[torch.Tensor, ...]:
-    """Those of some rows of U and of [A, 1], (rows, rank), and what these rows add to those of V and of [B; 1]."""
+    into: tuple[torch.Tensor, torch.Tensor],  # (rows, r), (rows, score_r + 1)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What some rows add to the gradients of V and of [B; 1]; theirs of U and of [A, 1] are written."""
     U, V, A1, B1 = factors
     block, rank, score_rank, tile = weight[rows], U.shape[1], A1.shape[1], triton_tiles.REDUCE_TILE
     grid = (triton.cdiv(block.shape[0], tile.rows), triton.cdiv(block.shape[1], tile.columns))
@@ -154,7 +155,9 @@ def _factor_gradients(
         ROWS=tile.rows, COLUMNS=tile.columns, RANK=_padded(rank), SCORE_RANK=_padded(score_rank),
         RANK_PRECISION=precision, num_warps=tile.warps,
     )  # fmt: skip
-    return tuple(part.sum(0) for part in (dU, dV, dA1, dB1))
+    torch.sum(dU, 0, out=into[0])
+    torch.sum(dA1, 0, out=into[1])
+    return dV.sum(0), dB1.sum(0)
 
 
 def forward(
@@ -190,21 +193,23 @@ def gradients(
     U, V, A, B, R, C = (getattr(factors, name).float().contiguous() for name in "UVABRC")
     A1, B1 = torch.cat([A, torch.ones_like(R)[:, None]], 1), torch.cat([B, torch.ones_like(C)[None]])
     packed_mask, precision = packed_mask.contiguous(), rank_precision(x.dtype)
-    dx = torch.empty_like(x) if needs_x else None
-    dU, dV, dA1, dB1 = (torch.zeros_like(factor) for factor in (U, V, A1, B1))
+    dx = dV = dB1 = None
+    dU, dA1 = torch.empty_like(U), torch.empty_like(A1)
     with device_of(x), autocast_off(x):
         for rows in row_blocks(x, *weight.shape):
-            if dx is not None:
+            if needs_x:
                 W = _masked_rows(weight, packed_mask, U, V, scales.beta, x.dtype, rows)
-                dx.addmm_(dy[:, rows], W, beta=0 if rows.start == 0 else 1)
+                dx = add_product(dx, dy[:, rows], W)
                 del W  # so that G can have its memory
             if needs_factors:
-                G = dy[:, rows].T @ x
-                found = _factor_gradients(G, weight, packed_mask, (U, V, A1, B1), scales.beta, precision, rows)
-                dU[rows], dA1[rows] = found[0], found[2]
-                dV += found[1]
-                dB1 += found[3]
-    if not needs_factors:
+                G, into = dy[:, rows].T @ x, (dU[rows], dA1[rows])
+                of_rows = _factor_gradients(G, weight, packed_mask, (U, V, A1, B1), scales.beta, precision, rows, into)
+                if dV is None or dB1 is None:
+                    dV, dB1 = of_rows
+                else:
+                    dV += of_rows[0]
+                    dB1 += of_rows[1]
+    if dV is None or dB1 is None:
         return dx, None
     return dx, PstFactors(
         U=dU, V=dV,

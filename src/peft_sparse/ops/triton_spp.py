@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from peft_sparse.ops import triton_tiles
-from peft_sparse.ops.blocks import Buffers, autocast_off, linear_by_blocks, row_blocks, weight_rows
+from peft_sparse.ops.blocks import Buffers, add_product, autocast_off, linear_by_blocks, row_blocks, weight_rows
 from peft_sparse.ops.triton_tiles import device_of, load_tile, store_tile
 from peft_sparse.sparsity import Weight
 
@@ -132,9 +132,10 @@ def _factor_gradients(
     B: torch.Tensor,
     scaling: float,
     rows: slice,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What some rows add to dA, (r, in), and their dB. A group of few rows makes many sums of a tile: right, but not
-    fast."""
+    into: torch.Tensor,  # (rows,)
+) -> torch.Tensor:
+    """What some rows add to dA, (r, in); their dB is written. A group of few rows makes many sums of a tile: right,
+    but not fast."""
     block, (out_features, in_features), num_groups = weight_rows(weight, rows, Buffers(A)), weight.shape, A.shape[0]
     tile = triton_tiles.REDUCE_TILE
     grid = (triton.cdiv(block.shape[0], tile.rows), triton.cdiv(in_features, tile.columns))
@@ -146,7 +147,8 @@ def _factor_gradients(
         rows.start, block.shape[0], in_features, num_groups, *_groups(out_features, num_groups), scaling,
         *block.stride(), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    return dA.sum(0), dB.sum(0)
+    torch.sum(dB, 0, out=into)
+    return dA.sum(0)
 
 
 def forward(
@@ -181,15 +183,14 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dX, dA, dB), the last two in float32; None for what is not needed."""
     A, B = A.float().contiguous(), B.float().contiguous()
-    dx = torch.empty_like(x) if needs_x else None
-    dA, dB = (torch.zeros_like(A), torch.empty_like(B)) if needs_factors else (None, None)
+    dx = dA = None
+    dB = torch.empty_like(B)
     with device_of(x), autocast_off(x):
         for rows in row_blocks(x, *weight.shape):
-            if dx is not None:
-                W = _effective_rows(weight, A, B, scaling, offset, x.dtype, rows)
-                dx.addmm_(dy[:, rows], W, beta=0 if rows.start == 0 else 1)
-                del W  # so that G can have its memory
-            if dA is not None and dB is not None:
-                more, dB[rows] = _factor_gradients(dy[:, rows].T @ x, weight, A, B, scaling, rows)
-                dA += more
-    return dx, dA, dB
+            if needs_x:
+                dx = add_product(dx, dy[:, rows], _effective_rows(weight, A, B, scaling, offset, x.dtype, rows))
+            if needs_factors:
+                G = dy[:, rows].T @ x
+                of_rows = _factor_gradients(G, weight, A, B, scaling, rows, into=dB[rows])
+                dA = of_rows if dA is None else dA.add_(of_rows)
+    return dx, dA, dB if needs_factors else None
