@@ -83,6 +83,7 @@ def _check(ways: dict[str, list[stacks.Run]], dtype: torch.dtype) -> None:
 def options() -> argparse.ArgumentParser:
     found = runner.parser(__doc__, rounds=20)
     found.add_argument("--tokens", type=int, default=1, help="multiplied at a time (default: 1)")
+    found.add_argument("--shapes", nargs="+", default=SHAPES, help=f"out x in (default: {' '.join(SHAPES)})")
     found.add_argument("--sparsities", nargs="+", default=SPARSITIES, help=f"or N:M (default: {' '.join(SPARSITIES)})")
     return found
 

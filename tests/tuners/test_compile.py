@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import get_peft_model
+from torch._dynamo.backends.common import aot_autograd
 
 from peft_sparse import PstConfig, SppConfig
 
@@ -43,6 +45,22 @@ def losses(config, backend: str | None) -> list[float]:
 def test_aot_eager(config):
     """The whole of tracing and of the backward's graph, without the code generation that needs a C++ compiler."""
     assert losses(config, "aot_eager") == pytest.approx(losses(config, None), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+@pytest.mark.parametrize("config", [CONFIGS["spp"], CONFIGS["pst"]], ids=["spp", "pst"])
+def test_nothing_is_multiplied_with_empty_memory(config):
+    """For a GPU, inductor makes `beta * input + product` of an addmm: NaN where beta is 0 and the input not set."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    losses(config, aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    nodes = [node for graph in graphs for node in graph.nodes]
+    assert any(node.target == torch.ops.aten.mm.default for node in nodes)
+    assert not [node for node in nodes if node.kwargs.get("beta") == 0]
 
 
 @pytest.mark.slow
