@@ -27,8 +27,8 @@ class use_triton(Switch):
     """Compute SPP and PST layers that lie on a GPU with Triton kernels, forward and backward.
 
     Off by default: on the one GPU where they were timed, an NVIDIA H200, a layer's training step took 0.85 to 0.97 of
-    the time without them, and 0.44 to 0.65 of the memory (`benchmarks/README.md`). The environment variable `PEFT_SPARSE_TRITON=1` turns them on from
-    the start. Results equal PyTorch's to rounding.
+    the time without them, and 0.44 to 0.65 of the memory (`benchmarks/README.md`). The environment variable
+    `PEFT_SPARSE_TRITON=1` turns them on from the start. Results equal PyTorch's to rounding.
 
     What the kernels do not take is computed by PyTorch as before: tensors on a CPU, on an AMD GPU, or on an NVIDIA GPU
     of a compute capability below 8.0; float64; compiled graphs; the backward of a layer whose weight is trained; and
