@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = {"pst": PstConfig, "spp": SppConfig}
 IDS = torch.arange(3, 11)[None]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-QUICK, DEEP = 40, 600
+QUICK, DEEP = 40, 300
 
 
 def budget(examples: int) -> settings:

@@ -38,7 +38,7 @@ def train(model, ids: torch.Tensor, steps: int, lr: float, after_step=lambda ste
     losses = []
     model.train()
     for step in range(steps):
-        batch = ids[torch.randint(0, len(ids), (8,))]
+        batch = ids[torch.randint(0, len(ids), (4,))]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
