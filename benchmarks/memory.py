@@ -30,6 +30,7 @@ Build = Callable[[], Callable[[], object]]
 MB = 1e6
 STATUS = Path("/proc/self/status")
 PEAK_STEPS = 3  # the first one makes the optimizer's state, the others have it besides their activations
+FIRST, LAST = "tensor_peak: first", "tensor_peak: last"  # marks in the profile
 
 
 class Peak(NamedTuple):
@@ -66,7 +67,7 @@ def tensor_peak(step: Callable[[], object], device: torch.device) -> float | Non
         step: fresh from its builder, so that it makes its optimizer state here.
 
     Returns:
-        None where torch's profiler does not tell.
+        None where torch's profiler does not tell, or lost events.
     """
     if device.type == "cuda":
         before = reset(device)
@@ -74,13 +75,19 @@ def tensor_peak(step: Callable[[], object], device: torch.device) -> float | Non
             step()
         return (highest(device) - before) / MB
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.record_function(FIRST):
+            pass
         for _ in range(PEAK_STEPS):
             step()
+        with torch.profiler.record_function(LAST):
+            pass
     try:
         events = profile.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     except AttributeError:  # not a public part of torch
         return None
+    if not {FIRST, LAST} <= {event.name() for event in events}:
+        return None  # on a machine that is very busy the profiler loses events from one of its ends
     return max(itertools.accumulate(nbytes for _, _, nbytes in changes), default=0) / MB
 
 
