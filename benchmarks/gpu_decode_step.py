@@ -22,9 +22,9 @@ from peft_sparse import accelerate_sparse, ops
 from peft_sparse.linears import OPERANDS, acceleration_of
 
 SPARSITIES = ("2:4", "0.5", "0.75", "0.9")
-SHAPES = ("4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192")  # out x in, of Llama 2 7B and 70B
-QUICK_SHAPES = ("64x48",)
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the norm
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192))  # (out, in): Llama 2 7B and 70B
+QUICK_SHAPES = ((64, 48),)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the norm
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def measure(args: argparse.Namespace) -> list[runner.Row]:
             row
             for shape in (QUICK_SHAPES if args.quick else args.shapes)
             for sparsity in args.sparsities
-            for row in _rows(*map(int, shape.split("x")), sparsity, args)
+            for row in _rows(*shape, sparsity, args)
         ]
 
 
@@ -80,10 +80,17 @@ def _check(ways: dict[str, list[stacks.Run]], dtype: torch.dtype) -> None:
             raise SystemExit(f"No benchmark is reported: {name} differs from dense by {error:.1e} of its norm.")
 
 
+def out_x_in(text: str) -> tuple[int, int]:
+    """A shape such as "4096x11008"; ValueError for anything else, of which argparse makes a message."""
+    out, columns = map(int, text.split("x"))
+    return out, columns
+
+
 def options() -> argparse.ArgumentParser:
     found = runner.parser(__doc__, rounds=20)
     found.add_argument("--tokens", type=int, default=1, help="multiplied at a time (default: 1)")
-    found.add_argument("--shapes", nargs="+", default=SHAPES, help=f"out x in (default: {' '.join(SHAPES)})")
+    default = " ".join(f"{out}x{columns}" for out, columns in SHAPES)
+    found.add_argument("--shapes", nargs="+", type=out_x_in, default=SHAPES, help=f"out x in (default: {default})")
     found.add_argument("--sparsities", nargs="+", default=SPARSITIES, help=f"or N:M (default: {' '.join(SPARSITIES)})")
     return found
 
