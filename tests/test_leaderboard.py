@@ -277,6 +277,17 @@ def test_the_start_along_the_gradient_shows_more_of_it():
     assert (shown() > 2 * before).float().mean() > 0.9
 
 
+def test_a_head_with_a_rate_of_its_own_is_in_no_other_group():
+    setup = pst_methods.Setup(0.5, ("classifier",), "SEQ_CLS")
+    row = pst_methods.VARIANTS["pst_head"].adapt(models.tiny_bert(), setup)
+    groups = row.parameter_groups((1e-4, 1e-3))
+    assert [group["lr"] for group in groups] == [1e-3, 1e-4, pst_methods.HEAD_RATE]
+    sizes = [parameter.numel() for parameter in groups[-1]["params"]]
+    assert sum(sizes) == sum(parameter.numel() for parameter in models.tiny_bert().classifier.parameters())
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(ids) == sorted(id(parameter) for parameter in row.trainable)
+
+
 def test_masked_lora_is_the_formula():
     model = prune_magnitude(models.tiny_llama(), "2:4")
     linear = next(iter(block_linears(model).values()))

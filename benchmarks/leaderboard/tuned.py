@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,21 @@ def head_parameters(model: nn.Module, heads: Iterable[str]) -> list[nn.Parameter
         if name.rpartition(".")[2] in names
         for parameter in module.parameters()
     ]
+
+
+def with_head_rate(found: Tuned, heads: Iterable[str], rate: float) -> Tuned:
+    """The same, but the heads learn at a rate of their own, whatever the others' is."""
+    own = {id(parameter) for parameter in head_parameters(found.model, heads)}
+
+    def groups(rates: Sequence[float]) -> list[dict[str, Any]]:
+        head = [parameter for parameter in found.trainable if id(parameter) in own]
+        rest = [
+            {**group, "params": [parameter for parameter in group["params"] if id(parameter) not in own]}
+            for group in found.parameter_groups(rates)
+        ]
+        return [*(group for group in rest if group["params"]), {"params": head, "lr": rate}]
+
+    return replace(found, groups=groups)
 
 
 def full(model: nn.Module, masked: bool, heads: Sequence[str] = ()) -> Tuned:
