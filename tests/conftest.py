@@ -43,6 +43,11 @@ if not os.environ.get("CI"):
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no process is left with a long one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class Oracles(NamedTuple):
     """Numbers of the authors' code: `cases[kind]` lists settings, `tensors[case["prefix"] + name]` has the tensors."""
 

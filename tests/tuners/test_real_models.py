@@ -70,15 +70,15 @@ def check_merge_save_and_reload(model, ids: torch.Tensor, folder: Path, toleranc
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_spp_on_a_pruned_llama(llama_dir, shared, tmp_path, pattern, dtype, tolerance):
-    ids = tokens_of(llama_dir, shared, "tinystories/sample_a.txt", 24 * 128)
-    windows = ids.reshape(-1, 128)
+    ids = tokens_of(llama_dir, shared, "tinystories/sample_a.txt", 24 * 64)
+    windows = ids.reshape(-1, 64)
     model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=dtype)
     prune_wanda(model, [{"input_ids": windows[i : i + 4]} for i in (0, 4)], pattern=pattern, progress=False)
     zeros = {name: get_weight(linear) == 0 for name, linear in block_linears(model).items()}
-    pruned = perplexity(model, ids, window=128, progress=False)
+    pruned = perplexity(model, ids, window=64, progress=False)
     model = get_peft_model(model, SppConfig(spp_dropout=0.05))
     train(model, windows, steps=30, lr=2e-2)
-    assert perplexity(model, ids, window=128, progress=False) < 0.8 * pruned
+    assert perplexity(model, ids, window=64, progress=False) < 0.8 * pruned
     assert sparsity_report(model).total_sparsity == pytest.approx(0.5, abs=1e-3)
     check_merge_save_and_reload(model, windows[:2], tmp_path, tolerance)
     for name, linear in block_linears(model.base_model.model).items():
@@ -88,17 +88,17 @@ def test_spp_on_a_pruned_llama(llama_dir, shared, tmp_path, pattern, dtype, tole
 @pytest.mark.parametrize("pattern, sparsity", [("unstructured", 0.7), ("2:4", 0.5)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_pst_on_gpt2(gpt2_dir, shared, tmp_path, pattern, sparsity, dtype, tolerance):
-    ids = tokens_of(gpt2_dir, shared, "tinyshakespeare/input.txt", 24 * 128)
-    windows = ids.reshape(-1, 128)
+    ids = tokens_of(gpt2_dir, shared, "tinyshakespeare/input.txt", 24 * 64)
+    windows = ids.reshape(-1, 64)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(gpt2_dir, dtype=dtype), PstConfig(pattern=pattern, sparsity=sparsity)
     )
     steps = 30
     train(model, windows, steps, 1e-3, lambda step: model.base_model.set_sparsity_step(step, steps))
-    tuned = perplexity(model, ids, window=128, progress=False)
+    tuned = perplexity(model, ids, window=64, progress=False)
     one_shot = AutoModelForCausalLM.from_pretrained(gpt2_dir, dtype=dtype)
     prune_magnitude(one_shot, pattern=pattern, sparsity=sparsity)
-    assert tuned < perplexity(one_shot, ids, window=128, progress=False)
+    assert tuned < perplexity(one_shot, ids, window=64, progress=False)
     zeros = check_merge_save_and_reload(model, windows[:2], tmp_path, tolerance)
     for name, count in zeros.items():
         if ".h." in name and name.endswith("weight") and "ln_" not in name:
