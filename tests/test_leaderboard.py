@@ -210,7 +210,7 @@ def test_refusals_and_divergence_are_results(tmp_path):
         raise settings.Diverged("nan")
 
     assert plan.work(kept, [_line()], refuse, say=lambda text: None) == 1
-    other = _line(budget=SMOKE.change(steps=9))
+    other = _line(budget=SMOKE.change(steps=9, tries=None))
     plan.work(kept, [other], diverge, say=lambda text: None)
     rows = summary.rows_of([_line(), other], kept.records(), {"row": "Row"}, "perplexity")
     assert [row.status for row in rows] == ["not supported", "2 of 2 seeds diverged"]
@@ -277,15 +277,28 @@ def test_the_start_along_the_gradient_shows_more_of_it():
     assert (shown() > 2 * before).float().mean() > 0.9
 
 
-def test_a_head_with_a_rate_of_its_own_is_in_no_other_group():
-    setup = pst_methods.Setup(0.5, ("classifier",), "SEQ_CLS")
-    row = pst_methods.VARIANTS["pst_head"].adapt(models.tiny_bert(), setup)
+@pytest.mark.parametrize("name", pst_methods.METHODS)
+def test_a_head_with_a_rate_of_its_own_is_in_no_other_group(name):
+    method, heads = pst_methods.METHODS[name], ("classifier",)
+    row = method.adapt(models.tiny_bert(), pst_methods.Setup(0.5, heads, "SEQ_CLS"))
+    row = tuned.with_head_rate(row, heads, 7.0)
     groups = row.parameter_groups((1e-4, 1e-3))
-    assert [group["lr"] for group in groups] == [1e-3, 1e-4, pst_methods.HEAD_RATE]
+    assert groups[-1]["lr"] == 7.0 and all(group["lr"] < 1 for group in groups[:-1])
     sizes = [parameter.numel() for parameter in groups[-1]["params"]]
     assert sum(sizes) == sum(parameter.numel() for parameter in models.tiny_bert().classifier.parameters())
     ids = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(ids) == sorted(id(parameter) for parameter in row.trainable)
+
+
+def test_a_head_has_the_rate_of_the_budget(tmp_path, data):
+    def loss(budget, rate):
+        part = part_of(encoders.Encoders, models.tiny_bert(), tmp_path / f"{budget.name} {rate}", data, budget)
+        (line,) = part.lines(["sst2 75%"], ["dense"], (0,))
+        return part.run(line.trial(SEARCH, (rate,), 0))["last_loss"]
+
+    own = SMOKE.change(head_rate=1e-2)
+    assert loss(SMOKE, 1e-9) != pytest.approx(loss(own, 1e-9), abs=1e-3)  # only the head moved
+    assert loss(SMOKE, 1e-2) == loss(own, 1e-2)
 
 
 def test_masked_lora_is_the_formula():
@@ -440,6 +453,31 @@ def test_a_model_that_takes_hours_has_a_small_budget_of_its_own(tmp_path, data, 
     assert budget("smollm2-135m", *small, "--steps", "60") == budgets["small"].change(steps=60, tries=3)
     assert budget("smollm2-135m") == budgets["smoke"]
     assert budget(tmp_path, *small) == budgets["small"]
+
+
+def test_a_budget_without_a_head_rate_has_the_name_that_it_had(tmp_path, data):
+    line = _line()
+    trial = line.trial(FINAL, (1.0,), 0)
+    assert "head_rate" not in trial.record()["budget"]
+    assert trial.key == "0946858e167841f83867"
+    own = line.budget.change(head_rate=1.5e-3)
+    assert own.name == "smoke-headrate0.0015"
+    assert _line(budget=own).trial(FINAL, (1.0,), 0).record()["budget"]["head_rate"] == 1.5e-3
+
+    def budget(*options):
+        argv = command_line(tmp_path, data, tmp_path, *options)
+        ((part, _),) = parts.make(command.options().parse_args(argv), store.Store(tmp_path / "store"))
+        return part.budget
+
+    small = parts.BUDGETS["encoders"]["small"]
+    assert budget("--part", "encoders", "--budget", "small") == small.change(head_rate=parts.HEAD_RATE)
+    assert budget("--part", "encoders", "--budget", "small", "--head-rate", "0") == small
+    for options, words in (
+        (("nlg", "--head-rate", "1e-3"), "encoders"),
+        (("encoders", "--head-rate", "-1"), "at least 0"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            budget("--part", *options)
 
 
 def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys):

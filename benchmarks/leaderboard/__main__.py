@@ -34,6 +34,13 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--budget", choices=parts.BUDGET_NAMES, default="small", help="of every row (default: small)")
     found.add_argument("--steps", type=int, default=None, help="instead of the budget's; the same for every row")
     found.add_argument("--tries", type=int, default=None, help="learning rates for a row, instead of the budget's")
+    found.add_argument(
+        "--head-rate",
+        type=float,
+        default=None,
+        metavar="RATE",
+        help="of a classifier's head, in every row; 0: that of the row's weights (default: the budget's)",
+    )
     found.add_argument("--workers", type=int, default=1, help="processes (default: 1); more may be started elsewhere")
     found.add_argument("--threads", type=int, default=1, help="torch threads of each worker (default: 1)")
     found.add_argument("--minutes", type=float, default=None, help="begin no run after so long (default: no limit)")

@@ -53,6 +53,7 @@ class CausalLm:
 
     name = "causal-lm"
     metric, better = "perplexity", "lower"
+    heads: tuple[str, ...] = ()  # none is new
     ours = methods.OURS
     titles: Mapping[str, str] = {name: method.title for name, method in ALL.items()}
     rivals = tuple(

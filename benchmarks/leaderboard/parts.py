@@ -37,6 +37,8 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "full": Budget("full", 2000, 16, 256, 6, 300, None),
     },
 }
+# Of a small budget: at a rate that is good for pretrained weights a head learns little in so few steps.
+HEAD_RATE = 1.5e-3
 CLASSES: dict[str, type[Part]] = {"causal-lm": CausalLm, "encoders": Encoders, "nlg": Nlg}
 PARTS = tuple(BUDGETS)
 BUDGET_NAMES = ("smoke", "small", "full")
@@ -71,7 +73,8 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
     """The parts that the command line asks for, each with its cases.
 
     Raises:
-        SystemExit: if a model or the data are not there, or one model is asked for more than one part.
+        SystemExit: if a model or the data are not there, one model is asked for more than one part, or a rate of the
+            head for a part without.
     """
     if not args.data.is_dir():
         raise SystemExit(f"--data is a folder laid out as shared/data, got {args.data}, which is none.")
@@ -86,9 +89,14 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
         boards = named or [Board(args.part[0], args.model)]
     found: list[tuple[Part, tuple[str, ...] | None]] = []
     for part, model, cases, small in boards:
-        given = {"steps": args.steps, "tries": args.tries}
+        if args.head_rate is not None and not CLASSES[part].heads:
+            raise SystemExit(
+                f"--head-rate is for a part whose models get a new head, got {part}; use --part encoders."
+            )
+        given = {"steps": args.steps, "tries": args.tries, "head_rate": args.head_rate}
         if args.budget == "small":
-            given = {name: small.get(name) if value is None else value for name, value in given.items()}
+            own = {**small, "head_rate": HEAD_RATE if CLASSES[part].heads else None}
+            given = {name: own.get(name) if value is None else value for name, value in given.items()}
         budget = BUDGETS[part][args.budget].change(**given)
         folder, label = find_model(model, store)
         made = CLASSES[part](folder, args.data, store, budget, device, label)

@@ -80,23 +80,8 @@ METHODS: dict[str, PstMethod] = {
     "pst_no_rc": PstMethod("PST without R C", _tuner(SCORES_RC, alpha2=0.0), (5e-4, 5e-4)),
     "pst_no_uv": PstMethod("PST without U V", _tuner(weight_update="none"), (5e-4, 5e-4)),
 }
-HEAD_RATE = 1.5e-3  # at which PST without U V learns best on SST-2, where the head's is the only rate but the scores'
-
-
-def _own_head(row: str) -> PstMethod:
-    """The row with a fixed rate for the head, so that a search for the weights' rate is not one for the head's."""
-    method = METHODS[row]
-
-    def adapt(model: nn.Module, setup: Setup) -> Tuned:
-        return tuned.with_head_rate(method.adapt(model, setup), setup.heads, HEAD_RATE)
-
-    return method._replace(title=f"{method.title}, head at {HEAD_RATE:g}", adapt=adapt)
-
-
-# Only run when `--rows` names them: whether it is PST's mask, its update of low rank or the rate of the head, which
-# starts at random, that a result is due to.
+# Only run when `--rows` names them: whether it is PST's mask or its update of low rank that a result is due to.
 VARIANTS: dict[str, PstMethod] = {
-    **{f"{row}_head": _own_head(row) for row in ("one_shot", "one_shot_after", "gradual", "pst")},
     "pst_full": PstMethod("PST's scores, every weight tuned", _tuner(weight_update="full"), (3e-4, 5e-4)),
     "pst_r32": PstMethod("PST r=32", _tuner(r=32), (5e-4, 5e-4)),
 }

@@ -80,6 +80,7 @@ def _budget_text(budget: Budget) -> str:
         f"Budget `{budget.name}`: {budget.steps} steps of {budget.batch_size} x {budget.length} tokens, AdamW, "
         f"{budget.warmup:.0%} warm-up and linear decay; {budget.tries} learning rates tried for each row on the "
         f"validation part ({budget.validation_rows} rows), measured on {test}. "
+        f"{f'The head learns at {budget.head_rate:g} in every row. ' if budget.head_rate else ''}"
         "Mean ± standard deviation over seeds."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks import report
@@ -21,7 +21,7 @@ OWN = tuple(field.name for field in fields(Trial))
 
 def write(lines: Sequence[Line], records: Mapping[str, Record], path: Path) -> None:
     """The runs of these rows, those of the search too; a budget is a JSON object."""
-    keys = {(line.part, line.model, line.case, line.row, json.dumps(asdict(line.budget))) for line in lines}
+    keys = {(line.part, line.model, line.case, line.row, json.dumps(line.budget.as_dict())) for line in lines}
     rows = []
     for record in records.values():
         budget = json.dumps(record["budget"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class Budget:
         zeroshot_rows: questions of each zero-shot task, the first ones; None: all; 0: no zero-shot.
         calibration_rows: sequences of `length` tokens of C4 for the pruners.
         warmup: share of the steps in which the rates rise; they fall linearly afterwards.
+        head_rate: learning rate of a task's head, which starts at random, in every row; 0: that of the row's weights.
     """
 
     name: str
@@ -39,25 +41,33 @@ class Budget:
     zeroshot_rows: int | None = 0
     calibration_rows: int = 64
     warmup: float = 0.1
+    head_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps <= PEAK_STEPS:
             raise SystemExit(f"A run has more than {PEAK_STEPS} steps, those are not timed; got {self.steps}.")
 
-    def change(self, **changes: int | None) -> Budget:
+    def change(self, **changes: float | None) -> Budget:
         """The same budget but for those of the changes that are not None, with a name that says so.
 
         Raises:
-            SystemExit: for a number below 1.
+            SystemExit: for a number below 1, or a rate below 0.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given = {name: value for name, value in changes.items() if value not in (None, getattr(self, name))}
         for name, value in given.items():
-            if value < 1:
-                raise SystemExit(f"--{name.replace('_', '-')} is at least 1, got {value}.")
+            least = 0 if name == "head_rate" else 1
+            if not (least <= value < math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} is at least {least}, got {value}.")
         if not given:
             return self
-        named = "-".join(f"{name}{value}" for name, value in sorted(given.items()))
+        named = "-".join(f"{name.replace('_', '')}{value:g}" for name, value in sorted(given.items()))
         return replace(self, name=f"{self.name}-{named}", **given)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a run is named by. Without `head_rate` where it is 0: runs that were made before it was there keep
+        their names."""
+        found = asdict(self)
+        return found if self.head_rate else {name: found[name] for name in found if name != "head_rate"}
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,15 @@ class Trial:
     @property
     def key(self) -> str:
         """Tells this run from all others; the same in every process."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self._settings(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def record(self, **measured: Any) -> dict[str, Any]:
         """What goes into the store."""
-        return {"key": self.key, **asdict(self), **measured}
+        return {"key": self.key, **self._settings(), **measured}
+
+    def _settings(self) -> dict[str, Any]:
+        return asdict(self) | {"budget": self.budget.as_dict()}
 
     def __str__(self) -> str:
         rates = ", ".join(f"{rate:.2g}" for rate in self.rates)

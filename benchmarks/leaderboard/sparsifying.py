@@ -22,6 +22,7 @@ from benchmarks.leaderboard.pst_methods import ALL, METHODS, Setup
 from benchmarks.leaderboard.search import rounded
 from benchmarks.leaderboard.settings import FINAL, Budget, Trial
 from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.tuned import with_head_rate
 from peft_sparse import verify_sparsity
 
 SPLIT_SEED = 7
@@ -111,6 +112,8 @@ class Sparsifying:
         model = self.load(task)
         found: dict[str, Any] = {"fingerprint": methods.fingerprint(model)}
         tuned = method.adapt(model, Setup(self._sparsity(trial.case), self.heads, self.task_type))
+        if self.budget.head_rate:
+            tuned = with_head_rate(tuned, self.heads, self.budget.head_rate)
         found["trainable"] = sum(parameter.numel() for parameter in tuned.trainable)
         batches = training.draw(
             self.num_train(task), self.budget, trial.seed, lambda indices: self.collate(task, indices)
