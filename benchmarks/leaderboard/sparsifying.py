@@ -19,7 +19,7 @@ from transformers.utils import logging
 from benchmarks.leaderboard import methods, pst_methods, training
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.pst_methods import ALL, METHODS, Setup
-from benchmarks.leaderboard.search import rounded
+from benchmarks.leaderboard.search import Rates, rounded
 from benchmarks.leaderboard.settings import FINAL, Budget, Trial
 from benchmarks.leaderboard.store import Store
 from benchmarks.leaderboard.tuned import with_head_rate
@@ -42,6 +42,7 @@ class Sparsifying:
     titles: Mapping[str, str] = {name: method.title for name, method in ALL.items()}
     sparsities = ("50%", "90%")
     rate_scale = 1.0  # of all first learning rates, where the model takes higher ones than a BERT
+    starts: Mapping[str, Rates] = {}  # those of some rows, instead
 
     def __init__(
         self, folder: Path, data: Path, store: Store, budget: Budget, device: torch.device, label: str | None = None
@@ -88,6 +89,7 @@ class Sparsifying:
         pairs = [(f"{task} dense", row) for task in tasks for row in rows if ALL[row].dense]
         pairs += [(case, row) for case in cases for row in rows if not ALL[row].dense]
         starts = {row: tuple(rounded(rate * self.rate_scale) for rate in ALL[row].start) for row in rows}
+        starts |= {row: start for row, start in self.starts.items() if row in starts}
         return [Line(self.name, self.model, case, row, starts[row], seeds, self.budget) for case, row in pairs]
 
     @staticmethod
