@@ -200,6 +200,16 @@ def test_scores_with_a_rate_of_their_own_and_names_for_labels(tmp_path, sentence
     assert finetune(asked).steps == 6
 
 
+def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):
+    losses = []
+    for own in ({}, {"head_learning_rate": 5e-3}, {"head_learning_rate": 5e-2}):
+        training = {"learning_rate": 5e-3, "logging_steps": 1, "report_to": "none"} | own
+        result = finetune(classifier(tmp_path, sentences, str(len(losses)), training=training))
+        losses.append([entry["loss"] for entry in result.log if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert abs(losses[0][-1] - losses[2][-1]) > 1e-3
+
+
 def test_a_number_as_the_target(tmp_path, sentences):
     asked = classifier(
         tmp_path, sentences, model={"num_labels": 1, "new_head": True}, data={"text": "text", "label": "score"},

@@ -120,6 +120,7 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("prune", {"method": "magnitude", "calibration": {"length": 5}}, "takes none"),
         ("evaluation", {"metrics": ["accuracy"]}, "Evaluation takes `data.validation_split`"),
         ("training", {"score_learning_rate": 1e-3}, "is for PST's scores"),
+        ("training", {"head_learning_rate": 1e-3}, "is for a head"),
         ("output", {"merged": True}, "did you mean 'merge'"),
     ],
 )

@@ -180,6 +180,11 @@ def test_every_trainable_parameter_is_in_one_group():
         groups = pst_param_groups(model, lr=1.0, score_lr=2.0)
         grouped = [id(p) for group in groups for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+        rates = {g["name"]: g["lr"] for g in pst_param_groups(model, lr=1.0, score_lr=2.0, head_lr=3.0)}
+        assert {name: rate for name, rate in rates.items() if "others" in name} == {
+            "others": 3.0, "others_without_decay": 3.0,
+        }  # fmt: skip
+        assert rates.get("weights", 1.0) == 1.0 and rates.get("scores", 2.0) == 2.0
     with pytest.raises(ValueError, match="get_peft_model"):
         pst_param_groups(tiny_bert(), lr=1.0, score_lr=1.0)
 

@@ -78,8 +78,10 @@ def make_trainer(
         # `**kwargs`, and would multiply it by the processes and by the accumulated batches.
         model.get_base_model().accepts_loss_kwargs = False
     optimizer = None
-    if recipe.score_learning_rate is not None:
-        groups = pst_param_groups(model, arguments.learning_rate, recipe.score_learning_rate, arguments.weight_decay)
+    if recipe.score_learning_rate is not None or recipe.head_learning_rate is not None:
+        lr, score_lr = arguments.learning_rate, recipe.score_learning_rate
+        score_lr = lr if score_lr is None else score_lr
+        groups = pst_param_groups(model, lr, score_lr, arguments.weight_decay, recipe.head_learning_rate)
         betas = (arguments.adam_beta1, arguments.adam_beta2)
         optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
     callbacks: list[TrainerCallback] = [SparsityCallback(best_at_final_sparsity=recipe.method == "pst")]

@@ -1,7 +1,8 @@
-"""Learning rates of their own for PST's scores, as parameter groups for an optimizer.
+"""Learning rates of their own for PST's scores and for a new head, as parameter groups for an optimizer.
 
 Scores and weights live on different scales. Movement pruning wants 1e-2 for its scores beside 3e-5 for the weights
-(arXiv 2005.07683) and collapses to chance with one rate for both.
+(arXiv 2005.07683) and collapses to chance with one rate for both. A classification head starts at random, and in a
+short run learns little at a rate that pretrained weights stand.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ SCORE_FACTORS = ("pst_S", "pst_A", "pst_B", "pst_R", "pst_C")
 WEIGHT_FACTORS = ("pst_U", "pst_V", "pst_D")
 
 
-def pst_param_groups(model: nn.Module, lr: float, score_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def pst_param_groups(
+    model: nn.Module, lr: float, score_lr: float, weight_decay: float = 0.0, head_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups of a model with PST adapters, for the `optimizers` of an unchanged Trainer.
 
     Args:
         model: with PST layers.
-        lr: learning rate of the weight updates (`pst_U`, `pst_V`, `pst_D`) and of all other trainable parameters, such
-            as a classification head.
+        lr: learning rate of the weight updates (`pst_U`, `pst_V`, `pst_D`).
         score_lr: learning rate of the scores (`pst_S`, `pst_A`, `pst_B`, `pst_R`, `pst_C`).
         weight_decay: for parameters with two or more dimensions that are not PST's, whose decay would pull weights
             back to the base model and scores to a tie.
+        head_lr: learning rate of all other trainable parameters, such as a new classification head; None: `lr`.
 
     Returns:
         Groups named "scores", "weights", "others" and "others_without_decay", empty ones left out, in the order of
@@ -39,8 +42,8 @@ def pst_param_groups(model: nn.Module, lr: float, score_lr: float, weight_decay:
     groups: dict[str, dict[str, Any]] = {
         "scores": {"lr": score_lr, "weight_decay": 0.0},
         "weights": {"lr": lr, "weight_decay": 0.0},
-        "others": {"lr": lr, "weight_decay": weight_decay},
-        "others_without_decay": {"lr": lr, "weight_decay": 0.0},
+        "others": {"lr": lr if head_lr is None else head_lr, "weight_decay": weight_decay},
+        "others_without_decay": {"lr": lr if head_lr is None else head_lr, "weight_decay": 0.0},
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -4,7 +4,7 @@
     prune       a pruner's arguments, for methods that start from a sparse model (may be left out)
     adapter     the method, and the fields of `PstConfig` or `SppConfig`
     data        where the examples are, and which columns to use
-    training    the arguments of transformers' TrainingArguments, and `score_learning_rate`
+    training    the arguments of transformers' TrainingArguments, `score_learning_rate` and `head_learning_rate`
     evaluation  metrics
     output      merging and saving at the end
 
@@ -32,6 +32,8 @@ from peft_sparse.tuners.spp import SppConfig
 
 METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
 _COUNTS = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# Learning rates beside transformers' own, which is that of the weights.
+OWN_RATES = {"score_learning_rate": "PST's scores", "head_learning_rate": "a head that is trained beside PST"}
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
 
@@ -44,7 +46,8 @@ class Recipe:
         method: "pst" or "spp".
         pruner: a key of `PRUNERS`, or None.
         calibration: arguments of `calibration_batches`.
-        score_learning_rate: of PST's scores; None: that of everything else.
+        score_learning_rate: of PST's scores; None: that of the weights.
+        head_learning_rate: of what PST trains beside weights and scores, a new head; None: that of the weights.
     """
 
     model: ModelPart
@@ -58,6 +61,7 @@ class Recipe:
     prune: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     score_learning_rate: float | None = None
+    head_learning_rate: float | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -105,7 +109,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     method, adapter = _adapter(dict(values["adapter"]))
     pruner, prune, calibration = _prune(dict(values.get("prune") or {}))
     training = dict(values["training"])
-    score_learning_rate = training.pop("score_learning_rate", None)
+    own_rates = {name: training.pop(name, None) for name in OWN_RATES}
     recipe = Recipe(
         model=_part("model", ModelPart, values["model"]),
         data=_part("data", DataPart, values["data"]),
@@ -117,7 +121,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         pruner=pruner,
         prune=prune,
         calibration=calibration,
-        score_learning_rate=score_learning_rate,
+        **own_rates,
     )
     check_model(recipe.model)
     check_data(recipe.data, recipe.model.task)
@@ -170,12 +174,14 @@ def _names(function: Callable[..., Any]) -> set[str]:
 
 def _check_training(recipe: Recipe) -> None:
     hints = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
-    check_keys("training", recipe.training, {*hints, "score_learning_rate"})
+    check_keys("training", recipe.training, {*hints, *OWN_RATES})
     if not isinstance(recipe.training.get("output_dir"), str):
         raise ValueError("`training` needs `output_dir`, the folder for checkpoints and results.")
-    check_type("training.score_learning_rate", recipe.score_learning_rate, float | None)
-    if recipe.score_learning_rate is not None and recipe.method != "pst":
-        raise ValueError("`training.score_learning_rate` is for PST's scores, got it with method 'spp'; leave it out.")
+    for name, whose in OWN_RATES.items():
+        rate = getattr(recipe, name)
+        check_type(f"training.{name}", rate, float | None)
+        if rate is not None and recipe.method != "pst":
+            raise ValueError(f"`training.{name}` is for {whose}, got it with method {recipe.method!r}; leave it out.")
     _check_numbers(recipe.training)
     if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
         raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
