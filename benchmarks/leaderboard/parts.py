@@ -37,7 +37,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "full": Budget("full", 2000, 16, 256, 6, 300, None),
     },
 }
-# Of a small budget: at a rate that is good for pretrained weights a head learns little in so few steps.
+# Of a small budget: at a rate that is good for pretrained weights a head may learn little in so few steps.
 HEAD_RATE = 1.5e-3
 CLASSES: dict[str, type[Part]] = {"causal-lm": CausalLm, "encoders": Encoders, "nlg": Nlg}
 PARTS = tuple(BUDGETS)

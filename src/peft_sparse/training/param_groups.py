@@ -2,7 +2,7 @@
 
 Scores and weights live on different scales. Movement pruning wants 1e-2 for its scores beside 3e-5 for the weights
 (arXiv 2005.07683) and collapses to chance with one rate for both. A classification head starts at random, and in a
-short run learns little at a rate that pretrained weights stand.
+short run may learn little at a rate that pretrained weights stand.
 """
 
 from __future__ import annotations
