@@ -187,6 +187,8 @@ def test_every_trainable_parameter_is_in_one_group():
         assert rates.get("weights", 1.0) == 1.0 and rates.get("scores", 2.0) == 2.0
     with pytest.raises(ValueError, match="get_peft_model"):
         pst_param_groups(tiny_bert(), lr=1.0, score_lr=1.0)
+    with pytest.raises(ValueError, match="trains nothing else; leave it out"):
+        pst_param_groups(get_peft_model(tiny_bert(), PstConfig()), lr=1.0, score_lr=1.0, head_lr=1.0)
 
 
 def test_callback_without_pst_layers_is_told_so(tmp_path):

@@ -33,7 +33,7 @@ def pst_param_groups(
         `model.named_parameters()`.
 
     Raises:
-        ValueError: if the model has no trainable PST parameter.
+        ValueError: if the model has no trainable PST parameter, or `head_lr` is given and nothing else is trained.
 
     Examples:
         >>> # optimizer = torch.optim.AdamW(pst_param_groups(model, lr=3e-5, score_lr=1e-2))
@@ -53,6 +53,11 @@ def pst_param_groups(
         raise ValueError(
             f"`pst_param_groups` sorts the trainable parameters of PST, got {type(model).__name__} without any; call "
             "`get_peft_model(model, PstConfig(...))` first."
+        )
+    if head_lr is not None and "params" not in groups["others"] and "params" not in groups["others_without_decay"]:
+        raise ValueError(
+            "`head_lr` (`head_learning_rate` in a recipe) is of what is trained beside PST, such as a new head, got "
+            f"{head_lr} for a model that trains nothing else; leave it out, or name the head in `modules_to_save`."
         )
     return [{"name": name, **group} for name, group in groups.items() if "params" in group]
 
