@@ -116,6 +116,13 @@ def assert_it_works(model: PeftModel) -> None:
 # Config fields
 
 
+@pytest.mark.parametrize("name", ["beta", "alpha1", "alpha2"])
+def test_scales_may_be_integers_that_no_tensor_takes(name):
+    config = PstConfig(**{name: -(2**63) - 1})
+    assert getattr(config, name) == -(2.0**63) and isinstance(getattr(config, name), float)
+    assert_it_works(get_peft_model(tiny_llama(), config))
+
+
 def any_field(method: str, data: st.DataObject) -> None:
     changes = changed_fields(data.draw, CONFIGS[method])
     try:

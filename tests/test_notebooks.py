@@ -22,8 +22,8 @@ def test_each_notebook_has_a_model_here():
 @pytest.mark.filterwarnings("ignore")  # tiny models, trained for a few steps
 @pytest.mark.parametrize("name", MODELS)
 def test_runs(name, hub_stand_ins, tmp_path, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
     for split, count in [("train", 64), ("dev", 16)]:
         rows = [{"sentence": f"a {'fine' if i % 2 else 'dull'} film", "label": i % 2} for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -35,7 +35,7 @@ def test_runs(name, hub_stand_ins, tmp_path, monkeypatch):
     for cell in cells:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), name, "exec"), scope)
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
     assert (tmp_path / "out").exists() or (tmp_path / "pruned").exists()
 
 
@@ -69,7 +69,8 @@ def test_nothing_in_the_file_names_a_machine(name):
 
 
 def test_execute_stores_what_a_cell_printed_drew_and_returned(monkeypatch):
-    pytest.importorskip("matplotlib").use("agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
     monkeypatch.syspath_prepend(str(NOTEBOOKS))
     import execute
 

@@ -185,6 +185,7 @@ def test_owl_on_other_architectures(factory):
         ({"sparsity": 1.2}, r"lies in \[0, 1\), got 1.2"),
         ({"lam": -1}, "`lam` is a finite number of at least 0, got -1"),
         ({"outlier_threshold": float("nan")}, "`outlier_threshold` is a finite number of at least 0, got nan"),
+        ({"outlier_threshold": 10**400}, "`outlier_threshold` is a finite number of at least 0, got 1000"),
         ({"level": "head"}, "`level` should be 'block' or 'linear', got 'head'"),
         ({"group": "column"}, "`group` should be 'layer' or 'row', got 'column'"),
         ({"target_modules": ["lm_head"]}, "got `lm_head`, outside of them"),

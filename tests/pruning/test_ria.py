@@ -107,6 +107,7 @@ def test_zero_rows_columns_and_inputs(dtype):
         ({"pattern": "1:5"}, r"divisible by 5, got 32 in `model.layers.0.self_attn.q_proj`; .* `exclude_modules`"),
         ({"exponent": -1}, "at least 0, got -1"),
         ({"exponent": torch.nan}, "at least 0, got nan"),
+        ({"exponent": 10**400}, "at least 0, got 1000"),
     ],
 )
 def test_errors_leave_the_model_untouched(tiny_llama, arguments, message: str):

@@ -417,6 +417,7 @@ def test_infinite_results_are_refused():
         ({"group": "row", "match_authors": True}, "got group='row'; leave one of the two out"),
         ({"damping": -0.1}, "at least 0, got -0.1"),
         ({"damping": torch.inf}, "at least 0, got inf"),
+        ({"damping": 10**400}, "at least 0, got 1000"),
         ({"block_size": 0}, "counts columns, at least 1, got 0"),
         ({"sparsity": {"model.layers.0.self_attn.q_proj": 0.5}}, "."),
     ],

@@ -25,6 +25,7 @@ from peft_sparse.sparsity import (
     Unstructured,
     check_sparsity,
     check_sparsity_mapping,
+    is_finite_number,
     owl_sparsities,
     sparsities_by_name,
     uniform_sparsities,
@@ -148,7 +149,7 @@ def owl_sparsity(
     """
     check_sparsity("sparsity", sparsity)
     for name, value in (("lam", lam), ("outlier_threshold", outlier_threshold)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        if not is_finite_number(value) or value < 0:
             raise ValueError(f"`{name}` is a finite number of at least 0, got {value!r}.")
     if level not in ("block", "linear"):
         raise ValueError(f"`level` should be 'block' or 'linear', got {level!r}.")
@@ -159,7 +160,7 @@ def owl_sparsity(
         groups.setdefault(_block_of(model, name) if level == "block" else name, []).append(name)
     outliers: dict[str, float] = {}
     for names in groups.values():
-        outliers |= dict.fromkeys(names, _outlier_ratio(model, names, norms, outlier_threshold))
+        outliers |= dict.fromkeys(names, _outlier_ratio(model, names, norms, float(outlier_threshold)))
     return owl_sparsities(outliers, _sizes(targets, group), sparsity, lam)
 
 

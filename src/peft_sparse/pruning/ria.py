@@ -10,7 +10,6 @@ before N:M pruning, is not here.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -22,7 +21,7 @@ from peft_sparse.linears import get_weight
 from peft_sparse.pruning.run import plan_run
 from peft_sparse.pruning.targets import Names, prune_by_scores
 from peft_sparse.pruning.walk import empty_norms
-from peft_sparse.sparsity import ColumnNorms, Pattern, pattern_with_group, ria_importance
+from peft_sparse.sparsity import ColumnNorms, Pattern, is_finite_number, pattern_with_group, ria_importance
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,7 +89,7 @@ def prune_ria(
         tensor(0.7500)
     """
     pattern = pattern_with_group(pattern, group, default="layer")
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)) or not 0 <= exponent < math.inf:
+    if not is_finite_number(exponent) or exponent < 0:
         raise ValueError(f"`exponent` is the power of the activations' norm, at least 0, got {exponent!r}; take 0.5.")
     run = plan_run(
         model,
@@ -104,7 +103,7 @@ def prune_ria(
     )
 
     def prune(name: str, linear: nn.Module, statistics: ColumnNorms) -> None:
-        scores = ria_importance(get_weight(linear).detach(), statistics.norms, exponent)
+        scores = ria_importance(get_weight(linear).detach(), statistics.norms, float(exponent))
         prune_by_scores(linear, scores, pattern, run.sparsities[name])
 
     run.execute(

@@ -9,7 +9,6 @@ sees the activations of the pruned blocks before it. The update itself is in spa
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 import weakref
@@ -30,6 +29,7 @@ from peft_sparse.sparsity import (
     Unstructured,
     factorize_,
     fit_block_size,
+    is_finite_number,
     pattern_with_group,
     prune_and_reconstruct,
     round_keeping_support,
@@ -152,7 +152,7 @@ class LinearPruner:
     def __init__(
         self, pattern: Pattern, damping: float = 0.01, block_size: int = 128, match_authors: bool = False
     ) -> None:
-        self.pattern, self.damping, self.match_authors = pattern, damping, match_authors
+        self.pattern, self.damping, self.match_authors = pattern, float(damping), match_authors
         self.block_size = fit_block_size(pattern, block_size)
         self._factors: weakref.WeakKeyDictionary[Hessian, InputFactor] = weakref.WeakKeyDictionary()
 
@@ -182,7 +182,7 @@ class LinearPruner:
 
 
 def _check_options(pattern: Pattern, damping: float, block_size: int, match_authors: bool) -> None:
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < math.inf:
+    if not is_finite_number(damping) or damping < 0:
         raise ValueError(
             f"`damping` is relative to the mean of the Hessian's diagonal and at least 0, got {damping!r}; the "
             "authors take 0.01."

@@ -36,6 +36,7 @@ from peft_sparse.sparsity.patterns import (
     Unstructured,
     check_sparsity,
     find_pattern,
+    is_finite_number,
     parse_pattern,
     pattern_with_group,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "factorize_",
     "find_pattern",
     "fit_block_size",
+    "is_finite_number",
     "lost_blocks",
     "magnitude_importance",
     "matching_key",

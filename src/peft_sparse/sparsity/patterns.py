@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class NM:
     def resolve_sparsity(self, sparsity: float | None, default: float | None = None) -> float:
         """1 - N/M. Another `sparsity` is an error, since the pattern fixes it; `default` is not used."""
         fixed = 1 - self.n / self.m
-        number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+        number = is_finite_number(sparsity)
         if sparsity is not None and not (number and 0 <= sparsity < 1 and math.isclose(sparsity, fixed, abs_tol=1e-6)):
             raise ValueError(
                 f"The pattern {self} fixes the sparsity at {fixed:g}, got sparsity={sparsity!r}; leave `sparsity` "
@@ -178,10 +179,20 @@ def pattern_with_group(pattern: str | Pattern, group: str | None, default: str) 
     return found
 
 
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
 def check_sparsity(name: str, sparsity: float) -> None:
     """Raises:
     ValueError: if `sparsity` is not a number in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if not is_finite_number(sparsity) or not 0 <= sparsity < 1:
         raise ValueError(
             f"`{name}` is the share of zeros and lies in [0, 1), got {sparsity!r}; 0.9 means that 90% of the weights "
             "are zero."

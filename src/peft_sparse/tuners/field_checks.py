@@ -6,9 +6,10 @@ belongs must not be taken for the names of its letters, nor "false" for somethin
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
+
+from peft_sparse.sparsity import is_finite_number
 
 # Beyond it no dimension of a tensor makes sense, and Python's integers do not fit into a float.
 MAX_INT = 2**31 - 1
@@ -26,14 +27,14 @@ def check_positive_int(name: str, value: Any) -> None:
 def check_number(name: str, value: Any, way_out: str = "") -> None:
     """Raises:
     ValueError: if `value` is not a finite number. It ends with `way_out`."""
-    if not _is_finite_number(value):
+    if not is_finite_number(value):
         raise ValueError(f"`{name}` should be a finite number, got {value!r}{way_out}.")
 
 
 def check_fraction(name: str, value: Any, of: str) -> None:
     """Raises:
     ValueError: if `value` is not a number in [0, 1]."""
-    if not _is_finite_number(value) or not 0 <= value <= 1:
+    if not is_finite_number(value) or not 0 <= value <= 1:
         raise ValueError(f"`{name}` is a fraction of {of} in [0, 1], got {value!r}.")
 
 
@@ -86,12 +87,3 @@ def check_indices(name: str, value: Any) -> None:
         raise ValueError(
             f"`{name}` has indices of blocks, counted from 0: an integer or a list of them, got {value!r}."
         )
-
-
-def _is_finite_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        return False

@@ -107,6 +107,7 @@ class PstConfig(SparseConfig):
         check_positive_int("score_r", self.score_r)
         for name in ("beta", "alpha1", "alpha2"):
             check_number(name, getattr(self, name))
+            setattr(self, name, float(getattr(self, name)))  # tensors take no integer of more than 64 bits
         check_bool("init_weights", self.init_weights)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("weight_update", self.weight_update, WEIGHT_UPDATES)
