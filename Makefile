@@ -32,25 +32,25 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- environments: a stamp file for each, so that pip runs again only when what it reads has changed ---
+# One environment, and folders beside it for what only some tests import: all others do without.
 
 install: .venv/.installed ## make .venv with the package, its test tools and the demo's dependencies
 
+# pip compiles to byte code on one core, compileall on all of them; it fails on files of torch for a newer Python.
 .venv/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[test,demo]"
+	.venv/bin/python -m pip install -q --no-compile -c $(CONSTRAINTS) -e ".[test,demo]"
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 .venv/.installed-quality: .venv/.installed
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[quality]"
 	@touch $@
 
-.venv-oldest/.installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv-oldest
-	sed 's/^peft==.*/peft==$(OLDEST_PEFT)/' $(CONSTRAINTS) > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e ".[test]"
+.venv-oldest/site/.installed: .venv/.installed
+	.venv/bin/python -m pip install -q --no-deps --upgrade --target .venv-oldest/site peft==$(OLDEST_PEFT)
 	@touch $@
 
-# A folder beside the environment and not in it: the package and all other tests do without triton.
 .venv-triton/site/.installed: .venv/.installed
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps --upgrade --target .venv-triton/site triton
 	@touch $@
@@ -87,8 +87,8 @@ test-all: .venv/.installed ## all tests, the slow ones too
 	.venv/bin/python $(PYTEST) -m "" $(ARGS)
 
 # Without compiling and long runs in bfloat16, which take minutes and are torch's work.
-test-oldest: .venv-oldest/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT that is supported
-	.venv-oldest/bin/python $(PYTEST) -m "" tests/tuners tests/training/test_resumed_adapter.py \
+test-oldest: .venv-oldest/site/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT that is supported
+	PYTHONPATH=.venv-oldest/site .venv/bin/python $(PYTEST) -m "" tests/tuners tests/training/test_resumed_adapter.py \
 		--ignore tests/tuners/test_compile.py -k "not (test_real_models and bf16)" $(ARGS)
 
 # The interpreter is chosen when kernels are made, the compiler too: two processes.

@@ -25,13 +25,13 @@ VOCAB_SIZE = 96
 MAX_LENGTH = 64
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    """Two blocks of nn.Linear; grouped-query attention, so k and v are (16, 32) where q and o are (32, 32)."""
+def tiny_llama(seed: int = 0, num_blocks: int = 2) -> LlamaForCausalLM:
+    """Blocks of nn.Linear; grouped-query attention, so k and v are (16, 32) where q and o are (32, 32)."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,

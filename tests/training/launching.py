@@ -42,17 +42,23 @@ def launch(engine: str, runs: list[dict], num_processes: int = 2, options: Seque
         options: further ones for `accelerate launch`.
         config: what is different from the file.
     """
-    file = CONFIGS / f"{engine}.yaml"
-    if config:
-        text = file.read_text()
-        for key, value in config.items():
-            lines = [line for line in text.splitlines() if line.strip().startswith(f"{key}:")]
-            assert len(lines) == 1, f"{key} is not in {file.name}"
-            text = text.replace(lines[0], f"{lines[0].partition(':')[0]}: {value}")
-        file = Path(runs[0]["output_dir"]).parent / f"{engine}.yaml"
-        file.write_text(text)
     command = [str(HERE / "train_script.py"), json.dumps(runs)]
-    accelerate_launch(file, "--num_processes", str(num_processes), *options, *command)
+    accelerate_launch(config_file(engine, runs, **config), "--num_processes", str(num_processes), *options, *command)
+
+
+def config_file(engine: str, runs: list[dict], **config: str) -> Path:
+    """The engine's file in configs/accelerate/, or a copy beside what `runs` write in which `config` is different."""
+    file = CONFIGS / f"{engine}.yaml"
+    if not config:
+        return file
+    text = file.read_text()
+    for key, value in config.items():
+        lines = [line for line in text.splitlines() if line.strip().startswith(f"{key}:")]
+        assert len(lines) == 1, f"{key} is not in {file.name}"
+        text = text.replace(lines[0], f"{lines[0].partition(':')[0]}: {value}")
+    copy = Path(runs[0]["output_dir"]).parent / file.name
+    copy.write_text(text)
+    return copy
 
 
 def accelerate_launch(file: Path, *arguments: str) -> None:
@@ -67,9 +73,9 @@ def accelerate_launch(file: Path, *arguments: str) -> None:
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
 
 
-def launched_environment(engine: str) -> dict[str, str]:
-    """The environment in which `accelerate launch` starts its processes."""
-    command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), str(HERE / "train_script.py")]
+def launched_environment(file: Path) -> dict[str, str]:
+    """The environment in which `accelerate launch` with this config file starts its processes."""
+    command = ["--config_file", str(file), str(HERE / "train_script.py")]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     with pytest.MonkeyPatch.context() as patch:

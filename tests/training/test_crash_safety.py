@@ -2,15 +2,12 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -23,21 +20,10 @@ from peft_sparse.training import checkpoint_callback
 from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpoints, set_aside_incomplete
 
 import train_script
+from forking import forked_process
 from killing import kill_at_file
 
-HERE = Path(__file__).resolve().parent
 STEPS = 6
-# A server that has imported everything and has computed nothing: a new process takes a moment, and no thread is lost.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train_script", "datasets", "peft_sparse"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """Started where it finds what it is to import: up to Python 3.12 it looks at the environment alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]))
-        forkserver.ensure_running()
 
 
 def settings(folder: Path, tuner: str, **arguments) -> dict:
@@ -58,7 +44,7 @@ def train(run: dict, kill_at: int | None = None, file_limit: int | None = None) 
 
 
 def run_process(*args) -> int:
-    process = PROCESSES.Process(target=train, args=args)
+    process = forked_process(train, *args)
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -101,7 +87,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, never_killed, tuner, kill_at):
 def test_killed_at_random_moments(tmp_path, never_killed, tuner, seed):
     moments, run = random.Random(seed), settings(tmp_path, tuner)
     for _ in range(3):
-        process = PROCESSES.Process(target=train, args=(run,))
+        process = forked_process(train, run)
         process.start()
         before = len(os.listdir(tmp_path))
         while process.is_alive() and len(os.listdir(tmp_path)) == before:

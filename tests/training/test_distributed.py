@@ -1,5 +1,6 @@
-"""Training in several processes, started by `accelerate launch` with the files of configs/accelerate/: gloo and CPU
-memory in place of nccl and GPUs, all else is what users run.
+"""Training in several processes, with the files of configs/accelerate/: gloo and CPU memory in place of nccl and GPUs,
+all else is what users run. `accelerate launch` starts the quick ones and a recipe; the others are forked, with the
+environment that it would give them.
 
 Each is compared with one process that sees the same global batches. ZeRO-3 is in test_deepspeed.py.
 """
@@ -12,6 +13,7 @@ from peft_sparse.sparsity import sparsity_at
 from peft_sparse.tuners.pst import PstLinear
 
 import train_script
+from forking import fork
 from launching import (
     check,
     check_adapter,
@@ -73,7 +75,7 @@ OTHER_RUNS = [
 def test_fsdp2_with_more_processes_and_other_models(tmp_path, number, runs):
     """Rows that do not divide by three; Conv1D; the other kinds of PST."""
     runs = [run | {"output_dir": str(tmp_path / str(i)), "merge": True} for i, run in enumerate(runs)]
-    launch("fsdp2", runs, num_processes=number)
+    fork("fsdp2", runs, num_processes=number)
     for i, run in enumerate(runs):
         settings = {"tuner": run["tuner"], "model": run["model"]}
         alone = one_process(tmp_path / "alone" / str(i), number, **settings)
@@ -85,7 +87,7 @@ def test_fsdp2_with_more_processes_and_other_models(tmp_path, number, runs):
 
 @pytest.mark.slow
 def test_fsdp2_resumes(tmp_path):
-    launch("fsdp2", whole_and_resumed(tmp_path, "pst") + whole_and_resumed(tmp_path, "spp"))
+    fork("fsdp2", whole_and_resumed(tmp_path, "pst") + whole_and_resumed(tmp_path, "spp"))
     check_resumed(tmp_path, ("pst", "spp"))
 
 
@@ -94,7 +96,7 @@ def test_fsdp2_resumes_from_shards(tmp_path):
     tuner = "pst"
     # two launches: the script changes the type of state dict at the end of a run, to save the adapter
     for run in whole_and_resumed(tmp_path, tuner):
-        launch("fsdp2", [run], fsdp_state_dict_type="SHARDED_STATE_DICT")
+        fork("fsdp2", [run], fsdp_state_dict_type="SHARDED_STATE_DICT")
     assert list((tmp_path / tuner / "checkpoint-3").rglob("*.distcp"))
     check_resumed(tmp_path, (tuner,))
 
@@ -103,7 +105,7 @@ def test_fsdp2_resumes_from_shards(tmp_path):
 def test_fsdp2_loads_in_the_first_process_only(tmp_path):
     """`fsdp_cpu_ram_efficient_loading`, which moves the model to the meta device in between."""
     runs = [{"tuner": tuner, "output_dir": str(tmp_path / tuner)} for tuner in ("pst", "spp")]
-    launch("fsdp2", runs, fsdp_cpu_ram_efficient_loading="true")
+    fork("fsdp2", runs, fsdp_cpu_ram_efficient_loading="true")
     for run in runs:
         alone = one_process(tmp_path / "alone" / run["tuner"], tuner=run["tuner"])
         check(tmp_path / run["tuner"], alone, "FSDP", sharded=True)
@@ -114,7 +116,7 @@ def test_fsdp2_loads_in_the_first_process_only(tmp_path):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_rows_that_do_not_fill_the_last_batch(tmp_path, engine):
     runs = uneven_runs(tmp_path)
-    launch(engine, list(runs.values()))
+    fork(engine, list(runs.values()))
     check_uneven(tmp_path, runs, "MULTI_CPU" if engine == "ddp" else "FSDP", sharded=engine == "fsdp2")
 
 
@@ -122,7 +124,7 @@ def test_rows_that_do_not_fill_the_last_batch(tmp_path, engine):
 def test_fsdp2_in_mixed_precision(tmp_path):
     """Forwards have bf16 shares, scores are float32 all the same; what is kept, merged and saved is float32."""
     tuners = ("pst", "pst-2:4", "spp")
-    launch(
+    fork(
         "fsdp2", [{"tuner": t, "output_dir": str(tmp_path / t), "merge": True} for t in tuners], mixed_precision="bf16"
     )
     for tuner in tuners:
@@ -143,7 +145,7 @@ def test_fsdp2_shards_of_another_number_of_processes(tmp_path):
     resume = None
     for steps, number in ((2, 2), (4, 3), (6, 2)):
         run = {"output_dir": str(tmp_path / str(steps)), "steps": steps, "batch_size": 6 // number, "resume": resume}
-        launch("fsdp2", [shared | run], number, fsdp_state_dict_type="SHARDED_STATE_DICT")
+        fork("fsdp2", [shared | run], number, fsdp_state_dict_type="SHARDED_STATE_DICT")
         resume = str(tmp_path / str(steps) / f"checkpoint-{steps}")
     alone = one_process(tmp_path / "alone", 3, **shared)
     alone["counts"] = {step: alone["counts"][step] for step in ("5", "6")}  # the log has the earlier losses too
@@ -162,7 +164,7 @@ def test_bf16_base_weights(tmp_path):
     up a batch that is not in halves, and PST's masks amplify the difference."""
     tuners = ("pst", "spp")
     for engine in ("ddp", "fsdp2"):
-        launch(
+        fork(
             engine,
             [{"tuner": name, "dtype": "bfloat16", "output_dir": str(tmp_path / engine / name)} for name in tuners],
         )

@@ -1,81 +1,28 @@
 """Runs of two processes that are killed, one of them or both, at chosen files, in chosen steps, at random moments:
 what goes on from the last complete checkpoint ends with the parameters and masks of the run that was never killed.
 
-The processes are forked from a server that has imported everything, with the environment of `accelerate launch`, so
-that dying often takes seconds; one test lets `accelerate launch` itself start them again.
+The processes are forked, so that dying often takes seconds; one test lets `accelerate launch` itself start them again.
 """
 
-import importlib.util
 import json
-import multiprocessing
 import os
 import random
-import socket
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-import train_script
-from launching import ENVIRONMENT, launch, launched_environment
+from forking import HAS_DEEPSPEED, kill, start, wait
+from launching import CONFIGS, launch, launched_environment
 
 STEPS = 6
-PROCESSES = multiprocessing.get_context("forkserver")
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-PROCESSES.set_forkserver_preload(["train_script", "datasets", "peft_sparse", *["deepspeed"] * HAS_DEEPSPEED])
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """Started where it finds what it is to import: up to Python 3.12 it looks at the environment alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        forkserver.ensure_running()
 
 
 def settings(folder: Path, tuner: str = "pst", **kwargs) -> dict:
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     return {"tuner": tuner, "output_dir": str(folder), "steps": STEPS, "arguments": saving, "resume": "last"} | kwargs
-
-
-def rank_of_two(rank: int, environment: dict[str, str], run: dict) -> None:
-    """The body of a process."""
-    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    train_script.main([run])
-
-
-def start(environment: dict[str, str], run: dict) -> list:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    processes = [PROCESSES.Process(target=rank_of_two, args=(rank, environment | place, run)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def wait(processes: list, seconds: float = 300) -> list[int]:
-    """Until all are done; when one dies the others are killed, as `accelerate launch` does.
-
-    Returns:
-        Exit codes.
-    """
-    until = time.monotonic() + seconds
-    while any(process.is_alive() for process in processes):
-        if any(process.exitcode for process in processes) or time.monotonic() > until:
-            kill(processes)
-        time.sleep(0.01)
-    return [process.exitcode for process in processes]
-
-
-def kill(processes: list) -> None:
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 def outcome(folder: Path) -> tuple[bytes, list[dict]]:
@@ -86,7 +33,7 @@ def outcome(folder: Path) -> tuple[bytes, list[dict]]:
 
 
 def never_killed(environment: dict[str, str], folder: Path, **kwargs) -> tuple[bytes, list[dict]]:
-    assert wait(start(environment, settings(folder / "whole", **kwargs))) == [0, 0]
+    assert wait(start(environment, [settings(folder / "whole", **kwargs)])) == [0, 0]
     return outcome(folder / "whole")
 
 
@@ -104,12 +51,12 @@ KILLS = [
 @pytest.mark.parametrize("tuner", ["pst", "spp-dropout"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_killed_at_a_file_or_in_a_step(tmp_path, engine, tuner):
-    environment = launched_environment(engine)
+    environment = launched_environment(CONFIGS / f"{engine}.yaml")
     expected = never_killed(environment, tmp_path, tuner=tuner)
     for death in KILLS:
-        codes = wait(start(environment, settings(tmp_path / "killed", tuner, kill=death)))
+        codes = wait(start(environment, [settings(tmp_path / "killed", tuner, kill=death)]))
         assert codes[death["rank"]] == -9 and codes[1 - death["rank"]] != 0, death
-    assert wait(start(environment, settings(tmp_path / "killed", tuner))) == [0, 0]
+    assert wait(start(environment, [settings(tmp_path / "killed", tuner)])) == [0, 0]
     assert outcome(tmp_path / "killed") == expected
 
 
@@ -124,30 +71,30 @@ ZERO3_KILLS = [
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not there: `make test-deepspeed`")
 def test_killed_under_zero3(tmp_path):
-    environment = launched_environment("zero3")
+    environment = launched_environment(CONFIGS / "zero3.yaml")
     expected = never_killed(environment, tmp_path)
     for death in ZERO3_KILLS:
-        codes = wait(start(environment, settings(tmp_path / "killed", kill=death)))
+        codes = wait(start(environment, [settings(tmp_path / "killed", kill=death)]))
         assert codes[death["rank"]] == -9 and codes[1 - death["rank"]] != 0, death
-    assert wait(start(environment, settings(tmp_path / "killed"))) == [0, 0]
+    assert wait(start(environment, [settings(tmp_path / "killed")])) == [0, 0]
     assert outcome(tmp_path / "killed") == expected
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_killed_at_random_moments(tmp_path, engine):
-    environment, moments = launched_environment(engine), random.Random(0)
+    environment, moments = launched_environment(CONFIGS / f"{engine}.yaml"), random.Random(0)
     expected = never_killed(environment, tmp_path)
     folder = tmp_path / "killed"
     folder.mkdir()
     for victims in (slice(0, 2), slice(1, 2), slice(0, 1)):
         before = len(os.listdir(folder))
-        processes = start(environment, settings(folder))
+        processes = start(environment, [settings(folder)])
         while len(os.listdir(folder)) == before and all(process.is_alive() for process in processes):
             time.sleep(0.005)  # until it saves, or sets aside what the last one left
         time.sleep(moments.uniform(0, 0.5))
         kill(processes[victims])
         wait(processes)
-    assert wait(start(environment, settings(folder))) == [0, 0]
+    assert wait(start(environment, [settings(folder)])) == [0, 0]
     assert outcome(folder) == expected
 
 
