@@ -69,4 +69,6 @@ def test_nothing_is_multiplied_with_empty_memory(config):
 def test_inductor(config):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("inductor's CPU backend needs a C++ compiler")
-    assert losses(config, "inductor") == pytest.approx(losses(config, None), abs=1e-5)
+    # PST's mask is chosen anew in each step: what its kernels round otherwise can change a weight at the threshold
+    tolerance = 1e-3 if isinstance(config(), PstConfig) else 1e-5
+    assert losses(config, "inductor") == pytest.approx(losses(config, None), abs=tolerance)
