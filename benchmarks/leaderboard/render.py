@@ -192,7 +192,7 @@ def _draw_panel(
     if max(costs) > 3 * min(costs):  # below that a log axis has labels on top of each other
         axis.set_xscale("log")
     means = [row.mean for row in (*rows, *ceilings)]
-    # perplexities; accuracies and correlations near zero, which are noise, would fill the chart
+    # Perplexities. Of accuracies and correlations those near zero, which are noise, would fill the chart.
     if part.better == "lower" and min(means) > 0 and max(means) > 2 * min(means):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

@@ -183,6 +183,7 @@ def test_owl_on_other_architectures(factory):
     [
         ({"sparsity": 0.97}, r"met with a sparsity in \[0, 1\) in each, got 1.05 for .* \(a smaller `lam`\)"),
         ({"sparsity": 1.2}, r"lies in \[0, 1\), got 1.2"),
+        ({"lam": 17 * 10**307}, r"with a sparsity in \[0, 1\) in each, got nan"),
         ({"lam": -1}, "`lam` is a finite number of at least 0, got -1"),
         ({"outlier_threshold": float("nan")}, "`outlier_threshold` is a finite number of at least 0, got nan"),
         ({"outlier_threshold": 10**400}, "`outlier_threshold` is a finite number of at least 0, got 1000"),

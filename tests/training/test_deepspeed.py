@@ -1,5 +1,6 @@
-"""ZeRO-3 with two and three processes on CPUs, through `accelerate launch` and configs/accelerate/zero3.yaml. It needs
-DeepSpeed, which `make test-deepspeed` puts beside the environment.
+"""ZeRO-3 with two and three processes on CPUs, with configs/accelerate/zero3.yaml: through `accelerate launch`, or
+forked with the environment that it would give them. It needs DeepSpeed, which `make test-deepspeed` puts beside the
+environment.
 
 The model is sharded while `from_pretrained` loads it, so that adapters are made, and zeros counted, where no process
 has a whole weight.

@@ -161,7 +161,7 @@ def owl_sparsity(
     outliers: dict[str, float] = {}
     for names in groups.values():
         outliers |= dict.fromkeys(names, _outlier_ratio(model, names, norms, float(outlier_threshold)))
-    return owl_sparsities(outliers, _sizes(targets, group), sparsity, lam)
+    return owl_sparsities(outliers, _sizes(targets, group), sparsity, float(lam))
 
 
 def _unstructured(group: str) -> Unstructured:
