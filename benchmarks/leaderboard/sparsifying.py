@@ -42,7 +42,6 @@ class Sparsifying:
     titles: Mapping[str, str] = {name: method.title for name, method in ALL.items()}
     sparsities = ("50%", "90%")
     rate_scale = 1.0  # of all first learning rates, where the model takes higher ones than a BERT
-    starts: Mapping[str, Rates] = {}  # those of some rows, instead
 
     def __init__(
         self, folder: Path, data: Path, store: Store, budget: Budget, device: torch.device, label: str | None = None
@@ -88,9 +87,14 @@ class Sparsifying:
         tasks = dict.fromkeys(self._task(case) for case in cases)
         pairs = [(f"{task} dense", row) for task in tasks for row in rows if ALL[row].dense]
         pairs += [(case, row) for case in cases for row in rows if not ALL[row].dense]
-        starts = {row: tuple(rounded(rate * self.rate_scale) for rate in ALL[row].start) for row in rows}
-        starts |= {row: start for row, start in self.starts.items() if row in starts}
-        return [Line(self.name, self.model, case, row, starts[row], seeds, self.budget) for case, row in pairs]
+        return [
+            Line(self.name, self.model, case, row, self.start(self._task(case), row), seeds, self.budget)
+            for case, row in pairs
+        ]
+
+    def start(self, task: str, row: str) -> Rates:
+        """The first learning rates to try."""
+        return tuple(rounded(rate * self.rate_scale) for rate in ALL[row].start)
 
     @staticmethod
     def _task(case: str) -> str:
