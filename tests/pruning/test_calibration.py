@@ -413,11 +413,11 @@ def test_infinite_activations_in_the_last_block_leave_the_model_untouched(tiny_l
 def test_an_error_half_way_leaves_the_model_untouched(tiny_bert, monkeypatch, error):
     before, done = state_of(tiny_bert), []
 
-    def interrupted(linear, *args):
+    def interrupted(name, *args):
         if len(done) == 8:
             raise error("stop")
-        done.append(linear)
-        prune_by_scores(linear, *args)
+        done.append(name)
+        prune_by_scores(name, *args)
 
     monkeypatch.setattr("peft_sparse.pruning.wanda.prune_by_scores", interrupted)
     with pytest.raises(error, match="stop"):

@@ -108,6 +108,7 @@ def test_zero_rows_columns_and_inputs(dtype):
         ({"exponent": -1}, "at least 0, got -1"),
         ({"exponent": torch.nan}, "at least 0, got nan"),
         ({"exponent": 10**400}, "at least 0, got 1000"),
+        ({"exponent": 1e308}, r"finite scores, got \d+ .* in `model.layers.0.self_attn.q_proj`: .*smaller exponent"),
     ],
 )
 def test_errors_leave_the_model_untouched(tiny_llama, arguments, message: str):

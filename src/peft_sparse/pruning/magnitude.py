@@ -68,7 +68,7 @@ def prune_magnitude(
     for name, linear in targets.items():
         weight = Weight(model, name)
         with weight.loaded():
-            prune_by_scores(linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
+            prune_by_scores(name, linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
             weight.keep()
     record(model, describe("magnitude", pattern, sparsities))
     return model

@@ -72,8 +72,8 @@ def prune_ria(
     Raises:
         ValueError: for a malformed pattern, sparsity, group or exponent; for an empty calibration set or one whose
             activations hold NaN or infinity, or sequences longer than the model's context; if in_features of a target
-            is not divisible by M; if a target gets no input. After any error, a keyboard interrupt included, the model
-            is as it was.
+            is not divisible by M; if a target gets no input; if a score overflows. After any error, a keyboard
+            interrupt included, the model is as it was.
 
     Memory:
         As for `prune_wanda`.
@@ -104,7 +104,7 @@ def prune_ria(
 
     def prune(name: str, linear: nn.Module, statistics: ColumnNorms) -> None:
         scores = ria_importance(get_weight(linear).detach(), statistics.norms, float(exponent))
-        prune_by_scores(linear, scores, pattern, run.sparsities[name])
+        prune_by_scores(name, linear, scores, pattern, run.sparsities[name])
 
     run.execute(
         empty_norms,

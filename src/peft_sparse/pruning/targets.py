@@ -178,15 +178,26 @@ def _check_finite(name: str, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def prune_by_scores(linear: nn.Module, scores: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
+def prune_by_scores(name: str, linear: nn.Module, scores: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
     """Zero the weights with the smallest scores, in place; the others keep their bits.
 
     Args:
+        name: what messages call the linear.
         linear: nn.Linear or Conv1D.
         scores: importance (out, in).
         pattern: what competes with what.
         sparsity: share of zeros, as the pattern resolved it.
+
+    Raises:
+        ValueError: for scores that overflowed: infinite ones are all alike, and NaN has no place in an order.
     """
+    if not bool(scores.isfinite().all()):
+        bad = int((~scores.isfinite()).sum())
+        raise ValueError(
+            f"Pruning compares finite scores, got {bad} NaN or infinite {scores.dtype} ones of {scores.numel()} in "
+            f"`{name}`: weights, activations or RIA's `exponent` are too large; take a smaller exponent, or exclude "
+            "it with `exclude_modules`."
+        )
     group_size = pattern.group_size(scores.shape)
     mask = select_mask(scores, pattern.num_pruned(sparsity, group_size), group_size)
     get_weight(linear).masked_fill_(~mask, 0)

@@ -75,8 +75,8 @@ def prune_wanda(
     Raises:
         ValueError: for a malformed pattern, sparsity or group; for an empty calibration set or one whose activations
             hold NaN or infinity, or sequences longer than the model's context; if in_features of a target is not
-            divisible by M; if a target gets no input. After any error, a keyboard interrupt included, the model is as
-            it was.
+            divisible by M; if a target gets no input; if a score overflows. After any error, a keyboard interrupt
+            included, the model is as it was.
 
     Memory:
         Besides the model, a copy of the weights that are pruned (in CPU memory, for the promise above; not of those
@@ -107,7 +107,7 @@ def prune_wanda(
 
     def prune(name: str, linear: nn.Module, statistics: ColumnNorms) -> None:
         scores = wanda_importance(get_weight(linear).detach(), statistics.norms)
-        prune_by_scores(linear, scores, pattern, run.sparsities[name])
+        prune_by_scores(name, linear, scores, pattern, run.sparsities[name])
 
     run.execute(
         empty_norms,
