@@ -11,6 +11,7 @@ CONSTRAINTS := .ci/constraints.txt
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist load --maxschedchunk 1
 # The oldest PEFT that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
+OLDEST_SITE := .venv-oldest/peft-$(OLDEST_PEFT)
 TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
 	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 QUANT_TESTS := tests/tuners/test_quantized.py
@@ -47,8 +48,8 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[quality]"
 	@touch $@
 
-.venv-oldest/site/.installed: .venv/.installed
-	.venv/bin/python -m pip install -q --no-deps --upgrade --target .venv-oldest/site peft==$(OLDEST_PEFT)
+$(OLDEST_SITE)/.installed: .venv/.installed
+	.venv/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST_SITE) peft==$(OLDEST_PEFT)
 	@touch $@
 
 .venv-triton/site/.installed: .venv/.installed
@@ -87,8 +88,8 @@ test-all: .venv/.installed ## all tests, the slow ones too
 	.venv/bin/python $(PYTEST) -m "" $(ARGS)
 
 # Without compiling and long runs in bfloat16, which take minutes and are torch's work.
-test-oldest: .venv-oldest/site/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT that is supported
-	PYTHONPATH=.venv-oldest/site .venv/bin/python $(PYTEST) -m "" tests/tuners tests/training/test_resumed_adapter.py \
+test-oldest: $(OLDEST_SITE)/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT that is supported
+	PYTHONPATH=$(OLDEST_SITE) .venv/bin/python $(PYTEST) -m "" tests/tuners tests/training/test_resumed_adapter.py \
 		--ignore tests/tuners/test_compile.py -k "not (test_real_models and bf16)" $(ARGS)
 
 # The interpreter is chosen when kernels are made, the compiler too: two processes.
