@@ -80,10 +80,12 @@ METHODS: dict[str, PstMethod] = {
     "pst_no_rc": PstMethod("PST without R C", _tuner(SCORES_RC, alpha2=0.0), (5e-4, 5e-4)),
     "pst_no_uv": PstMethod("PST without U V", _tuner(weight_update="none"), (5e-4, 5e-4)),
 }
-# Only run when `--rows` names them: whether it is PST's mask or its update of low rank that a result is due to.
+# Only run when `--rows` names them: whether it is PST's mask or its update of low rank that a result is due to, and
+# whether a U that is small at the start, so that it learns beside V, is better at the same number of parameters.
 VARIANTS: dict[str, PstMethod] = {
     "pst_full": PstMethod("PST's scores, every weight tuned", _tuner(weight_update="full"), (3e-4, 5e-4)),
     "pst_r32": PstMethod("PST r=32", _tuner(r=32), (5e-4, 5e-4)),
+    "pst_unit": PstMethod("PST, U of length 1 at the start", _tuner(init_weights="unit"), (1e-3, 5e-4)),
 }
 ALL = {**METHODS, **VARIANTS}
 OURS = "pst"

@@ -100,6 +100,31 @@ def test_state_survives_a_cast_of_the_whole_model(cast):
     assert (~layer.get_mask("default")).sum() == int(0.9 * 4096)
 
 
+def test_unit_starts_as_the_base_with_columns_of_length_1(tmp_path):
+    config = PstConfig(sparsity=0.5, r=16, init_weights="unit")
+    model, layer = one_linear(config, out=400, columns=20)
+    U = layer.pst_U["default"]
+    torch.testing.assert_close(U.detach().norm(dim=0), torch.ones(16), atol=0.2, rtol=0)
+    assert 0.9 < layer.pst_A["default"].std() < 1.1
+    x = torch.randn(3, 20)
+    assert torch.equal(model(x), layer.base_layer(x))
+    model.base_model.set_sparsity_step(1, 1)
+    nn.init.normal_(layer.pst_V["default"])
+    expected = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    assert PstConfig.from_pretrained(tmp_path).init_weights == "unit"
+    loaded = PeftModel.from_pretrained(nn.Sequential(layer.base_layer), tmp_path)
+    assert torch.equal(loaded(x), expected)
+
+
+@pytest.mark.parametrize("update", ["full", "none"])
+def test_unit_is_about_the_update_of_low_rank(update):
+    with pytest.raises(ValueError, match=f"\"unit\" is about U .* got weight_update='{update}'; leave `init_weights`"):
+        PstConfig(weight_update=update, init_weights="unit")
+    with pytest.raises(ValueError, match="True or False, got 'units', or 'unit' to start with a smaller U"):
+        PstConfig(init_weights="units")
+
+
 def test_number_of_trainable_parameters():
     """(r + score_r)(in + out) + in + out for each linear."""
     model, _ = one_linear(PstConfig(r=8, score_r=4), out=10, columns=24)

@@ -27,6 +27,7 @@ from peft_sparse.tuners.sparse_config import SparseConfig
 DEFAULT_SPARSITY = 0.9
 IMPORTANCES = ("pst", "magnitude", "movement")
 WEIGHT_UPDATES = ("low_rank", "full", "none")
+UNIT = "unit"
 
 
 @dataclass
@@ -59,8 +60,10 @@ class PstConfig(SparseConfig):
         initial_warmup, final_warmup: fractions of all steps spent at the initial and at the final sparsity.
         total_steps: optimizer steps that the schedule spans. None: what `SparsityCallback` reads from the Trainer, or
             what `set_sparsity_step` is given.
-        init_weights: True starts at W' = W and S = |W'| (U and A are normal, V, B, R and C zero, as the authors' are);
-            False draws all of them, which only tests want.
+        init_weights: True starts at W' = W and S = |W'| (U and A are normal, V, B, R and C zero, as the authors' are).
+            "unit": the same with U divided by sqrt(out_features), so that its columns have about length 1: U learns
+            beside V instead of staying as it was drawn, at rates for weights that are several times as high; better
+            on GPT-2 in `benchmarks/results/leaderboard`. False draws all of them, which only tests want.
         checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
@@ -96,8 +99,12 @@ class PstConfig(SparseConfig):
     total_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the schedule. None: the Trainer's."}
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "True: start at the base weights. False: start at random (for tests)."}
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": "True: start at the base weights. 'unit': there too, U's columns having length 1. False: start at "
+            "random (for tests)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -108,7 +115,8 @@ class PstConfig(SparseConfig):
         for name in ("beta", "alpha1", "alpha2"):
             check_number(name, getattr(self, name))
             setattr(self, name, float(getattr(self, name)))  # tensors take no integer of more than 64 bits
-        check_bool("init_weights", self.init_weights)
+        if self.init_weights != UNIT:
+            check_bool("init_weights", self.init_weights, f", or {UNIT!r} to start with a smaller U")
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("weight_update", self.weight_update, WEIGHT_UPDATES)
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -116,6 +124,11 @@ class PstConfig(SparseConfig):
             raise ValueError(
                 'importance="magnitude" with weight_update="none" has nothing to train; prune once with '
                 "`peft_sparse.prune_magnitude`, or choose another `weight_update`."
+            )
+        if self.init_weights == UNIT and self.weight_update != "low_rank":
+            raise ValueError(
+                f'init_weights="unit" is about U of weight_update="low_rank", got weight_update={self.weight_update!r}'
+                "; leave `init_weights` out."
             )
         pattern = parse_pattern(self.pattern)
         if isinstance(pattern, Unstructured) and pattern.group != "layer":

@@ -19,7 +19,7 @@ from torch import nn
 from peft_sparse import ops
 from peft_sparse.linears import is_dtensor, unwrap, weight_parameter
 from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
-from peft_sparse.tuners.pst.config import PstConfig
+from peft_sparse.tuners.pst.config import UNIT, PstConfig
 from peft_sparse.tuners.pst.counts import PrunedCounts
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -64,7 +64,8 @@ class PstLinear(SparseLayer):
         self._driven: set[str] = set()  # adapters whose schedule was set in this process; for warnings only
 
     def update_layer(self, adapter_name: str, config: PstConfig, **kwargs: Any) -> None:
-        """Add an adapter. U and A start normal, all else at zero, as the authors' do: W' = W and S = |W'|."""
+        """Add an adapter. U and A start normal, all else at zero, as the authors' do, unless the config says
+        otherwise: W' = W and S = |W'|."""
         for attribute, start in zip(self.adapter_layer_names, self._initial_factors(config), strict=True):
             if start is not None:
                 getattr(self, attribute)[adapter_name] = nn.Parameter(start)
@@ -94,7 +95,10 @@ class PstLinear(SparseLayer):
         rows, columns, factors = self.out_features, self.in_features, ops.PstFactors()
         zeros = torch.zeros if config.init_weights else torch.randn
         if config.weight_update == "low_rank":
-            factors = factors._replace(U=torch.randn(rows, config.r), V=zeros(config.r, columns))
+            U = torch.randn(rows, config.r)
+            if config.init_weights == UNIT:
+                U /= rows**0.5
+            factors = factors._replace(U=U, V=zeros(config.r, columns))
         elif config.weight_update == "full":
             factors = factors._replace(D=zeros(rows, columns))
         if config.importance == "pst":
