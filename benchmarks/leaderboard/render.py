@@ -179,7 +179,7 @@ def _is_drawn(row: Row) -> bool:
 def _draw_panel(
     axis: Any, rows: Sequence[Row], ceilings: Sequence[Row], cost: str, part: Any, colours: Mapping[str, str]
 ) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     for row in ceilings:
         axis.axhline(row.mean, color=colours[row.row], linestyle="--", linewidth=1, label=row.title)
@@ -189,8 +189,15 @@ def _draw_panel(
             marker="*" if row.row == part.ours else "o", markersize=12 if row.row == part.ours else 6, capsize=3,
         )  # fmt: skip
     costs = [row.columns[cost] for row in rows]
-    if max(costs) > 3 * min(costs):  # below that a log axis has labels on top of each other
+    if max(costs) > 10 * min(costs):  # below that its few labels are on top of each other
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if max(costs) < 1.05 * min(costs):  # else the axis would show the last digits alone
+        axis.set_xlim(0.8 * min(costs), 1.2 * max(costs))
     means = [row.mean for row in (*rows, *ceilings)]
     # Perplexities. Of accuracies and correlations those near zero, which are noise, would fill the chart.
     if part.better == "lower" and min(means) > 0 and max(means) > 2 * min(means):
