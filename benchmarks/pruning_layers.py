@@ -46,7 +46,9 @@ def prune_layers(
         parsed = pattern_with_group(pattern, None, default="row")
         for name, (linear, _) in layers.items():
             # no name for the scores, which would outlive their layer
-            prune_by_scores(linear, wanda_importance(get_weight(linear).detach(), norms[name].norms), parsed, sparsity)
+            prune_by_scores(
+                name, linear, wanda_importance(get_weight(linear).detach(), norms[name].norms), parsed, sparsity
+            )
     else:
         shared = SharedHessians()
         statistics = {name: shared.new_statistics(linear) for name, (linear, _) in layers.items()}
