@@ -61,10 +61,9 @@ class PstConfig(SparseConfig):
         total_steps: optimizer steps that the schedule spans. None: what `SparsityCallback` reads from the Trainer, or
             what `set_sparsity_step` is given.
         init_weights: True starts at W' = W and S = |W'| (U and A are normal, V, B, R and C zero, as the authors' are).
-            "unit": the same with U divided by sqrt(out_features), so that its columns have about length 1: U learns
-            beside V instead of staying as it was drawn, at rates for weights that are several times as high; better
-            on GPT-2 in `benchmarks/results/leaderboard`, not on MiniLM. False draws all of them, which only tests
-            want.
+            "unit": the same with U divided by sqrt(out_features), so that its columns have about length 1 and U
+            can turn beside V; give weights a rate that is several times as high. Better on a small GPT-2 in
+            `benchmarks/results/leaderboard`, not on MiniLM. False draws all of them, which only tests want.
         checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
