@@ -470,7 +470,6 @@ def test_a_budget_without_a_head_rate_has_the_name_that_it_had(tmp_path, data):
         return part.budget
 
     small = parts.BUDGETS["encoders"]["small"]
-    assert budget("--part", "encoders", "--budget", "small") == small.change(head_rate=parts.HEAD_RATE)
     assert budget("--part", "encoders", "--budget", "small", "--head-rate", "0") == small
     for options, words in (
         (("nlg", "--head-rate", "1e-3"), "encoders"),
@@ -478,6 +477,30 @@ def test_a_budget_without_a_head_rate_has_the_name_that_it_had(tmp_path, data):
     ):
         with pytest.raises(SystemExit, match=words):
             budget("--part", *options)
+
+
+def test_a_task_has_a_small_budget_of_its_own_and_tasks_of_one_budget_a_table(tmp_path, data):
+    def made(*options):
+        argv = command_line(tmp_path, data, tmp_path, "--part", "encoders", *options)
+        return [
+            (part.budget, cases)
+            for part, cases in parts.make(command.options().parse_args(argv), store.Store(tmp_path / "store"))
+        ]
+
+    budget = parts.BUDGETS["encoders"]["small"]
+    whole = made("--budget", "small")
+    cases = [case for _, several in whole for case in several]
+    assert sorted(cases) == sorted(f"{task} {share}" for task in encoders.TASKS for share in ("50%", "90%"))
+    assert len({budget.name for budget, _ in whole}) == len(whole)  # the name of the table's file
+    for own, several in whole:
+        assert all(own == budget.change(**encoders.TASKS[case.partition(" ")[0]].small) for case in several)
+    assert made("--budget", "small", "--cases", "sst2 75%") == [(budget.change(head_rate=1.5e-3), ("sst2 75%",))]
+    assert made("--budget", "small", "--cases", "stsb 50%", "--head-rate", "0.1", "--steps", "9", "--tries", "2") == [
+        (budget.change(head_rate=0.1, steps=9, tries=2), ("stsb 50%",))
+    ]
+    assert made("--budget", "smoke", "--cases", "rte 50%", "sst2 50%") == [
+        (parts.BUDGETS["encoders"]["smoke"], ("rte 50%", "sst2 50%"))
+    ]
 
 
 def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys):

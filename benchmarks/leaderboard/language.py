@@ -67,13 +67,22 @@ class CausalLm:
         self.model = folder.name if label is None else label
         logging.disable_progress_bar()  # of each load
 
-    def lines(self, cases: Sequence[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
+    @classmethod
+    def small(cls, case: str) -> Mapping[str, float]:
+        """What the small budget of a case has instead of the part's."""
+        return {}
+
+    @classmethod
+    def all_cases(cls) -> tuple[str, ...]:
+        """Those of the whole table."""
+        return CASES
+
+    def lines(self, cases: Sequence[str], rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
         """The rows of all cases; those that start from the dense model come first, once.
 
         Raises:
             SystemExit: for a case or a row that there is not.
         """
-        cases = list(CASES) if cases is None else cases
         rows = list(METHODS) if rows is None else rows
         for case in cases:
             pruner, _, setting = case.partition(" ")

@@ -37,8 +37,6 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "full": Budget("full", 2000, 16, 256, 6, 300, None),
     },
 }
-# Of a small budget: at a rate that is good for pretrained weights a head may learn little in so few steps.
-HEAD_RATE = 1.5e-3
 CLASSES: dict[str, type[Part]] = {"causal-lm": CausalLm, "encoders": Encoders, "nlg": Nlg}
 PARTS = tuple(BUDGETS)
 BUDGET_NAMES = ("smoke", "small", "full")
@@ -50,7 +48,8 @@ class Board(NamedTuple):
     Attributes:
         model: a name of [`find_model`].
         cases: without `--cases`; None: all of the part.
-        small: what its small budget has instead of the part's, for a model that two cores take hours for.
+        small: what its small budget has instead of the part's and of the cases', for a model that two cores take hours
+            for.
     """
 
     part: str
@@ -69,8 +68,9 @@ BOARDS = (
 )
 
 
-def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, ...] | None]]:
-    """The parts that the command line asks for, each with its cases.
+def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, ...]]]:
+    """The parts that the command line asks for, each with its cases. A part has one budget: cases with another one are
+    a part of their own, with a table of their own.
 
     Raises:
         SystemExit: if a model or the data are not there, one model is asked for more than one part, or a rate of the
@@ -87,20 +87,28 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
     if args.model is not None:
         named = [board for board in boards if board.model == args.model]
         boards = named or [Board(args.part[0], args.model)]
-    found: list[tuple[Part, tuple[str, ...] | None]] = []
-    for part, model, cases, small in boards:
-        if args.head_rate is not None and not CLASSES[part].heads:
+    found: list[tuple[Part, tuple[str, ...]]] = []
+    for board in boards:
+        made = CLASSES[board.part]
+        if args.head_rate is not None and not made.heads:
             raise SystemExit(
-                f"--head-rate is for a part whose models get a new head, got {part}; use --part encoders."
+                f"--head-rate is for a part whose models get a new head, got {board.part}; use --part encoders."
             )
-        given = {"steps": args.steps, "tries": args.tries, "head_rate": args.head_rate}
-        if args.budget == "small":
-            own = {**small, "head_rate": HEAD_RATE if CLASSES[part].heads else None}
-            given = {name: own.get(name) if value is None else value for name, value in given.items()}
-        budget = BUDGETS[part][args.budget].change(**given)
-        folder, label = find_model(model, store)
-        made = CLASSES[part](folder, args.data, store, budget, device, label)
-        found.append((made, cases if args.cases is None else tuple(args.cases)))
+        folder, label = find_model(board.model, store)
+        for budget, cases in _by_budget(board, args).items():
+            found.append((made(folder, args.data, store, budget, device, label), tuple(cases)))
+    return found
+
+
+def _by_budget(board: Board, args: argparse.Namespace) -> dict[Budget, list[str]]:
+    """The board's cases, those of one budget together."""
+    part = CLASSES[board.part]
+    given = {"steps": args.steps, "tries": args.tries, "head_rate": args.head_rate}
+    found: dict[Budget, list[str]] = {}
+    for case in args.cases or board.cases or part.all_cases():
+        own = {**part.small(case), **board.small} if args.budget == "small" else {}
+        changes = {name: own.get(name) if value is None else value for name, value in given.items()}
+        found.setdefault(BUDGETS[board.part][args.budget].change(**changes), []).append(case)
     return found
 
 

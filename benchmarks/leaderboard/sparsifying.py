@@ -68,15 +68,24 @@ class Sparsifying:
         """At least `score`, lower is better; of the validation part, or of the test set for a final run."""
         raise NotImplementedError
 
+    @classmethod
+    def small(cls, case: str) -> Mapping[str, float]:
+        """What the small budget of a case has instead of the part's."""
+        return {}
+
     # The rest
 
-    def lines(self, cases: Sequence[str] | None, rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
+    @classmethod
+    def all_cases(cls) -> tuple[str, ...]:
+        """Those of the whole table."""
+        return tuple(f"{task} {share}" for task in cls.tasks for share in cls.sparsities)
+
+    def lines(self, cases: Sequence[str], rows: list[str] | None, seeds: tuple[int, ...]) -> list[Line]:
         """The rows of all cases; dense fine-tuning first, once for each task.
 
         Raises:
             SystemExit: for a case or a row that there is not.
         """
-        cases = [f"{task} {share}" for task in self.tasks for share in self.sparsities] if cases is None else cases
         rows = list(METHODS) if rows is None else rows
         for case in cases:
             if self._task(case) not in self.tasks or not 0 < self._sparsity(case) < 1:
