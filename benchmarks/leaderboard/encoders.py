@@ -52,16 +52,17 @@ class Task(NamedTuple):
     columns: tuple[str, ...]
     labels: int
     metric: str
-    small: Mapping[str, float] = MappingProxyType({"head_rate": 5e-3})
+    small: Mapping[str, float]
     pst_start: Rates = (5e-5, 5e-5)
 
 
+# In so many steps dense tuning of MiniLM has begun to learn, but for RTE. In 240 CoLA has its commoner answer alone.
 TASKS = {
     "sst2": Task(("sentence",), 2, "accuracy", MappingProxyType({"head_rate": 1.5e-3}), (1.5e-4, 5e-4)),
-    "mrpc": Task(("sentence1", "sentence2"), 2, "F1"),
-    "rte": Task(("sentence1", "sentence2"), 2, "accuracy"),
-    "cola": Task(("sentence",), 2, "Matthews"),
-    "stsb": Task(("sentence1", "sentence2"), 1, "Pearson"),
+    "mrpc": Task(("sentence1", "sentence2"), 2, "F1", MappingProxyType({"head_rate": 5e-3, "steps": 240})),
+    "rte": Task(("sentence1", "sentence2"), 2, "accuracy", MappingProxyType({"head_rate": 5e-3, "steps": 240})),
+    "cola": Task(("sentence",), 2, "Matthews", MappingProxyType({"head_rate": 1.5e-3, "steps": 800})),
+    "stsb": Task(("sentence1", "sentence2"), 1, "Pearson", MappingProxyType({"head_rate": 5e-3})),
 }
 
 
