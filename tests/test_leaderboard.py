@@ -342,6 +342,18 @@ def test_a_seed_draws_the_same_batches_for_every_row(tmp_path, data):
     assert apart and part._num_train + len(part._windows[part._num_train :]) == len(part._windows)
 
 
+def test_the_first_rates_are_the_tasks_for_ours_and_for_the_rivals(tmp_path, data):
+    part = part_of(encoders.Encoders, models.tiny_bert(), tmp_path, data)
+    for name, task in encoders.TASKS.items():
+        lines = part.lines([f"{name} 50%"], list(pst_methods.METHODS), (0,))
+        first = {line.row: line.start for line in lines}
+        assert first["pst"] == first["pst_no_ab"] == first["pst_no_rc"] == task.pst_start
+        assert first["gradual"] == first["one_shot"] == (task.full_start,) == first["movement"][:1]
+        for row in ("dense", "one_shot_after", "pst_no_uv"):
+            assert first[row] == pst_methods.METHODS[row].start
+        assert first["movement"][1:] == pst_methods.METHODS["movement"].start[1:]
+
+
 # Zero-shot and metrics
 
 
@@ -470,7 +482,7 @@ def test_a_budget_without_a_head_rate_has_the_name_that_it_had(tmp_path, data):
         return part.budget
 
     small = parts.BUDGETS["encoders"]["small"]
-    assert budget("--part", "encoders", "--budget", "small", "--head-rate", "0") == small
+    assert budget("--part", "encoders", "--budget", "small", "--cases", "sst2 50%", "--head-rate", "0") == small
     for options, words in (
         (("nlg", "--head-rate", "1e-3"), "encoders"),
         (("encoders", "--head-rate", "-1"), "at least 0"),
