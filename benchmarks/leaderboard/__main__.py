@@ -39,7 +39,7 @@ def options() -> argparse.ArgumentParser:
         type=float,
         default=None,
         metavar="RATE",
-        help="of a classifier's head, in every row; 0: that of the row's weights (default: the task's)",
+        help="of a classifier's head, in every row; 0: that of the weights (default if small: the task's, else 0)",
     )
     found.add_argument("--workers", type=int, default=1, help="processes (default: 1); more may be started elsewhere")
     found.add_argument("--threads", type=int, default=1, help="torch threads of each worker (default: 1)")
