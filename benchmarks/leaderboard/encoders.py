@@ -67,13 +67,14 @@ class Task(NamedTuple):
     pst_start: Rates = (5e-5, 5e-5)
 
 
-# In so many steps dense tuning of MiniLM has begun to learn, but for RTE. In 240 CoLA has its commoner answer alone.
+# In so many steps dense tuning of MiniLM has begun to learn, but for RTE. In 240 CoLA has its commoner answer alone;
+# of three seeds of PST on STS-B one had learnt it in 120 (0.65, 0.26 and 0.23).
 TASKS = {
     "sst2": Task(("sentence",), 2, "accuracy", _fixed(head_rate=1.5e-3), pst_start=(1.5e-4, 5e-4)),
     "mrpc": Task(PAIR, 2, "F1", _fixed(head_rate=5e-3, steps=240), full_start=1e-4),
     "rte": Task(PAIR, 2, "accuracy", _fixed(head_rate=5e-3, steps=240), full_start=1e-4),
     "cola": Task(("sentence",), 2, "Matthews", _fixed(head_rate=1.5e-3, steps=800), full_start=1e-4),
-    "stsb": Task(PAIR, 1, "Pearson", _fixed(head_rate=5e-3)),
+    "stsb": Task(PAIR, 1, "Pearson", _fixed(head_rate=5e-3, steps=240), full_start=1e-4),
 }
 
 
