@@ -9,9 +9,10 @@ CONSTRAINTS := .ci/constraints.txt
 # A process for each core, at most eight, since each takes up to a gigabyte; each takes a test when it has done one.
 # ARGS="-n 0" is for debuggers.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist load --maxschedchunk 1
-# The oldest PEFT that pyproject.toml allows.
+# The oldest PEFT and transformers that pyproject.toml allows.
 OLDEST_PEFT := 0.20.0
-OLDEST_SITE := .venv-oldest/peft-$(OLDEST_PEFT)
+OLDEST_TRANSFORMERS := 5.0.0
+OLDEST_SITE := .venv-oldest/peft-$(OLDEST_PEFT)-transformers-$(OLDEST_TRANSFORMERS)
 TRITON_TESTS := tests/ops/test_triton_spp.py tests/ops/test_triton_pst.py tests/ops/test_triton_bitmask.py \
 	tests/tuners/test_triton.py tests/test_benchmarks.py::test_triton_rows_under_the_interpreter
 QUANT_TESTS := tests/tuners/test_quantized.py
@@ -49,6 +50,7 @@ install: .venv/.installed ## make .venv with the package, its test tools and the
 	@touch $@
 
 $(OLDEST_SITE)/.installed: .venv/.installed
+	.venv/bin/python -m pip install -q --upgrade --target $(OLDEST_SITE) transformers==$(OLDEST_TRANSFORMERS)
 	.venv/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST_SITE) peft==$(OLDEST_PEFT)
 	@touch $@
 
@@ -88,7 +90,7 @@ test-all: .venv/.installed ## all tests, the slow ones too
 	.venv/bin/python $(PYTEST) -m "" $(ARGS)
 
 # Without compiling and long runs in bfloat16, which take minutes and are torch's work.
-test-oldest: $(OLDEST_SITE)/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT that is supported
+test-oldest: $(OLDEST_SITE)/.installed ## the tuners, loading, and PEFT's own suite, on the oldest PEFT and transformers that are supported
 	PYTHONPATH=$(OLDEST_SITE) .venv/bin/python $(PYTEST) -m "" tests/tuners tests/training/test_resumed_adapter.py \
 		--ignore tests/tuners/test_compile.py -k "not (test_real_models and bf16)" $(ARGS)
 

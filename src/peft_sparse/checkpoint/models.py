@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GgufConfig
+from transformers import AutoConfig
 
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.storage import may_be_on_the_hub, open_model
@@ -79,7 +79,9 @@ def load_model(
             return model
         arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
         if gguf_file is not None:
-            arguments |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+            arguments |= {"gguf_file": gguf_file}
+            if hasattr(transformers, "GgufConfig"):  # since 5.17; without it a GGUF file is always dequantised
+                arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
         model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)

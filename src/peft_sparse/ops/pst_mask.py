@@ -100,8 +100,15 @@ def pst_mask(
     return packed
 
 
+# Written out, since torch 2.6 does not derive it from `list[torch.Tensor]`.
+_SCHEMA = (
+    "(int handle, Tensor weight, Tensor pruned, int group_size, Tensor[] factors, str names, "
+    "float beta, float alpha1, float alpha2) -> Tensor"
+)
+
+
 # An operator of its own: a compiler does not look into it, where reading the cache would break the graph.
-@torch.library.custom_op("peft_sparse::pst_mask", mutates_args=())
+@torch.library.custom_op("peft_sparse::pst_mask", mutates_args=(), schema=_SCHEMA)
 def _pst_mask_op(
     handle: int,
     weight: torch.Tensor,
