@@ -80,7 +80,8 @@ def load_model(
         arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
         if gguf_file is not None:
             arguments |= {"gguf_file": gguf_file}
-            if hasattr(transformers, "GgufConfig"):  # since 5.17; without it a GGUF file is always dequantised
+            # Without it a model stays marked as quantised and cannot be saved; before 5.17 all are dequantised.
+            if hasattr(transformers, "GgufConfig"):
                 arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub

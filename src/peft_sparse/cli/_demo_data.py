@@ -96,15 +96,13 @@ def language_model_folder(cache: Path) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
+
+    from peft_sparse.checkpoint.models import load_model
 
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    # dequantize: without it the model stays marked as quantised and cannot be saved after merging.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    model = load_model(gguf.parent, "causal_lm", gguf_file=gguf.name, dtype="float32")
     model.save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
     unfinished.rename(folder)  # only a complete folder gets the name that is looked for
