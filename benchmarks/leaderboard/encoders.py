@@ -112,7 +112,7 @@ class Encoders(Sparsifying):
         first, full = super().start(task, row), TASKS[task].full_start
         if row in UPDATED_BY_PST:
             return TASKS[task].pst_start
-        return first if full is None or row not in FULLY_TUNED else (full, *first[1:])
+        return first if full is None or row not in FULLY_TUNED else (full,)
 
     def load(self, task: str) -> nn.Module:
         config = AutoConfig.from_pretrained(self.folder, num_labels=TASKS[task].labels)

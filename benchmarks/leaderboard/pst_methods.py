@@ -74,7 +74,7 @@ METHODS: dict[str, PstMethod] = {
     "one_shot": PstMethod("one-shot magnitude, then tuned", _one_shot_before, (3e-4,)),
     "one_shot_after": PstMethod("one-shot magnitude after dense tuning", _one_shot_after, (1e-4,)),
     "gradual": PstMethod("gradual magnitude", _tuner(importance="magnitude", weight_update="full"), (3e-4,)),
-    "movement": PstMethod("movement", _tuner(importance="movement", weight_update="full"), (3e-4, 1e-2)),
+    "movement": PstMethod("movement", _tuner(importance="movement", weight_update="full"), (3e-4,)),
     "pst": PstMethod("PST (ours)", _tuner(), (5e-4, 5e-4)),
     "pst_no_ab": PstMethod("PST without A B", _tuner(SCORES_AB, alpha1=0.0), (5e-4, 5e-4)),
     "pst_no_rc": PstMethod("PST without R C", _tuner(SCORES_RC, alpha2=0.0), (5e-4, 5e-4)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from peft_sparse import PstConfig, SparsityCallback, SppConfig, pst_param_groups
 from peft_sparse.pruning import prune_magnitude
@@ -172,6 +172,27 @@ def test_scores_have_their_own_learning_rate(tmp_path):
     assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {
         "scores": 1e-2, "weights": 3e-5, "others": 3e-5, "others_without_decay": 3e-5,
     }  # fmt: skip
+
+
+def test_the_rate_of_movements_scores_makes_no_difference():
+    """They start at zero, Adam's steps are in proportion to the rate, and the mask takes only their order."""
+
+    def losses(score_lr: float) -> list[float]:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_bert(), CONFIGS["movement"]())
+        optimizer = torch.optim.AdamW(pst_param_groups(model, lr=1e-3, score_lr=score_lr))
+        batch = default_data_collator([Sentences()[index] for index in range(8)])
+        found = []
+        for step in range(8):
+            model.base_model.set_sparsity_step(step, 8)
+            found.append(model(**batch).loss)
+            found[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [loss.item() for loss in found]
+
+    low, high = losses(2.0**-12), losses(2.0**-4)  # powers of two: not even rounding differs
+    assert low == high and len(set(low)) == len(low)
 
 
 def test_every_trainable_parameter_is_in_one_group():

@@ -33,7 +33,7 @@ from peft_sparse.cli._demo_data import Example
 from peft_sparse.cli._demo_training import device, quiet, train
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.pruning import prune_magnitude
-from peft_sparse.training import SparsityCallback, pst_param_groups
+from peft_sparse.training import SparsityCallback
 from peft_sparse.tuners.pst import PstConfig
 
 MAX_TOKENS = 64
@@ -56,19 +56,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """A row that is trained with `PstConfig`; `score_lr` None: one rate for all."""
+    """A row that is trained with `PstConfig`."""
 
     name: str
     importance: str
     weight_update: str
     lr: float
-    score_lr: float | None = None
 
 
 DENSE_LR = 1e-4
 METHODS = (
     Method("magnitude, gradual", "magnitude", "full", lr=3e-4),
-    Method("movement", "movement", "full", lr=3e-4, score_lr=1e-2),
+    Method("movement", "movement", "full", lr=3e-4),
     Method("PST", "pst", "low_rank", lr=5e-4),
 )
 
@@ -150,10 +149,7 @@ def _sparse_row(settings: Settings, data: _Data, method: Method) -> Row:
     )
     tuned = get_peft_model(model, config)
     trainable, _ = tuned.get_nb_trainable_parameters()
-    optimizer = None
-    if method.score_lr is not None:
-        optimizer = torch.optim.AdamW(pst_param_groups(tuned.to(device()), lr=method.lr, score_lr=method.score_lr))
-    _train(tuned, settings, data, method.name, method.lr, optimizer, [SparsityCallback()])
+    _train(tuned, settings, data, method.name, method.lr, [SparsityCallback()])
     accuracy = _accuracy(tuned, data, method.name)
     merged = tuned.merge_and_unload()
     row = Row(
@@ -176,7 +172,6 @@ def _train(
     data: _Data,
     title: str,
     lr: float,
-    optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     train(
@@ -187,7 +182,6 @@ def _train(
         batch_size=settings.batch_size,
         lr=lr,
         seed=settings.seed,
-        optimizer=optimizer,
         collator=data.collator,
         callbacks=callbacks,
     )

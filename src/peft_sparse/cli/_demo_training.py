@@ -30,14 +30,10 @@ def train(
     batch_size: int,
     lr: float,
     seed: int,
-    optimizer: torch.optim.Optimizer | None = None,
     collator: Callable | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> float:
     """Train with AdamW, 10% warm-up and linear decay; the model is in evaluation mode afterwards.
-
-    Args:
-        optimizer: one with parameter groups of its own; `lr` is not used then.
 
     Returns:
         Seconds.
@@ -66,7 +62,6 @@ def train(
             train_dataset=dataset,
             data_collator=collator,
             callbacks=[*callbacks, _Bar(title)],
-            optimizers=(optimizer, None),
         )
         trainer.remove_callback(PrinterCallback)  # a line for each logged loss
         trainer.train()

@@ -54,7 +54,7 @@ class PstConfig(SparseConfig):
         pattern: "unstructured" (the weights of a layer compete), or "N:M" (N kept of every M consecutive weights along
             in_features).
         importance: "pst"; "magnitude" (S = |W'|, data-free); "movement" (S is a trained matrix `pst_S`, arXiv
-            2005.07683; give it a learning rate of its own, see `pst_param_groups`).
+            2005.07683; it starts at zero and only its order counts, so that Adam's rate for it makes no difference).
         weight_update: "low_rank" (W' = W + beta U V); "full" (W' = W + D with a dense D); "none" (W' = W).
         schedule: "cubic", "linear" or "constant" (the final sparsity from the first step on).
         initial_warmup, final_warmup: fractions of all steps spent at the initial and at the final sparsity.
