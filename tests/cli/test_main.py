@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_sparse import SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
+from peft_sparse import PstConfig, SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
 from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, USAGE, main, make_parser
 
-from models import WORDS, save_with_tokenizer, tiny_bert, tiny_llama
+from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,12 +252,41 @@ def test_evaluate_a_classifier(cli, tmp_path):
     pytest.importorskip("evaluate")
     bert, rows = save_with_tokenizer(tiny_bert(), tmp_path / "bert"), tmp_path / "rows.csv"
     rows.write_text("sentence,label\n" + "\n".join(f"{WORDS[i]} {WORDS[i + 1]},{i % 2}" for i in range(20)))
-    status, out, _ = cli(
-        "evaluate", bert, "--task", "sequence_classification", "--data", rows, "--text-column", "sentence",
-        "--label-column", "label", "--metric", "accuracy", "f1", "--json",
-    )  # fmt: skip
+    arguments = ["evaluate", bert, "--data", rows, "--text-column", "sentence", "--label-column", "label", "--json"]
+    status, out, _ = cli(*arguments, "--metric", "accuracy", "f1")
     result = json.loads(out)
     assert status == DONE and result["examples"] == 20 and 0 <= result["accuracy"] <= 1 and "f1" in result
+    named = cli(*arguments, "--task", "sequence_classification", "--metric", "accuracy", "f1")
+    assert json.loads(named[1]) == result
+
+
+def test_evaluate_takes_the_context_of_the_model_by_itself(cli, text, tmp_path):
+    """Embeddings of 64 positions."""
+    gpt2 = save_with_tokenizer(tiny_gpt2(), tmp_path / "gpt2")
+    own, asked = (json.loads(cli("evaluate", gpt2, "--data", text, "--json", *more)[1])
+                  for more in ([], ["--length", "64"]))  # fmt: skip
+    assert own == asked and own["perplexity"] > 1
+    status, _, err = cli("evaluate", gpt2, "--data", text, "--length", "65")
+    assert status == FAILED and "at most 64, the positions that the model has embeddings for, got 65" in err
+
+
+def test_evaluate_refuses_random_weights(cli, llama, pruned, tmp_path, text):
+    """But the head that an adapter brings along is none."""
+    for task, model in (("sequence_classification", llama), ("causal_lm", tmp_path / "bert")):
+        save_with_tokenizer(tiny_bert(), tmp_path / "bert")
+        arguments = ["evaluate", model, "--data", text, "--task", task, "--label-column", "label"]
+        status, out, err = cli(*arguments)
+        assert status == FAILED and out == "" and "Evaluation measures trained weights, got none for" in err
+    save_sparse(AutoModelForCausalLM.from_pretrained(pruned), tmp_path / "packed")
+    status, out, err = cli("evaluate", tmp_path / "packed", "--data", text, "--task", "sequence_classification",
+                           "--label-column", "label", "--tokenizer", pruned)  # fmt: skip
+    assert status == FAILED and "got none for score.weight (1 in all)" in err
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    adapted(classifier, PstConfig(task_type="SEQ_CLS"), tmp_path / "adapter")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "\n".join(f"{WORDS[i]} {WORDS[i + 1]},{i % 3}" for i in range(20)))
+    status, out, err = cli("evaluate", tmp_path / "adapter", "--data", rows, "--label-column", "label", "--json")
+    assert status == DONE and json.loads(out)["examples"] == 20, err
 
 
 def test_finetune_and_evaluate_by_a_recipe(cli, pruned, text, tmp_path):
@@ -324,7 +353,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         ),
         (["evaluate", "LLAMA", "--config", "RECIPE", "--length", "8"], "the recipe names .*, got --length beside it"),
         (["evaluate", "LLAMA", "--data", "TEXT", "--tokenizer", "NOTHING"], "a tokenizer.json, got .*nothing' with"),
-        (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, .* got .*nothing' with neither"),
+        (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, got .*nothing' without one; check"),
         (["finetune", "nowhere.yaml"], "nowhere.yaml"),
         (["finetune", str(ROOT / "configs/spp_causal_lm.yaml")], "got './pruned', which is no folder here"),
         (["finetune", "RECIPE"], "is YAML, got something else: expected .* in line 2, column 1"),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from peft_sparse.checkpoint.load import load_sparse
+from peft_sparse.checkpoint.lookup import TOKENIZER_FILES
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
@@ -25,8 +26,8 @@ from peft_sparse.storage.format import pack_weight
 
 # What belongs to a model's tokenizer or processor, by name.
 _TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "sentencepiece*", "chat_template*", "preprocessor_config.json", "processor_config.json",
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 
 
