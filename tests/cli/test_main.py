@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,40 @@ def test_prune_plans_what_rows_and_names_give(cli, llama, text, tmp_path):
     result = json.loads(cli(*arguments, "--pack")[1])
     assert planned["zeros"] == result["zeros"] > 0
     assert load_sparse(tmp_path / "out").config.model_type == "llama"
+
+
+def without_tokenizer(folder):
+    for path in Path(folder).glob("tokenizer*"):
+        path.unlink()
+    return folder
+
+
+def test_prune_without_a_tokenizer_beside_the_model(cli, llama, pruned, text, tmp_path):
+    bare = without_tokenizer(shutil.copytree(llama, tmp_path / "bare"))
+    data = ["--data", text, "--length", "16", "--num-sequences", "2"]
+    status, _, err = cli("prune", bare, tmp_path / "out", *data)
+    assert status == FAILED and "beside its model, got none in" in err and "`--tokenizer`" in err
+    assert cli("prune", bare, tmp_path / "out", *data, "--tokenizer", llama)[0] == DONE
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert cli("prune", bare, tmp_path / "none", "--method", "magnitude")[0] == DONE  # which needs none
+    status, _, err = cli("prune", bare, tmp_path / "new", "--method", "magnitude", "--tokenizer", tmp_path / "none")
+    assert status == FAILED and "got none in" in err and not (tmp_path / "new").exists()
+
+
+def test_evaluate_an_adapter_from_elsewhere(cli, pruned, text, tmp_path, monkeypatch):
+    """As `finetune` with output_dir: run leaves it: the base lies beside it, and has the tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pruned, "run/pruned")
+    adapted(AutoModelForCausalLM.from_pretrained("run/pruned"), SppConfig(r=4, task_type="CAUSAL_LM"), "run/adapter")
+    here = json.loads(cli("evaluate", "run/adapter", "--data", text, "--length", "32", "--json")[1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(save_with_tokenizer(tiny_llama(seed=1), tmp_path / "other"), "run/pruned")  # of another run
+    status, out, err = cli("evaluate", tmp_path / "run" / "adapter", "--data", text, "--length", "32", "--json")
+    assert status == DONE and json.loads(out)["perplexity"] == here["perplexity"], err
+    without_tokenizer(tmp_path / "run" / "pruned")
+    status, _, err = cli("evaluate", tmp_path / "run" / "adapter", "--data", text)
+    assert status == FAILED and re.search("got none in .*run/pruned'; name .*`--tokenizer`", err)
 
 
 def test_pack_and_unpack_give_the_same_bits(cli, pruned, tmp_path):

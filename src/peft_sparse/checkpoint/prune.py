@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from peft_sparse.checkpoint.convert import Converted, check_new_folder, new_folder, save_model
+from peft_sparse.checkpoint.lookup import load_tokenizer
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
@@ -35,6 +36,7 @@ def prune_checkpoint(
     calibration: Mapping[str, Any] | None = None,
     task: str | None = None,
     dtype: str | None = None,
+    tokenizer: str | Path | None = None,
     packed: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -50,6 +52,7 @@ def prune_checkpoint(
         data: arguments of [`load_rows`] for the calibration text; not for "magnitude", which needs none.
         calibration: arguments of [`calibration_batches`]; `length` is 512, or the model's context if that is shorter.
         task, dtype, trust_remote_code: see [`load_model`].
+        tokenizer: of the calibration text, and saved with the model: a folder or a name on the Hub. None: the model's.
         packed: save packed.
         dry_run: load and check everything, prune and write nothing.
         **arguments: further ones of the pruner.
@@ -66,18 +69,20 @@ def prune_checkpoint(
     parsed: Pattern = pattern_with_group(pattern, group, default=_GROUPS[method])
     parsed.resolve_sparsity(None if isinstance(sparsity, Mapping) else sparsity, 0.5)  # before anything is loaded
     rows = None if data is None else load_rows(**data)
+    tokenizer_from = source if tokenizer is None else tokenizer
+    if rows is not None or tokenizer is not None:  # before the model, since that may take long
+        loaded = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         documents = _whole(rows, settings.get("text_column", "text"))
-        arguments["batches"] = calibration_batches(documents, tokenizer, **settings)
+        arguments["batches"] = calibration_batches(documents, loaded, **settings)
     if dry_run:
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
-        save_model(model, temporary, packed, source)
-        _save_tokenizer(source, temporary, trust_remote_code)
+        save_model(model, temporary, packed, tokenizer_from)
+        _save_tokenizer(tokenizer_from, temporary, trust_remote_code)
     report = sparsity_report(folder)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     return Converted("pruned", str(source), str(folder), True, *counts)
