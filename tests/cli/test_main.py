@@ -20,6 +20,7 @@ from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--data", "TEXT", "--num-sequences", "2", "--length", "8"]
 COMMANDS = ("prune", "finetune", "merge", "evaluate", "report", "verify", "pack", "unpack")
 
 
@@ -168,6 +169,27 @@ def test_prune_plans_what_rows_and_names_give(cli, llama, text, tmp_path):
     result = json.loads(cli(*arguments, "--pack")[1])
     assert planned["zeros"] == result["zeros"] > 0
     assert load_sparse(tmp_path / "out").config.model_type == "llama"
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ria", "magnitude"])
+@pytest.mark.parametrize("sparsity", ["0.2", "0.7"])
+def test_a_plan_counts_the_zeros_that_are_there(method, sparsity, cli, pruned, text, tmp_path):
+    """Half of the weights, by 2:4."""
+    data = [] if method == "magnitude" else ["--data", text, "--num-sequences", "4", "--length", "16"]
+    arguments = ["prune", pruned, tmp_path / "out", "--method", method, "--sparsity", sparsity, *data, "--json"]
+    planned, done = (json.loads(cli(*arguments, *more)[1]) for more in (["--dry-run"], []))
+    assert planned["zeros"] == done["zeros"] and planned["sparsity"] >= 0.5
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ria"])
+def test_a_plan_knows_its_checkpoints(method, cli, llama, text, tmp_path):
+    data = ["--data", text, "--num-sequences", "2", "--length", "16", "--checkpoint-dir", tmp_path / "ck"]
+    assert cli("prune", llama, tmp_path / "out", "--method", method, *data, "--dry-run")[0] == DONE
+    assert not (tmp_path / "ck").exists()
+    assert cli("prune", llama, tmp_path / "out", "--method", method, *data)[0] == DONE
+    assert cli("prune", llama, tmp_path / "again", "--method", method, *data, "--dry-run")[0] == DONE
+    status, _, err = cli("prune", llama, tmp_path / "new", "--method", method, *data, "--sparsity", "0.6", "--dry-run")
+    assert status == FAILED and "continues the run that it was made by" in err
 
 
 def without_tokenizer(folder):
@@ -374,6 +396,16 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["prune", "LLAMA", "NEW", "--data", "LATIN"], "stored as UTF-8, got .*latin.txt' with the byte 0xe9"),
         (["prune", "LLAMA", "NEW", "--data", "RECIPE"], "ending tells its format, one of .txt, .* got .*recipe.yaml"),
         (["prune", "LLAMA", "NEW", "--data", "ROWS"], "got .*rows.jsonl' .*JSON parse error.*check what is in it"),
+        (["prune", "LLAMA", "NEW", *TINY, "--device", "foo", "--dry-run"], "torch can use here, .* got 'foo'"),
+        (["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "TEXT"], "that can be written, got .*text.txt"),
+        (
+            ["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "NEW"],
+            "outside of the result's folder, got .*new' for",
+        ),
+        (
+            ["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "NEW/ck"],
+            "outside of the result's folder, got .*ck' for",
+        ),
         (["report", "LLAMA", "--plot", "NEW/x.png"], "a folder that is there, got .*new/x.png' and no folder"),
         (["report", "LLAMA", "--plot", "TEXT/x.png"], "a folder that is there, got .*text.txt/x.png'"),
         (["report", "LLAMA", "--plot", "x.jpq"], "ending tells its format, one of .*png, .* got 'x.jpq'"),
@@ -406,6 +438,7 @@ def test_bad_input(arguments, message, cli, llama, text, tmp_path):
         "NOTHING": str(tmp_path / "nothing"),
         "TEXT/x.png": text + "/x.png",
         "NEW/x.png": f"{tmp_path}/new/x.png",
+        "NEW/ck": f"{tmp_path}/new/ck",
     }
     before = set(tmp_path.iterdir())
     status, out, err = cli(*[places.get(argument, argument) for argument in arguments])
