@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -190,6 +191,15 @@ def test_a_plan_knows_its_checkpoints(method, cli, llama, text, tmp_path):
     assert cli("prune", llama, tmp_path / "again", "--method", method, *data, "--dry-run")[0] == DONE
     status, _, err = cli("prune", llama, tmp_path / "new", "--method", method, *data, "--sparsity", "0.6", "--dry-run")
     assert status == FAILED and "continues the run that it was made by" in err
+
+
+def test_prune_tells_the_errors_that_it_measured(cli, llama, text, tmp_path):
+    data = ["--data", text, "--num-sequences", "2", "--length", "16"]
+    result = json.loads(cli("prune", llama, tmp_path / "a", *data, "--measure-error", "--json")[1])
+    errors = [layer.error for layer in sparsity_report(tmp_path / "a").layers]
+    assert result["output_errors"] == [min(errors), max(errors)] and min(errors) > 0
+    assert f"{max(errors):.3f} of the outputs" in cli("prune", llama, tmp_path / "b", *data, "--measure-error")[1]
+    assert "\nerrors" not in cli("prune", llama, tmp_path / "c", *data)[1]
 
 
 def without_tokenizer(folder):
@@ -412,6 +422,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["merge", "LLAMA", "NEW"], "got .* which has none"),
         (["pack", "LLAMA", "TEXT"], "which is a file"),
         (["verify", "LLAMA"], "pass --reference or --pattern"),
+        (["verify", "LLAMA", "--pattern", "unstructured"], "got 'unstructured', which any zeros follow; pass the"),
         (["evaluate", "LLAMA"], "give one of the two"),
         (["evaluate", "LLAMA", "--data", "TEXT", "--text-column", "story"], "got 'story'|names columns"),
         (
@@ -474,6 +485,10 @@ def test_an_unexpected_error_names_its_class(cli, monkeypatch, llama):
     assert status == FAILED and err.startswith("error: ZeroDivisionError: no message (--traceback")
 
 
-def test_quiet_says_nothing_but_the_result(cli, llama, tmp_path):
-    status, out, _ = cli("prune", llama, tmp_path / "out", "--method", "magnitude", "--quiet", "--json")
-    assert status == DONE and json.loads(out)["sparsity"] == pytest.approx(0.5, abs=1e-3)
+def test_quiet_says_nothing_but_the_result(cli, llama, text, tmp_path):
+    """Also where libraries are imported before the command line is read."""
+    shown = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    data = ["--data", text, "--num-sequences", "2", "--length", "8"]
+    status, out, err = cli("prune", llama, tmp_path / "out", *data, "--quiet", "--json")
+    assert status == DONE and json.loads(out)["sparsity"] == pytest.approx(0.5, abs=1e-3) and err == ""
+    assert (transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()) == shown

@@ -89,7 +89,9 @@ def prune_checkpoint(
         _save_tokenizer(tokenizer_from, temporary, trust_remote_code)
     report = sparsity_report(folder)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
-    return Converted("pruned", str(source), str(folder), True, *counts)
+    errors = [layer.error for layer in report.layers if layer.error is not None]
+    moved = (min(errors), max(errors)) if errors else None
+    return Converted("pruned", str(source), str(folder), True, *counts, output_errors=moved)
 
 
 def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:

@@ -132,17 +132,20 @@ class Metrics:
     def __call__(self, prediction: Any) -> dict[str, float]:
         predictions, references = prediction.predictions, prediction.label_ids
         predictions = predictions[0] if isinstance(predictions, tuple) else predictions
+        average = "macro"  # of F1: also where no more than two of the classes occur
         if self.language_model:
             predictions, references = predictions[:, :-1].reshape(-1), references[:, 1:].reshape(-1)
             predictions, references = predictions[references != -100], references[references != -100]
         elif predictions.ndim > 1 and predictions.shape[-1] > 1:
+            average = "binary" if predictions.shape[-1] == 2 else "macro"
             predictions = predictions.argmax(-1)
         else:
             predictions = predictions.reshape(-1)
         found: dict[str, float] = {}
         for name, metric in self.metrics.items():
             kind = np.float64 if compares_numbers(name) or predictions.dtype.kind == "f" else np.int64
-            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind))
+            own = {"average": average} if name == "f1" else {}
+            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind), **own)
         return found
 
 
