@@ -59,8 +59,8 @@ def _evaluate(
     shorten: bool,
 ) -> dict[str, Any]:
     """[`evaluate_recipe`]; with `shorten`, in the model's context where that is shorter than `data.max_length`."""
-    data = recipe.data
-    if data.validation_split is None:
+    data, split = recipe.data, recipe.data.validation_split
+    if split is None:
         raise ValueError("Evaluation takes `data.validation_split`, got none; name the split to measure on.")
     part = recipe.model
     if tokenizer_from is None and path is not None and has_tokenizer(path):
@@ -77,7 +77,7 @@ def _evaluate(
     whole_text = part.task == "causal_lm" and data.text is not None and not metrics
     if whole_text:
         limit = None if data.validation_examples is None else data.validation_examples * data.max_length
-        ids = torch.tensor(token_stream(data, data.validation_split, tokenizer)[:limit], dtype=torch.int64)
+        ids = torch.tensor(token_stream(data, split, tokenizer)[:limit], dtype=torch.int64)
         found |= {"sparsity": sparsity_report(model).total_sparsity, "tokens": len(ids)}
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
     if part.task == "sequence_classification":
