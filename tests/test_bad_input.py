@@ -827,6 +827,9 @@ STORED = {
     "verify: pattern": Case(
         pruned, call(verify_sparsity, pattern="two of four"), "'unstructured' or 'N:M'.*got 'two of"
     ),
+    "verify: nothing to compare": Case(
+        pruned, call(verify_sparsity, pattern="unstructured"), "is N:M, .*'unstructured', which any zeros follow; pass"
+    ),
     "report: no linear": Case(nothing, lambda _: sparsity_report(nn.ReLU()), "at least one linear, got none in ReLU"),
     "report: nothing there": Case(nothing, lambda _: sparsity_report("no folder!"), "is a folder, got 'no folder!'"),
 }

@@ -3,22 +3,25 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_sparse import SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
+from peft_sparse import PstConfig, SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
 from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, USAGE, main, make_parser
 
-from models import WORDS, save_with_tokenizer, tiny_bert, tiny_llama
+from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--data", "TEXT", "--num-sequences", "2", "--length", "8"]
 COMMANDS = ("prune", "finetune", "merge", "evaluate", "report", "verify", "pack", "unpack")
 
 
@@ -169,6 +172,70 @@ def test_prune_plans_what_rows_and_names_give(cli, llama, text, tmp_path):
     assert load_sparse(tmp_path / "out").config.model_type == "llama"
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ria", "magnitude"])
+@pytest.mark.parametrize("sparsity", ["0.2", "0.7"])
+def test_a_plan_counts_the_zeros_that_are_there(method, sparsity, cli, pruned, text, tmp_path):
+    """Half of the weights, by 2:4."""
+    data = [] if method == "magnitude" else ["--data", text, "--num-sequences", "4", "--length", "16"]
+    arguments = ["prune", pruned, tmp_path / "out", "--method", method, "--sparsity", sparsity, *data, "--json"]
+    planned, done = (json.loads(cli(*arguments, *more)[1]) for more in (["--dry-run"], []))
+    assert planned["zeros"] == done["zeros"] and planned["sparsity"] >= 0.5
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ria"])
+def test_a_plan_knows_its_checkpoints(method, cli, llama, text, tmp_path):
+    data = ["--data", text, "--num-sequences", "2", "--length", "16", "--checkpoint-dir", tmp_path / "ck"]
+    assert cli("prune", llama, tmp_path / "out", "--method", method, *data, "--dry-run")[0] == DONE
+    assert not (tmp_path / "ck").exists()
+    assert cli("prune", llama, tmp_path / "out", "--method", method, *data)[0] == DONE
+    assert cli("prune", llama, tmp_path / "again", "--method", method, *data, "--dry-run")[0] == DONE
+    status, _, err = cli("prune", llama, tmp_path / "new", "--method", method, *data, "--sparsity", "0.6", "--dry-run")
+    assert status == FAILED and "continues the run that it was made by" in err
+
+
+def test_prune_tells_the_errors_that_it_measured(cli, llama, text, tmp_path):
+    data = ["--data", text, "--num-sequences", "2", "--length", "16"]
+    result = json.loads(cli("prune", llama, tmp_path / "a", *data, "--measure-error", "--json")[1])
+    errors = [layer.error for layer in sparsity_report(tmp_path / "a").layers]
+    assert result["output_errors"] == [min(errors), max(errors)] and min(errors) > 0
+    assert f"{max(errors):.3f} of the outputs" in cli("prune", llama, tmp_path / "b", *data, "--measure-error")[1]
+    assert "\nerrors" not in cli("prune", llama, tmp_path / "c", *data)[1]
+
+
+def without_tokenizer(folder):
+    for path in Path(folder).glob("tokenizer*"):
+        path.unlink()
+    return folder
+
+
+def test_prune_without_a_tokenizer_beside_the_model(cli, llama, pruned, text, tmp_path):
+    bare = without_tokenizer(shutil.copytree(llama, tmp_path / "bare"))
+    data = ["--data", text, "--length", "16", "--num-sequences", "2"]
+    status, _, err = cli("prune", bare, tmp_path / "out", *data)
+    assert status == FAILED and "beside its model, got none in" in err and "`--tokenizer`" in err
+    assert cli("prune", bare, tmp_path / "out", *data, "--tokenizer", llama)[0] == DONE
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert cli("prune", bare, tmp_path / "none", "--method", "magnitude")[0] == DONE  # which needs none
+    status, _, err = cli("prune", bare, tmp_path / "new", "--method", "magnitude", "--tokenizer", tmp_path / "none")
+    assert status == FAILED and "got none in" in err and not (tmp_path / "new").exists()
+
+
+def test_evaluate_an_adapter_from_elsewhere(cli, pruned, text, tmp_path, monkeypatch):
+    """As `finetune` with output_dir: run leaves it: the base lies beside it, and has the tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pruned, "run/pruned")
+    adapted(AutoModelForCausalLM.from_pretrained("run/pruned"), SppConfig(r=4, task_type="CAUSAL_LM"), "run/adapter")
+    here = json.loads(cli("evaluate", "run/adapter", "--data", text, "--length", "32", "--json")[1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(save_with_tokenizer(tiny_llama(seed=1), tmp_path / "other"), "run/pruned")  # of another run
+    status, out, err = cli("evaluate", tmp_path / "run" / "adapter", "--data", text, "--length", "32", "--json")
+    assert status == DONE and json.loads(out)["perplexity"] == here["perplexity"], err
+    without_tokenizer(tmp_path / "run" / "pruned")
+    status, _, err = cli("evaluate", tmp_path / "run" / "adapter", "--data", text)
+    assert status == FAILED and re.search("got none in .*run/pruned'; name .*`--tokenizer`", err)
+
+
 def test_pack_and_unpack_give_the_same_bits(cli, pruned, tmp_path):
     packed, dense = tmp_path / "packed", tmp_path / "dense"
     planned = json.loads(cli("pack", pruned, packed, "--dry-run", "--json")[1])
@@ -252,12 +319,41 @@ def test_evaluate_a_classifier(cli, tmp_path):
     pytest.importorskip("evaluate")
     bert, rows = save_with_tokenizer(tiny_bert(), tmp_path / "bert"), tmp_path / "rows.csv"
     rows.write_text("sentence,label\n" + "\n".join(f"{WORDS[i]} {WORDS[i + 1]},{i % 2}" for i in range(20)))
-    status, out, _ = cli(
-        "evaluate", bert, "--task", "sequence_classification", "--data", rows, "--text-column", "sentence",
-        "--label-column", "label", "--metric", "accuracy", "f1", "--json",
-    )  # fmt: skip
+    arguments = ["evaluate", bert, "--data", rows, "--text-column", "sentence", "--label-column", "label", "--json"]
+    status, out, _ = cli(*arguments, "--metric", "accuracy", "f1")
     result = json.loads(out)
     assert status == DONE and result["examples"] == 20 and 0 <= result["accuracy"] <= 1 and "f1" in result
+    named = cli(*arguments, "--task", "sequence_classification", "--metric", "accuracy", "f1")
+    assert json.loads(named[1]) == result
+
+
+def test_evaluate_takes_the_context_of_the_model_by_itself(cli, text, tmp_path):
+    """Embeddings of 64 positions."""
+    gpt2 = save_with_tokenizer(tiny_gpt2(), tmp_path / "gpt2")
+    own, asked = (json.loads(cli("evaluate", gpt2, "--data", text, "--json", *more)[1])
+                  for more in ([], ["--length", "64"]))  # fmt: skip
+    assert own == asked and own["perplexity"] > 1
+    status, _, err = cli("evaluate", gpt2, "--data", text, "--length", "65")
+    assert status == FAILED and "at most 64, the positions that the model has embeddings for, got 65" in err
+
+
+def test_evaluate_refuses_random_weights(cli, llama, pruned, tmp_path, text):
+    """But the head that an adapter brings along is none."""
+    for task, model in (("sequence_classification", llama), ("causal_lm", tmp_path / "bert")):
+        save_with_tokenizer(tiny_bert(), tmp_path / "bert")
+        arguments = ["evaluate", model, "--data", text, "--task", task, "--label-column", "label"]
+        status, out, err = cli(*arguments)
+        assert status == FAILED and out == "" and "Evaluation measures trained weights, got none for" in err
+    save_sparse(AutoModelForCausalLM.from_pretrained(pruned), tmp_path / "packed")
+    status, out, err = cli("evaluate", tmp_path / "packed", "--data", text, "--task", "sequence_classification",
+                           "--label-column", "label", "--tokenizer", pruned)  # fmt: skip
+    assert status == FAILED and "got none for score.weight (1 in all)" in err
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    adapted(classifier, PstConfig(task_type="SEQ_CLS"), tmp_path / "adapter")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "\n".join(f"{WORDS[i]} {WORDS[i + 1]},{i % 3}" for i in range(20)))
+    status, out, err = cli("evaluate", tmp_path / "adapter", "--data", rows, "--label-column", "label", "--json")
+    assert status == DONE and json.loads(out)["examples"] == 20, err
 
 
 def test_finetune_and_evaluate_by_a_recipe(cli, pruned, text, tmp_path):
@@ -310,12 +406,23 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["prune", "LLAMA", "NEW", "--data", "LATIN"], "stored as UTF-8, got .*latin.txt' with the byte 0xe9"),
         (["prune", "LLAMA", "NEW", "--data", "RECIPE"], "ending tells its format, one of .txt, .* got .*recipe.yaml"),
         (["prune", "LLAMA", "NEW", "--data", "ROWS"], "got .*rows.jsonl' .*JSON parse error.*check what is in it"),
+        (["prune", "LLAMA", "NEW", *TINY, "--device", "foo", "--dry-run"], "torch can use here, .* got 'foo'"),
+        (["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "TEXT"], "that can be written, got .*text.txt"),
+        (
+            ["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "NEW"],
+            "outside of the result's folder, got .*new' for",
+        ),
+        (
+            ["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "NEW/ck"],
+            "outside of the result's folder, got .*ck' for",
+        ),
         (["report", "LLAMA", "--plot", "NEW/x.png"], "a folder that is there, got .*new/x.png' and no folder"),
         (["report", "LLAMA", "--plot", "TEXT/x.png"], "a folder that is there, got .*text.txt/x.png'"),
         (["report", "LLAMA", "--plot", "x.jpq"], "ending tells its format, one of .*png, .* got 'x.jpq'"),
         (["merge", "LLAMA", "NEW"], "got .* which has none"),
         (["pack", "LLAMA", "TEXT"], "which is a file"),
         (["verify", "LLAMA"], "pass --reference or --pattern"),
+        (["verify", "LLAMA", "--pattern", "unstructured"], "got 'unstructured', which any zeros follow; pass the"),
         (["evaluate", "LLAMA"], "give one of the two"),
         (["evaluate", "LLAMA", "--data", "TEXT", "--text-column", "story"], "got 'story'|names columns"),
         (
@@ -324,7 +431,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         ),
         (["evaluate", "LLAMA", "--config", "RECIPE", "--length", "8"], "the recipe names .*, got --length beside it"),
         (["evaluate", "LLAMA", "--data", "TEXT", "--tokenizer", "NOTHING"], "a tokenizer.json, got .*nothing' with"),
-        (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, .* got .*nothing' with neither"),
+        (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, got .*nothing' without one; check"),
         (["finetune", "nowhere.yaml"], "nowhere.yaml"),
         (["finetune", str(ROOT / "configs/spp_causal_lm.yaml")], "got './pruned', which is no folder here"),
         (["finetune", "RECIPE"], "is YAML, got something else: expected .* in line 2, column 1"),
@@ -342,6 +449,7 @@ def test_bad_input(arguments, message, cli, llama, text, tmp_path):
         "NOTHING": str(tmp_path / "nothing"),
         "TEXT/x.png": text + "/x.png",
         "NEW/x.png": f"{tmp_path}/new/x.png",
+        "NEW/ck": f"{tmp_path}/new/ck",
     }
     before = set(tmp_path.iterdir())
     status, out, err = cli(*[places.get(argument, argument) for argument in arguments])
@@ -377,6 +485,10 @@ def test_an_unexpected_error_names_its_class(cli, monkeypatch, llama):
     assert status == FAILED and err.startswith("error: ZeroDivisionError: no message (--traceback")
 
 
-def test_quiet_says_nothing_but_the_result(cli, llama, tmp_path):
-    status, out, _ = cli("prune", llama, tmp_path / "out", "--method", "magnitude", "--quiet", "--json")
-    assert status == DONE and json.loads(out)["sparsity"] == pytest.approx(0.5, abs=1e-3)
+def test_quiet_says_nothing_but_the_result(cli, llama, text, tmp_path):
+    """Also where libraries are imported before the command line is read."""
+    shown = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    data = ["--data", text, "--num-sequences", "2", "--length", "8"]
+    status, out, err = cli("prune", llama, tmp_path / "out", *data, "--quiet", "--json")
+    assert status == DONE and json.loads(out)["sparsity"] == pytest.approx(0.5, abs=1e-3) and err == ""
+    assert (transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()) == shown

@@ -2,14 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import EvalPrediction
 
 pytest.importorskip("evaluate")
 
 from peft_sparse.evaluation.metrics import BUNDLED, load_metric
+from peft_sparse.training.build import Metrics
 
 labels = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30)
 METRICS = {name: load_metric(name) for name in BUNDLED}
@@ -31,6 +34,16 @@ def test_two_classes_by_their_confusion_matrix(pairs):
 def test_more_classes_have_the_mean_f1():
     found, meant = [0, 1, 2, 2], [0, 2, 2, 1]
     assert METRICS["f1"].compute(predictions=found, references=meant)["f1"] == pytest.approx((1 + 0 + 0.5) / 3)
+
+
+def test_f1_is_decided_by_the_labels_that_the_model_has():
+    """Two of three classes occur: no F1 of label 1 alone."""
+    logits, references = np.eye(3)[[0, 1, 0, 1]], np.array([0, 1, 1, 1])
+    f1 = Metrics({"f1": METRICS["f1"]}, language_model=False)
+    assert f1(EvalPrediction(logits, references))["f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert f1(EvalPrediction(logits[:, :2], references))["f1"] == pytest.approx(4 / 5)
+    with pytest.raises(ValueError, match="'binary' or 'macro', got 'weighted'"):
+        METRICS["f1"].compute(predictions=[0], references=[0], average="weighted")
 
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=20))

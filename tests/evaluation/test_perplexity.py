@@ -44,6 +44,15 @@ def test_errors(tiny_llama, input_ids, window, message: str):
         perplexity(tiny_llama, input_ids, window)
 
 
+def test_a_window_beyond_the_positions(tiny_gpt2, tiny_llama):
+    """Of embeddings; and what counts is a window that there is."""
+    ids = torch.arange(3, 90)
+    with pytest.raises(ValueError, match=r"`window` is at most 64, the positions that the model has .*, got 65"):
+        perplexity(tiny_gpt2, ids, window=65, progress=False)
+    assert perplexity(tiny_gpt2, ids[:60], progress=False) > 1
+    assert perplexity(tiny_llama, ids, window=65, progress=False) > 1
+
+
 def test_a_trained_model(llama_dir, shared):
     """README.md of the model says 4.18 over 20 windows."""
     model = AutoModelForCausalLM.from_pretrained(llama_dir)

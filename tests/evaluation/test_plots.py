@@ -1,5 +1,7 @@
 """Pictures: their numbers, and that they can be written."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,3 +90,16 @@ def test_plot_schedule(tmp_path):
     figure.savefig(tmp_path / "schedule.png")
     with pytest.raises(ValueError, match="SparsityCallback"):
         plot_schedule([{"step": 1, "loss": 2.0}])
+
+
+def test_plot_schedule_of_a_file(tmp_path):
+    log, path = [{"step": s, "sparsity": s / 10} for s in range(4)], tmp_path / "result.json"
+    for key in ("log", "log_history"):
+        path.write_text(json.dumps({"steps": 4, key: log}))
+        for where in (path, str(path)):
+            assert plot_schedule(where).axes[0].lines[0].get_ydata().tolist() == [0, 10, 20, 30]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"got neither in .*result.json'; name one"):
+        plot_schedule(path)
+    with pytest.raises(ValueError, match=r"is read from a JSON file, got .*nowhere"):
+        plot_schedule(tmp_path / "nowhere.json")

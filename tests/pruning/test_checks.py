@@ -5,6 +5,8 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from peft_sparse import prune_wanda
-from peft_sparse.pruning.checks import check_batches, context_length
+from peft_sparse.pruning.checks import check_batches, check_positions, context_length, learned_positions
 
 import models
 
@@ -47,6 +49,20 @@ def test_contexts():
     t5 = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     assert context_length(T5ForConditionalGeneration(t5)) is None  # relative positions
     assert context_length(torch.nn.Linear(2, 2)) is None
+
+
+def test_learned_positions_are_where_a_model_cannot_run_further(tiny_llama, tiny_gpt2, tiny_bert):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    opt = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=20))
+    roberta = RobertaModel(RobertaConfig(**sizes, intermediate_size=48, max_position_embeddings=22, pad_token_id=1))
+    for model, positions in ((tiny_gpt2, 64), (tiny_bert, 64), (opt.eval(), 20), (roberta.eval(), 20)):
+        assert learned_positions(model) == positions
+        model(torch.full((1, positions), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, positions + 1), 5))
+        with pytest.raises(ValueError, match=f"`x` is at most {positions}, .* got {positions + 1}; take less"):
+            check_positions(model, "x", positions + 1)
+    assert learned_positions(tiny_llama) is None  # computes them
 
 
 def test_a_decoder_has_a_context_too():

@@ -250,6 +250,15 @@ def test_text_without_a_whole_window(tmp_path, sentences):
         finetune(language_model(tmp_path, sentences, data={"text": "text", "max_length": 4000}))
 
 
+def test_examples_beyond_the_positions_are_refused_before_pruning(tmp_path, sentences):
+    data = {"text": "text", "max_length": 65}
+    asked = language_model(tmp_path, sentences, base=tiny_gpt2(), data=data, prune={"method": "magnitude"})
+    for run in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"`data.max_length` is at most 64, .* got 65"):
+            run(asked)
+    assert not (tmp_path / "run").exists()
+
+
 def test_windows_have_every_token_in_order(tmp_path, sentences):
     save_with_tokenizer(tiny_llama(), tmp_path / "llama")
     model = ModelPart(path=str(tmp_path / "llama"))

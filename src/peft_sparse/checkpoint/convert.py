@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from peft_sparse.checkpoint.load import load_sparse
+from peft_sparse.checkpoint.lookup import TOKENIZER_FILES
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
@@ -25,8 +26,8 @@ from peft_sparse.storage.format import pack_weight
 
 # What belongs to a model's tokenizer or processor, by name.
 _TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "sentencepiece*", "chat_template*", "preprocessor_config.json", "processor_config.json",
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 
 
@@ -42,6 +43,8 @@ class Converted:
         pattern: of those zeros.
         zeros, weights: how many.
         bytes_before, bytes_after: of the weights' files; None where it is not known without writing them.
+        output_errors: how far the outputs of the linears have moved on the calibration data, relative to their size,
+            from the least to the most; None where a pruner did not measure it.
     """
 
     action: str
@@ -54,6 +57,7 @@ class Converted:
     weights: int
     bytes_before: int | None = None
     bytes_after: int | None = None
+    output_errors: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -67,6 +71,9 @@ class Converted:
             f"zeros     {self.zeros:,} of {self.weights:,} weights in the linears, {self.sparsity:.2%} "
             f"({self.pattern})",
         ]
+        if self.output_errors is not None:
+            low, high = self.output_errors
+            lines.append(f"errors    {low:.3f} to {high:.3f} of the outputs' size; `peft-sparse report` lists them")
         if self.bytes_before and self.bytes_after:
             share = self.bytes_after / self.bytes_before
             lines.append(

@@ -8,7 +8,7 @@ the moment at which transformers wants it. So no second copy of the model ever e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def load_sparse(
     verify_checksums: bool = True,
     model_cls: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
+    on_missing: Callable[[list[str]], Any] | None = None,
     **download: Any,
 ) -> PreTrainedModel:
     """Load what [`save_sparse`] saved.
@@ -54,6 +55,7 @@ def load_sparse(
         model_cls: the class of the model, or one of transformers' Auto classes; None: the one that config.json names.
             What another class has beyond the transformer blocks, such as a new head, is random, and you are warned.
         trust_remote_code: run the code that a repository brings along, for models whose class is there.
+        on_missing: called, in place of that warning, with the full names of what is random.
         **download: `revision`, `token`, `cache_dir` and others for huggingface_hub's `snapshot_download`; no others.
 
     Returns:
@@ -78,7 +80,7 @@ def load_sparse(
         _check_shapes(model_cls, config, stored)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
     model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device)
-    _check_complete(model, stored, info)
+    _check_complete(model, stored, info, on_missing)
     model.config.name_or_path = model.name_or_path = str(dir_or_repo)
     put_packed_linears(model, targets)
     return model.to(device) if packed and device is not None else model
@@ -197,7 +199,12 @@ def _check_shapes(model_cls: type[PreTrainedModel], config: PreTrainedConfig, st
             )
 
 
-def _check_complete(model: PreTrainedModel, stored: StoredModel, info: dict[str, Any]) -> None:
+def _check_complete(
+    model: PreTrainedModel,
+    stored: StoredModel,
+    info: dict[str, Any],
+    on_missing: Callable[[list[str]], Any] | None,
+) -> None:
     """Raises:
     ValueError: if the checkpoint is not that of this model. A class other than the one that was saved may have a new
         head, of which the user is warned, and no use for the old one."""
@@ -207,11 +214,14 @@ def _check_complete(model: PreTrainedModel, stored: StoredModel, info: dict[str,
         wrong.pop("unexpected_keys", None)
         missing = wrong.get("missing_keys", [])
         if missing and not any(name.startswith(inside) for name in missing):
-            warnings.warn(
-                f"{str(stored.folder)!r} holds a {stored.architecture or 'model'}, got `model_cls` {cls}: what only "
-                f"this has is new and random, and has to be trained: {missing[:3]} ({len(missing)} in all).",
-                stacklevel=3,
-            )
+            if on_missing is not None:
+                on_missing(missing)
+            else:
+                warnings.warn(
+                    f"{str(stored.folder)!r} holds a {stored.architecture or 'model'}, got `model_cls` {cls}: what "
+                    f"only this has is new and random, and has to be trained: {missing[:3]} ({len(missing)} in all).",
+                    stacklevel=3,
+                )
             del wrong["missing_keys"]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := wrong.get(kind):

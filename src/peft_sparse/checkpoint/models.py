@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
 from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.storage import may_be_on_the_hub, open_model
+from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
+from peft_sparse.storage import open_model
 
 # task: transformers' class for it, and PEFT's task type
 TASKS = {
@@ -33,6 +35,7 @@ def load_model(
     trust_remote_code: bool = False,
     config: dict[str, Any] | None = None,
     base: str | Path | None = None,
+    on_missing: Callable[[list[str]], Any] | None = None,
 ) -> Any:
     """Load a model for one of the tasks that the command line and recipes know.
 
@@ -45,6 +48,8 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         config: fields of the model's config to change, such as `num_labels`.
         base: of an adapter; None: the one that its config names.
+        on_missing: called with the full names of weights that are random, since there are none for them in the files
+            (nor in the adapter's), if there are such. None: transformers warns.
 
     Returns:
         A transformers model; a PeftModel for an adapter.
@@ -55,12 +60,11 @@ def load_model(
     if dtype is not None and dtype not in ("auto", "float32", "float16", "bfloat16", "float64"):
         raise ValueError(f"`dtype` is float32, bfloat16, float16, float64 or auto, got {dtype!r}.")
     folder = Path(source)
-    if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, base, task, dtype, packed, trust_remote_code, config or {})
+    if is_adapter(folder):
+        return _load_adapter(folder, base, task, dtype, packed, trust_remote_code, config or {}, on_missing)
     if base is not None:
         raise ValueError(f"A base belongs to an adapter, got {str(source)!r}, which has no adapter_config.json.")
-    if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
-        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}, which is no folder here.")
+    check_source(source)
     # also where there is nothing to read but a pickle, which is refused
     stored_packed = folder.is_dir() and gguf_file is None and open_model(folder).layout != "dense"
     if packed and not stored_packed:
@@ -72,7 +76,12 @@ def load_model(
         if stored_packed:
             model_cls = None if task is None else _class_for(source, task, trust_remote_code)
             model = load_sparse(
-                source, packed=packed, dtype=dtype, model_cls=model_cls, trust_remote_code=trust_remote_code
+                source,
+                packed=packed,
+                dtype=dtype,
+                model_cls=model_cls,
+                trust_remote_code=trust_remote_code,
+                on_missing=on_missing,
             )
             for key, value in (config or {}).items():
                 setattr(model.config, key, value)
@@ -86,7 +95,13 @@ def load_model(
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
         model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
-        return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+        model, info = model_cls.from_pretrained(
+            source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+        )
+        missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+        if missing and on_missing is not None:
+            on_missing(missing)
+        return model
     except (OSError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
@@ -95,6 +110,36 @@ def load_model(
                 "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
             ) from error
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
+
+
+def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
+    """The key of `TASKS` that suits what a folder, or a name on the Hub, says of itself.
+
+    Raises:
+        ValueError: if there is no such model, or its class is for something else.
+    """
+    folder = check_source(source)
+    if is_adapter(folder):
+        return _trained_for(folder) or task_of(base_of_adapter(folder), trust_remote_code)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"A model's folder has a config.json, got {str(source)!r} without one; check the path.")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
+    name = (config.architectures or [""])[0]
+    for task, (auto, _) in TASKS.items():
+        found = _auto_class(task)._model_mapping.get(type(config), ())
+        names = {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
+        its_own_code = (getattr(config, "auto_map", None) or {}).get(auto, "")
+        names.add(its_own_code.rpartition(".")[2])
+        if name and name in names:
+            return task
+    raise ValueError(
+        f"A model without a task is of a class for one of {', '.join(TASKS)}, got {name or 'none'} in config.json of "
+        f"{str(source)!r}; name the task."
+    )
 
 
 def _auto_class(task: str) -> Any:
@@ -133,24 +178,39 @@ def _load_adapter(
     packed: bool,
     trust_remote_code: bool,
     config: dict[str, Any],
+    on_missing: Callable[[list[str]], Any] | None,
 ) -> nn.Module:
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    base = base or saved.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"An adapter names its base model, got none in {str(folder)!r}; pass it as `base`.")
-    beside = folder.parent / Path(base).name  # where `finetune` keeps a pruned base, wherever it is run or moved to
-    if not Path(base).is_dir() and len(Path(base).parts) > 2 and beside.is_dir():
-        base = beside
-    types = {task_type: name for name, (_, task_type) in TASKS.items()}
-    trained = types.get(saved.get("task_type") or "")
+    base = base or base_of_adapter(folder)
+    trained = _trained_for(folder)
     if task and trained and task != trained:
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
     if task == "sequence_classification" and "num_labels" not in config:
         labels = _labels_of_head(folder)
         config = config | ({"num_labels": labels} if labels else {})
-    loaded = load_model(base, task, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code, config=config)
-    return PeftModel.from_pretrained(loaded, str(folder))
+    missing: list[str] = []
+    loaded = load_model(
+        base,
+        task,
+        dtype=dtype,
+        packed=packed,
+        trust_remote_code=trust_remote_code,
+        config=config,
+        on_missing=None if on_missing is None else missing.extend,
+    )
+    model = PeftModel.from_pretrained(loaded, str(folder))
+    modules = model.get_base_model().named_modules()
+    in_adapter = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
+    missing = [name for name in missing if not name.startswith(in_adapter)]
+    if missing and on_missing is not None:
+        on_missing(missing)
+    return model
+
+
+def _trained_for(folder: Path) -> str | None:
+    """The task of an adapter."""
+    types = {task_type: task for task, (_, task_type) in TASKS.items()}
+    return types.get(adapter_settings(folder).get("task_type") or "")
 
 
 def _labels_of_head(folder: Path) -> int | None:

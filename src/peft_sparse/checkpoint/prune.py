@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
-from peft_sparse.checkpoint.convert import Converted, check_new_folder, new_folder, save_model
+from peft_sparse.checkpoint.convert import Converted, check_new_folder, check_writable, new_folder, save_model
+from peft_sparse.checkpoint.lookup import load_tokenizer
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report
+from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
 from peft_sparse.pruning.budgets import resolve_sparsities
 from peft_sparse.pruning.checks import context_length
@@ -35,6 +39,7 @@ def prune_checkpoint(
     calibration: Mapping[str, Any] | None = None,
     task: str | None = None,
     dtype: str | None = None,
+    tokenizer: str | Path | None = None,
     packed: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -50,6 +55,7 @@ def prune_checkpoint(
         data: arguments of [`load_rows`] for the calibration text; not for "magnitude", which needs none.
         calibration: arguments of [`calibration_batches`]; `length` is 512, or the model's context if that is shorter.
         task, dtype, trust_remote_code: see [`load_model`].
+        tokenizer: of the calibration text, and saved with the model: a folder or a name on the Hub. None: the model's.
         packed: save packed.
         dry_run: load and check everything, prune and write nothing.
         **arguments: further ones of the pruner.
@@ -58,6 +64,7 @@ def prune_checkpoint(
         ValueError: if there is no such model, method or data, or they do not fit each other. Nothing is written then.
     """
     folder = check_new_folder(folder)
+    _check_checkpoint_dir(arguments.get("checkpoint_dir"), folder)
     if method not in PRUNERS:
         raise ValueError(f"A method is one of {', '.join(PRUNERS)}, got {method!r}.")
     if (data is None) != (method == "magnitude"):
@@ -66,21 +73,39 @@ def prune_checkpoint(
     parsed: Pattern = pattern_with_group(pattern, group, default=_GROUPS[method])
     parsed.resolve_sparsity(None if isinstance(sparsity, Mapping) else sparsity, 0.5)  # before anything is loaded
     rows = None if data is None else load_rows(**data)
+    tokenizer_from = source if tokenizer is None else tokenizer
+    if rows is not None or tokenizer is not None:  # before the model, since that may take long
+        loaded = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         documents = _whole(rows, settings.get("text_column", "text"))
-        arguments["batches"] = calibration_batches(documents, tokenizer, **settings)
+        arguments["batches"] = calibration_batches(documents, loaded, **settings)
     if dry_run:
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
-        save_model(model, temporary, packed, source)
-        _save_tokenizer(source, temporary, trust_remote_code)
+        save_model(model, temporary, packed, tokenizer_from)
+        _save_tokenizer(tokenizer_from, temporary, trust_remote_code)
     report = sparsity_report(folder)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
-    return Converted("pruned", str(source), str(folder), True, *counts)
+    errors = [layer.error for layer in report.layers if layer.error is not None]
+    moved = (min(errors), max(errors)) if errors else None
+    return Converted("pruned", str(source), str(folder), True, *counts, output_errors=moved)
+
+
+def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:
+    """Raises:
+    ValueError: if blocks cannot be kept there, or would fill the folder of the result, which has to be empty."""
+    if checkpoint_dir is None:
+        return
+    kept = Path(checkpoint_dir).absolute()
+    if folder.absolute() in (kept, *kept.parents):
+        raise ValueError(
+            f"`checkpoint_dir` keeps finished blocks outside of the result's folder, got {str(checkpoint_dir)!r} for "
+            f"the result {str(folder)!r}; name another folder."
+        )
+    check_writable(kept)
 
 
 def _whole(rows: Any, column: str) -> Any:
@@ -99,23 +124,35 @@ def _plan(
     sparsity: float | Mapping[str, float] | None,
     arguments: dict[str, Any],
 ) -> Converted:
-    names = {key: arguments.get(key) for key in ("target_modules", "exclude_modules")}
+    names = {key: arguments.pop(key, None) for key in ("target_modules", "exclude_modules")}
     if method == "magnitude":
         targets = find_targets(model, pattern, **names)
         sparsities = resolve_sparsities(targets, pattern, sparsity)
     else:
-        run = plan_run(model, arguments["batches"], method, pattern, sparsity, **names)
+        settings = {key: arguments.get(key, default) for key, default in _own_settings(method).items()}
+        run = plan_run(model, arguments["batches"], method, pattern, sparsity, settings=settings, **names)
+        run.check(checkpoint_dir=arguments.get("checkpoint_dir"), device=arguments.get("device"))
         targets, sparsities = run.targets, run.sparsities
-    before = sparsity_report(model)
-    zeros = 0
-    for layer in before.layers:
-        if layer.name in targets:
-            size = pattern.group_size(layer.shape)
-            zeros += layer.numel // size * pattern.num_pruned(sparsities[layer.name], size)
-        else:
-            zeros += layer.zeros
-    share = zeros / before.total_numel
-    return Converted("pruned", source, folder, False, share, str(pattern), zeros, before.total_numel)
+    zeros = numel = 0
+    weights = linear_weights(model)
+    for name in weights.names:
+        weight = weights.read(name)
+        numel += weight.numel()
+        zeros += _zeros_after(weight, pattern, sparsities[name]) if name in targets else int((weight == 0).sum())
+    return Converted("pruned", source, folder, False, zeros / numel, str(pattern), zeros, numel)
+
+
+def _own_settings(method: str) -> dict[str, Any]:
+    """The parameters that a pruner has beside those of all that calibrate, with their defaults."""
+    parameters, common = (signature(PRUNERS[name]).parameters for name in (method, "wanda"))
+    return {name: parameter.default for name, parameter in parameters.items() if name not in common}
+
+
+def _zeros_after(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> int:
+    """Zeros that are there already are pruned first, and stay where there are more of them."""
+    size = pattern.group_size(weight.shape)
+    zeros = (weight == 0).reshape(-1, size).sum(1)
+    return int(zeros.clamp(min=pattern.num_pruned(sparsity, size)).sum())
 
 
 def _save_tokenizer(source: str | Path, folder: Path, trust_remote_code: bool) -> None:

@@ -118,9 +118,9 @@ def nothing_shown() -> Iterator[None]:
     """Without progress bars, without what transformers logs below errors, and without what anything prints."""
     names = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)  # the first is read whenever a bar is made, the others when their library is imported
+    os.environ.update(names)  # which libraries read when they are imported
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), _imported_silenced():
             yield
     finally:
         for name, value in before.items():
@@ -128,3 +128,20 @@ def nothing_shown() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _imported_silenced() -> Iterator[None]:
+    """The same for libraries that are imported already, as by `python -m peft_sparse`."""
+    with contextlib.ExitStack() as undone:
+        if logging := sys.modules.get("transformers.utils.logging"):
+            undone.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            if logging.is_progress_bar_enabled():
+                undone.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()
+        datasets = sys.modules.get("datasets.utils")
+        if datasets is not None and not datasets.are_progress_bars_disabled():
+            undone.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        yield

@@ -77,10 +77,10 @@ def add_commands(commands: Any) -> None:
     evaluate.set_defaults(split=None, text_column=None)  # so that one that is given beside a recipe is seen
     evaluate.add_argument("--label-column", metavar="NAME", help="for sequence_classification")
     evaluate.add_argument("--second-text-column", metavar="NAME", help="for pairs of texts")
-    evaluate.add_argument("--num-labels", type=positive, metavar="N", help="1: a number is the target (default: 2)")
+    evaluate.add_argument("--num-labels", type=positive, metavar="N", help="1 for a number (default: the model's)")
     evaluate.add_argument("--metric", nargs="+", default=[], metavar="NAME", help="accuracy, f1, pearsonr, ...")
-    evaluate.add_argument("--length", type=positive, metavar="TOKENS", help="of a window (default: 512)")
-    evaluate.add_argument("--examples", type=positive, metavar="N", help="at most so many rows")
+    evaluate.add_argument("--length", type=positive, metavar="TOKENS", help="of a window (default: up to 512)")
+    evaluate.add_argument("--examples", type=positive, metavar="N", help="at most so many rows, or windows of text")
     evaluate.add_argument("--batch-size", type=positive, metavar="N", help="examples at once (default: 8)")
     evaluate.add_argument("--tokenizer", metavar="MODEL", help="default: the model's")
     add_loading(evaluate)
@@ -144,7 +144,7 @@ def run_evaluate(options: argparse.Namespace) -> Outcome:
         text = options.text_column or "text"
         result = evaluate_model(
             options.model,
-            task=options.task or "causal_lm",
+            task=options.task,
             dtype=options.dtype,
             num_labels=options.num_labels,
             tokenizer=options.tokenizer,
@@ -155,7 +155,7 @@ def run_evaluate(options: argparse.Namespace) -> Outcome:
                 "validation_split": options.split or "validation",
                 "text": [text, options.second_text_column] if options.second_text_column else text,
                 "label": options.label_column,
-                "max_length": options.length or 512,
+                "max_length": options.length,
                 "validation_examples": options.examples,
             },
             metrics=options.metric,

@@ -50,8 +50,9 @@ def add_commands(commands: Any) -> None:
     data.add_argument("--seed", type=int, default=0, help="of the draw of sequences (default: 0)")
     data.add_argument("--checkpoint-dir", metavar="FOLDER", help="keep finished blocks there, and go on from them")
     data.add_argument("--device", help="move one block at a time there, e.g. cuda")
-    data.add_argument("--measure-error", action="store_true", help="also measure how far each output moves")
+    data.add_argument("--measure-error", action="store_true", help="also tell how far each linear's output moves")
     add_loading(parser)
+    parser.add_argument("--tokenizer", metavar="MODEL", help="also saved with the result (default: the model's)")
     parser.add_argument("--pack", action="store_true", help="save packed, as `peft-sparse pack` does")
     add_dry_run(parser)
     parser.set_defaults(calibration={action.dest: action for action in data._group_actions})
@@ -99,6 +100,7 @@ def run(options: argparse.Namespace) -> Outcome:
         calibration=calibration,
         task=options.task,
         dtype=options.dtype,
+        tokenizer=options.tokenizer,
         packed=options.pack,
         trust_remote_code=options.trust_remote_code,
         dry_run=options.dry_run,

@@ -13,17 +13,22 @@ from typing import Any
 
 import numpy as np
 
-Compute = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+Compute = Callable[..., dict[str, float]]  # of predictions and references
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     return {"accuracy": float((predictions == references).mean())}
 
 
-def _f1(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """2 TP / (2 TP + FP + FN) of label 1; with more than two labels the mean over those that occur."""
+def _f1(predictions: np.ndarray, references: np.ndarray, average: str | None = None) -> dict[str, float]:
+    """2 TP / (2 TP + FP + FN): of label 1 ("binary"), or the mean over the labels that occur ("macro"). None: "binary"
+    if no other labels than 0 and 1 occur; a model tells better how many it has."""
+    if average not in (None, "binary", "macro"):
+        raise ValueError(f"`average` is 'binary' or 'macro', got {average!r}.")
     labels = np.union1d(predictions, references)
-    wanted = [1] if labels.max(initial=0) <= 1 else labels.tolist()
+    if average is None:
+        average = "binary" if labels.max(initial=0) <= 1 else "macro"
+    wanted = [1] if average == "binary" else labels.tolist()
     scores = []
     for label in wanted:
         found, meant = predictions == label, references == label
@@ -120,8 +125,8 @@ def _bundled(name: str) -> Any:
                 description=compute.__doc__ or name, citation="", inputs_description="", features=features
             )
 
-        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-            return compute(np.asarray(predictions), np.asarray(references))
+        def _compute(self, predictions: Any, references: Any, **settings: Any) -> dict[str, float]:
+            return compute(np.asarray(predictions), np.asarray(references), **settings)
 
     return Bundled(keep_in_memory=True, experiment_id=name)
 

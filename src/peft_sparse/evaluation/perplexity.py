@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sparse.pruning.calibration import evaluation_mode
+from peft_sparse.pruning.checks import check_positions
 from peft_sparse.pruning.token_inputs import check_token_inputs
 
 
@@ -31,7 +32,8 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         A number from 1 up; the size of the vocabulary for a model that guesses.
 
     Raises:
-        ValueError: if `input_ids` is not one row of at least 2 tokens of the model's, or `window` is below 2.
+        ValueError: if `input_ids` is not one row of at least 2 tokens of the model's, or `window` is below 2 or beyond
+            the positions that the model has embeddings for.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,6 +59,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         raise ValueError(
             f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."
         )
+    check_positions(model, "window", min(window, len(input_ids)))
     check_token_inputs(model, [{"input_ids": input_ids[None]}])
     device = next(model.parameters()).device
     total, predicted = 0.0, 0

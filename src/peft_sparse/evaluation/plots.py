@@ -7,6 +7,7 @@ optional dependency and imported when a picture is made; no global state of it i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
@@ -126,21 +127,23 @@ def _label_kinds(axes: Any, kinds: Mapping[str, Sequence[str]]) -> None:
             axis.axhline(end - 0.5, color="black", linewidth=0.6)
 
 
-def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) -> Any:
+def plot_schedule(log: Sequence[Mapping[str, Any]] | str | Path, title: str | None = None) -> Any:
     """Sparsity and mask churn over the steps of a run.
 
     Args:
-        log: `trainer.state.log_history` of a run with `SparsityCallback`; or `log` of a `FinetuneResult` or of
-            result.json.
+        log: `trainer.state.log_history` of a run with `SparsityCallback`, or `log` of a `FinetuneResult`; or the path
+            of a run's result.json, or of the trainer_state.json in a checkpoint.
         title: of the picture.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        ValueError: if no entry has a `sparsity`.
+        ValueError: if no entry has a `sparsity`, or the file is none of these.
         ImportError: if matplotlib is not installed.
     """
+    if isinstance(log, (str, Path)):
+        log = _stored_log(Path(log))
     entries = [entry for entry in log if "sparsity" in entry and "step" in entry]
     if not entries:
         raise ValueError(
@@ -165,6 +168,20 @@ def plot_schedule(log: Sequence[Mapping[str, Any]], title: str | None = None) ->
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _stored_log(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"A training log is read from a JSON file, got {str(path)!r} ({error}).") from error
+    log = (found.get("log") or found.get("log_history")) if isinstance(found, dict) else None
+    if not isinstance(log, list):
+        raise ValueError(
+            f"A training log is in a result.json as `log` or in a trainer_state.json as `log_history`, got neither in "
+            f"{str(path)!r}; name one of these files."
+        )
+    return log
 
 
 def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:

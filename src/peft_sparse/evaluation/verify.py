@@ -30,13 +30,14 @@ def verify_sparsity(
             dense or packed, or a repository on the Hub. Pickled weights are never opened.
         reference: the same; usually the pruned base model. None: nothing is lost or gained.
         pattern: an N:M pattern that every layer has to follow. None: each layer has to follow the one that the
-            reference's follows, if any.
+            reference's follows, if any; "unstructured": none.
 
     Returns:
         A [`VerifyReport`]; layers are in the model's order.
 
     Raises:
-        ValueError: if either cannot be read, they have different layers, or one layer different shapes.
+        ValueError: if either cannot be read, they have different layers, or one layer different shapes; or if the
+            pattern is "unstructured" and there is no reference.
 
     Examples:
         >>> pruned, merged = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 2))
@@ -53,6 +54,11 @@ def verify_sparsity(
         1
     """
     expected = None if pattern is None else parse_pattern(pattern)
+    if reference is None and expected is not None and not isinstance(expected, NM):
+        raise ValueError(
+            f"Without a reference `pattern` is N:M, such as '2:4', got {pattern!r}, which any zeros follow; pass the "
+            "pruned model as `reference`."
+        )
     checked = linear_weights(model_or_path)
     if reference is None:
         layers = [_check(name, checked.read(name), None, expected) for name in checked.names]

@@ -13,6 +13,8 @@ from torch import nn
 from peft_sparse.pruning.data import Batch, collate, sequences_of
 from peft_sparse.pruning.token_inputs import check_token_inputs
 
+# What models call their embeddings of positions.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
 WAY_OUT = "pass an iterable of dicts as the model's forward takes them, such as [{'input_ids': ...}]"
 
 
@@ -100,18 +102,38 @@ def _check_lengths(model: nn.Module, batches: list[Batch]) -> None:
 
 def context_length(model: nn.Module) -> int | None:
     """The longest sequence that a model takes, by its config; None: it has no limit, or does not say."""
+    limit, learned = _limit_of_config(model), learned_positions(model)
+    return limit if limit is None or learned is None else min(limit, learned)
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has embeddings for, beyond which it cannot run; None: it computes them, as Llama
+    does, or needs none."""
+    limit, found = _limit_of_config(model), []
+    for name, table in model.named_modules():
+        if limit is None or not isinstance(table, nn.Embedding) or not name.endswith(_POSITION_TABLES):
+            continue
+        # OPT and BART have two rows more than positions; tables of another size are those of images
+        if table.num_embeddings - getattr(table, "offset", 0) == limit:
+            # RoBERTa and its kin count positions from behind the index of the padding token
+            found.append(limit if table.padding_idx is None else limit - table.padding_idx - 1)
+    return min(found, default=None)
+
+
+def check_positions(model: nn.Module, name: str, length: int) -> None:
+    """Raises:
+    ValueError: if sequences of so many tokens have no position embeddings; `name` is what asks for that length."""
+    limit = learned_positions(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"`{name}` is at most {limit}, the positions that the model has embeddings for, got {length}; take less."
+        )
+
+
+def _limit_of_config(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     text_config = config if get_text_config is None else get_text_config()
     names = ("max_position_embeddings", "max_target_positions")
     found = [getattr(one, name, None) for one in (text_config, config) for name in names]
-    limits = [int(limit) for limit in found if isinstance(limit, int) and limit > 0]
-    if not limits:
-        return None
-    # RoBERTa and its kin count positions from behind the index of the padding token.
-    learned = [
-        module.num_embeddings - module.padding_idx - 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]
-    return min([limits[0], *learned])
+    return next((int(limit) for limit in found if isinstance(limit, int) and limit > 0), None)

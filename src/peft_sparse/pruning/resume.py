@@ -44,7 +44,7 @@ class Checkpoint:
     """The folder of one run.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there, unless `make` is False.
         fingerprint: all that the result depends on, as plain JSON values.
         with_errors: whether the errors of outputs are wanted; a block that was saved without them is pruned again.
 
@@ -52,12 +52,19 @@ class Checkpoint:
         ValueError: if the folder cannot be used, or has another run in it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any], with_errors: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        fingerprint: dict[str, Any],
+        with_errors: bool = False,
+        make: bool = True,
+    ) -> None:
         self.folder, self.with_errors = Path(folder), with_errors
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if make:
+                self.folder.mkdir(parents=True, exist_ok=True)
             found = json.loads(self._manifest.read_text()) if self._manifest.exists() else None
         except (OSError, ValueError) as error:
             raise ValueError(

@@ -18,6 +18,7 @@ from peft_sparse.pruning.calibration import prune_block_by_block
 from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.metadata import describe, record
+from peft_sparse.pruning.offload import BlockMover
 from peft_sparse.pruning.resume import Checkpoint, hash_model
 from peft_sparse.pruning.targets import Names, calibrated_targets
 from peft_sparse.sparsity import Pattern
@@ -63,12 +64,7 @@ class CalibratedRun:
         Raises:
             ValueError: as [`prune_block_by_block`] and [`Checkpoint`]; the model is as it was then.
         """
-        facts = describe(self.method, self.pattern, self.sparsities, self.batches, self.settings)
-        checkpoint = None
-        if checkpoint_dir is not None:
-            decisive = {key: value for key, value in facts.items() if key not in ("version", "modules")}
-            decisive |= {"sparsity": self.sparsities, "model weights": hash_model(self.model)}
-            checkpoint = Checkpoint(checkpoint_dir, decisive, measure_error)
+        checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, self._decisive(), measure_error)
         errors = prune_block_by_block(
             self.model,
             self.batches,
@@ -80,7 +76,27 @@ class CalibratedRun:
             checkpoint=checkpoint,
             measure_error=measure_error,
         )
-        record(self.model, facts, errors)
+        record(self.model, self._facts(), errors)
+
+    def check(
+        self, *, checkpoint_dir: str | os.PathLike[str] | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """What [`CalibratedRun.execute`] checks before its first change. Nothing is written.
+
+        Raises:
+            ValueError: if the device is not there, or the folder is that of another run.
+        """
+        BlockMover(self.model, device)
+        if checkpoint_dir is not None:
+            Checkpoint(checkpoint_dir, self._decisive(), make=False)
+
+    def _facts(self) -> dict[str, Any]:
+        return describe(self.method, self.pattern, self.sparsities, self.batches, self.settings)
+
+    def _decisive(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        facts = {key: value for key, value in self._facts().items() if key not in ("version", "modules")}
+        return facts | {"sparsity": self.sparsities, "model weights": hash_model(self.model)}
 
 
 def plan_run(

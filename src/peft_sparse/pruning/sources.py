@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def load_rows(
             raise ValueError(
                 f"Data is in files with something in them, got {listed!r}, which is empty; check the path."
             )
+    patterns = None if files is None else {key: _as_patterns(listed, str(path)) for key, listed in files.items()}
     try:
-        return datasets.load_dataset(str(path), name, data_files=files, split=split, streaming=streaming, **options)
+        return datasets.load_dataset(str(path), name, data_files=patterns, split=split, streaming=streaming, **options)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # `datasets` wraps what a reader says of a file into "an error occurred"
         if isinstance(cause, UnicodeDecodeError):
@@ -84,6 +86,16 @@ def load_rows(
             f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
             f"{'what is in it' if files is not None else 'the names and the connection'}."
         ) from error
+
+
+def _as_patterns(files: Any, reader: str) -> Any:
+    """`datasets` takes names for patterns, relative to a folder that is one too: a file that is there is meant as it
+    is called, with brackets in its name or its folder's."""
+    if isinstance(files, (list, tuple)):
+        return [_as_patterns(file, reader) for file in files]
+    if not Path(files).is_file():
+        return files
+    return glob.escape(str(Path(files).absolute() if reader in READERS.values() else files))
 
 
 def _flat(files: dict[str, Any] | None) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
+from peft_sparse.checkpoint import lookup
 from peft_sparse.checkpoint.models import TASKS, load_model
 from peft_sparse.evaluation.metrics import compares_numbers
-from peft_sparse.storage import may_be_on_the_hub
 from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
 from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
@@ -44,23 +45,10 @@ def adapter_config(recipe: Recipe) -> Any:
 def load_tokenizer(model: ModelPart) -> Any:
     """Raises:
     ValueError: if there is none."""
-    source = model.tokenizer or model.path
-    folder = Path(source)
-    if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
-        raise ValueError(f"A model is a folder or a name on the Hub, got {source!r}, which is no folder here.")
-    known = ("config.json", "adapter_config.json", "tokenizer*", "*.gguf")
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in known):
-        raise ValueError(
-            f"A model's folder has a config.json, a tokenizer's a tokenizer.json, got {source!r} with neither; check "
-            "the path."
-        )
-    extra = {"gguf_file": model.gguf_file} if model.gguf_file and model.tokenizer is None else {}
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **extra)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(
-            f"A tokenizer is loaded from a folder or a name on the Hub, got {source!r}: {' '.join(str(error).split())}"
-        ) from error
+    gguf_file = model.gguf_file if model.tokenizer is None else None
+    return lookup.load_tokenizer(
+        model.tokenizer or model.path, gguf_file=gguf_file, trust_remote_code=model.trust_remote_code
+    )
 
 
 def make_trainer(
@@ -109,8 +97,11 @@ def num_labels(recipe: Recipe) -> int:
     return recipe.model.num_labels or (len(recipe.data.labels) if recipe.data.labels else 2)
 
 
-def model_of(recipe: Recipe, path: str | Path | None = None) -> Any:
-    """The model of a recipe as it is loaded, or the one in another folder in the same way."""
+def model_of(
+    recipe: Recipe, path: str | Path | None = None, on_missing: Callable[[list[str]], Any] | None = None
+) -> Any:
+    """The model of a recipe as it is loaded, or the one in another folder in the same way; `on_missing` as in
+    [`load_model`]."""
     part = recipe.model
     config = dict(part.config)
     known = part.num_labels is not None or recipe.data.labels is not None or path is None
@@ -128,6 +119,7 @@ def model_of(recipe: Recipe, path: str | Path | None = None) -> Any:
         gguf_file=part.gguf_file if path is None else None,
         trust_remote_code=part.trust_remote_code,
         config=config,
+        on_missing=on_missing,
     )
 
 
@@ -140,17 +132,20 @@ class Metrics:
     def __call__(self, prediction: Any) -> dict[str, float]:
         predictions, references = prediction.predictions, prediction.label_ids
         predictions = predictions[0] if isinstance(predictions, tuple) else predictions
+        average = "macro"  # of F1: also where no more than two of the classes occur
         if self.language_model:
             predictions, references = predictions[:, :-1].reshape(-1), references[:, 1:].reshape(-1)
             predictions, references = predictions[references != -100], references[references != -100]
         elif predictions.ndim > 1 and predictions.shape[-1] > 1:
+            average = "binary" if predictions.shape[-1] == 2 else "macro"
             predictions = predictions.argmax(-1)
         else:
             predictions = predictions.reshape(-1)
         found: dict[str, float] = {}
         for name, metric in self.metrics.items():
             kind = np.float64 if compares_numbers(name) or predictions.dtype.kind == "f" else np.int64
-            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind))
+            own = {"average": average} if name == "f1" else {}
+            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind), **own)
         return found
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from peft_sparse.checkpoint.lookup import has_tokenizer
+from peft_sparse.checkpoint.models import task_of
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
+from peft_sparse.pruning.checks import check_positions, context_length
 from peft_sparse.training.build import Metrics, load_tokenizer, model_of, most_likely
-from peft_sparse.training.data import make_examples, token_stream
+from peft_sparse.training.data import Examples, make_examples, token_stream
 from peft_sparse.training.recipe import Recipe, make_recipe
 
 
@@ -28,7 +32,7 @@ def evaluate_recipe(
     """The numbers of a model on `data.validation_split`.
 
     Text of a causal language model is measured as a whole, in windows of `data.max_length` tokens that do not overlap,
-    see [`perplexity`]; anything else by Trainer.
+    see [`perplexity`]; anything else by Trainer. All weights have to be in the model's files, or in the adapter's.
 
     Args:
         recipe: its model, data and evaluation parts are used.
@@ -41,40 +45,67 @@ def evaluate_recipe(
         Plain values: `model`, `sparsity`, `examples` or `tokens`, and the metrics.
 
     Raises:
-        ValueError: if there is no validation split, or data and model do not fit each other.
+        ValueError: if there is no validation split, a weight would be random, or data and model do not fit each other.
     """
-    data = recipe.data
-    if data.validation_split is None:
+    return _evaluate(recipe, path, batch_size, progress, tokenizer_from, shorten=False)
+
+
+def _evaluate(
+    recipe: Recipe,
+    path: str | Path | None,
+    batch_size: int | None,
+    progress: bool,
+    tokenizer_from: str | Path | None,
+    shorten: bool,
+) -> dict[str, Any]:
+    """[`evaluate_recipe`]; with `shorten`, in the model's context where that is shorter than `data.max_length`."""
+    data, split = recipe.data, recipe.data.validation_split
+    if split is None:
         raise ValueError("Evaluation takes `data.validation_split`, got none; name the split to measure on.")
     part = recipe.model
-    if tokenizer_from is None and path is not None and any(Path(path).glob("tokenizer*")):
+    if tokenizer_from is None and path is not None and has_tokenizer(path):
         tokenizer_from = path
     if tokenizer_from is not None:
         part = replace(part, tokenizer=str(tokenizer_from))
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     tokenizer = load_tokenizer(part)
     found: dict[str, Any] = {"model": str(path or part.path)}
+    model = model_of(recipe, path, on_missing=partial(_refuse_random, found["model"])).eval()
+    if shorten:
+        data = replace(data, max_length=min(data.max_length, context_length(model) or data.max_length))
+    check_positions(model, "data.max_length", data.max_length)
     whole_text = part.task == "causal_lm" and data.text is not None and not metrics
     if whole_text:
         limit = None if data.validation_examples is None else data.validation_examples * data.max_length
-        ids = torch.tensor(token_stream(data, data.validation_split, tokenizer)[:limit], dtype=torch.int64)
-        model = model_of(recipe, path).eval()
+        ids = torch.tensor(token_stream(data, split, tokenizer)[:limit], dtype=torch.int64)
         found |= {"sparsity": sparsity_report(model).total_sparsity, "tokens": len(ids)}
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
-    model = model_of(recipe, path).eval()
     if part.task == "sequence_classification":
         part = replace(part, num_labels=model.config.num_labels)
     examples = make_examples(data, part, tokenizer, seed=0, train=False)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
-    language_model = part.task == "causal_lm"
+    size = batch_size or recipe.training.get("per_device_eval_batch_size", 8)
+    return found | _by_trainer(model, examples, tokenizer, metrics, size, progress, part.task == "causal_lm")
+
+
+def _by_trainer(
+    model: Any,
+    examples: Examples,
+    tokenizer: Any,
+    metrics: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+    language_model: bool,
+) -> dict[str, float]:
+    """Loss and metrics on the validation part."""
     from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
 
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
             "output_dir": folder, "report_to": [], "disable_tqdm": not progress, "label_names": ["labels"],
-            "per_device_eval_batch_size": batch_size or recipe.training.get("per_device_eval_batch_size", 8),
+            "per_device_eval_batch_size": batch_size,
             "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(),
         }  # fmt: skip
         trainer = Trainer(
@@ -88,7 +119,7 @@ def evaluate_recipe(
         )
         measured = trainer.evaluate()
     times = ("_runtime", "_per_second", "preparation_time", "epoch")
-    found |= {key.removeprefix("eval_"): value for key, value in measured.items() if not key.endswith(times)}
+    found = {key.removeprefix("eval_"): value for key, value in measured.items() if not key.endswith(times)}
     if language_model:
         found["perplexity"] = float(torch.tensor(found["loss"], dtype=torch.float64).exp())
     return found
@@ -98,7 +129,7 @@ def evaluate_model(
     path: str | Path,
     *,
     data: Mapping[str, Any],
-    task: str = "causal_lm",
+    task: str | None = None,
     metrics: Sequence[str] = (),
     batch_size: int | None = None,
     progress: bool = True,
@@ -108,14 +139,25 @@ def evaluate_model(
 
     Args:
         path: of a model or an adapter.
-        data: the fields of a recipe's data part; None leaves one as it is.
-        task, **model: of its model part.
+        data: the fields of a recipe's data part; None leaves one as it is. Without `max_length`, up to 512 tokens: as
+            many as the model takes.
+        task: of its model part; None: see [`task_of`].
+        **model: of its model part.
         metrics, batch_size, progress: see [`evaluate_recipe`].
     """
-    data = dict(data) | {"train_split": data.get("validation_split")}
+    shorten = data.get("max_length") is None
+    data = dict(data) | {"train_split": data.get("validation_split")} | ({"max_length": 512} if shorten else {})
+    task = task or task_of(path, bool(model.get("trust_remote_code")))
     given = {"model": {"path": str(path), "task": task} | model, "data": data}
     parts = {part: {k: v for k, v in values.items() if v is not None} for part, values in given.items()}
     # Nothing is trained: the parts that say how have what they need to be a recipe's.
     unused = {"adapter": {"method": "spp"}, "training": {"output_dir": "unused"}}
     recipe = make_recipe(parts | unused | {"evaluation": {"metrics": list(metrics)}})
-    return evaluate_recipe(recipe, path, batch_size, progress, tokenizer_from=recipe.model.tokenizer)
+    return _evaluate(recipe, path, batch_size, progress, recipe.model.tokenizer, shorten)
+
+
+def _refuse_random(source: str, names: list[str]) -> None:
+    raise ValueError(
+        f"Evaluation measures trained weights, got none for {', '.join(names[:3])} ({len(names)} in all) in "
+        f"{source!r}, which would be random; name the task that the model was trained for, or train it first."
+    )

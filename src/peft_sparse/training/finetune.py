@@ -28,6 +28,7 @@ from peft_sparse.checkpoint.convert import check_new_folder, check_writable, cop
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning import PRUNERS, calibration_batches
+from peft_sparse.pruning.checks import check_positions
 from peft_sparse.training.build import adapter_config, load_tokenizer, make_trainer, model_of, training_arguments
 from peft_sparse.training.data import calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
@@ -141,7 +142,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model = get_peft_model(model_of(recipe), adapter_config(recipe))
+        model = get_peft_model(_model(recipe), adapter_config(recipe))
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": recipe.method,
@@ -194,16 +195,23 @@ def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, r
     if recipe.pruner is not None and not resumed:
         PartialState().wait_for_everyone()
     if recipe.pruner is None:
-        model = model_of(recipe)
+        model = _model(recipe)
     elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
-        model = model_of(recipe, pruned)
+        model = _model(recipe, pruned)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
+def _model(recipe: Recipe, path: Path | None = None) -> Any:
+    """[`model_of`], and it takes the recipe's examples."""
+    model = model_of(recipe, path)
+    check_positions(model, "data.max_length", recipe.data.max_length)
+    return model
+
+
 def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
-    model, arguments = model_of(recipe), dict(recipe.prune)
+    model, arguments = _model(recipe), dict(recipe.prune)
     if recipe.pruner != "magnitude":
         settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
         arguments["batches"] = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)

@@ -1,0 +1,90 @@
+"""What a model's name tells before its weights are read: the base of an adapter, and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from peft_sparse.storage import may_be_on_the_hub
+
+# Any of these tells that a folder has a tokenizer.
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")
+PRUNED = "pruned"  # the folder in which `finetune` keeps a base that it pruned, beside adapters and checkpoints
+
+
+def check_source(source: str | Path) -> Path:
+    """Raises:
+    ValueError: unless it is a folder or may be a name on the Hub."""
+    folder = Path(source)
+    if not folder.is_dir() and (folder.exists() or not may_be_on_the_hub(source)):
+        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}, which is no folder here.")
+    return folder
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Whether it is a folder with an adapter."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def adapter_settings(folder: str | Path) -> dict[str, Any]:
+    """What the adapter_config.json of a folder has."""
+    return json.loads((Path(folder) / "adapter_config.json").read_text())
+
+
+def base_of_adapter(folder: str | Path) -> str | Path:
+    """The base model that an adapter names, or the folder beside the adapter that it was when the adapter was saved:
+    a run is evaluated from other working directories, and moved.
+
+    Raises:
+        ValueError: if it names none."""
+    base = adapter_settings(folder).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"An adapter names its base model, got none in {str(folder)!r}; pass it as `base`.")
+    named = Path(base)
+    beside = Path(folder).absolute().parent / named.name
+    # "owner/model" may be a name on the Hub, whatever a folder here is called; but not if that is the place it had.
+    moved = not named.is_dir() and (len(named.parts) > 2 or named.name == PRUNED)
+    kept = len(named.parts) > 1 and beside.parts[-len(named.parts) :] == named.parts
+    return beside if beside.is_dir() and (moved or kept) else base
+
+
+def has_tokenizer(source: str | Path) -> bool:
+    """Whether there is a tokenizer in a folder."""
+    return any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def load_tokenizer(source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        source: a folder or a name on the Hub; an adapter without one has that of its base.
+        gguf_file: a file in that folder that holds it.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = check_source(source)
+    if gguf_file is None and folder.is_dir() and not has_tokenizer(folder):
+        if is_adapter(folder):
+            return load_tokenizer(base_of_adapter(folder), trust_remote_code=trust_remote_code)
+        if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+            raise ValueError(
+                f"A model's folder has a config.json, a tokenizer's a tokenizer.json, got {str(source)!r} with "
+                "neither; check the path."
+            )
+        raise ValueError(
+            f"A tokenizer lies beside its model, got none in {str(source)!r}; name the model that it came with, by "
+            "`--tokenizer` or a recipe's `model.tokenizer`."
+        )
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"A tokenizer is loaded from a folder or a name on the Hub, got {str(source)!r}: "
+            f"{' '.join(str(error).split())}"
+        ) from error

@@ -1,0 +1,35 @@
+"""Where an adapter's base is, by the name that the adapter has for it."""
+
+import json
+
+import pytest
+
+from peft_sparse.checkpoint.lookup import base_of_adapter
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "found"),
+    [
+        ("run/pruned", ["run/pruned"], "run/pruned"),  # from another working directory
+        ("old/pruned", ["run/pruned"], "run/pruned"),  # and renamed
+        ("a/long/way/base", ["run/base"], "run/base"),  # and moved
+        ("run/base", ["run/base"], "run/base"),
+        ("owner/base", ["run/base"], None),  # a name on the Hub
+        ("owner/base", [], None),
+        ("base", ["cwd/base", "run/base"], None),  # what is in the working directory is meant
+        ("run/pruned", ["cwd/run/pruned", "run/pruned"], "run/pruned"),  # not that of another run
+        ("x/run/pruned", ["cwd/x/run/pruned", "run/pruned"], None),
+    ],
+)
+def test_the_base_of_an_adapter(named, there, found, tmp_path, monkeypatch):
+    for folder in ["run/adapter", "cwd", *there]:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    (tmp_path / "run/adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    assert base_of_adapter(tmp_path / "run/adapter") == (named if found is None else tmp_path / found)
+
+
+def test_an_adapter_without_a_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"names its base model, got none in .*; pass it as `base`"):
+        base_of_adapter(tmp_path)
