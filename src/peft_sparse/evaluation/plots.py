@@ -43,7 +43,8 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
     kept = (weight != 0).float()
     profiles = []
     for shares in (kept.mean(1), kept.mean(0)):
-        places = torch.linspace(0, len(shares) - 1, points).round().long().clamp(max=len(shares) - 1)
+        last, steps = len(shares) - 1, max(points - 1, 1)
+        places = (2 * last * torch.arange(points) + steps) // (2 * steps)  # whole numbers round alike on every machine
         profiles.append(shares.sort(descending=True).values[places.to(shares.device)].cpu())
     return profiles[0], profiles[1]
 

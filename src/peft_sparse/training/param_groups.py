@@ -36,7 +36,7 @@ def pst_param_groups(
         ValueError: if the model has no trainable PST parameter, or `head_lr` is given and nothing else is trained.
 
     Examples:
-        >>> # optimizer = torch.optim.AdamW(pst_param_groups(model, lr=1.5e-4, score_lr=5e-4))
+        >>> # optimizer = torch.optim.AdamW(pst_param_groups(model, lr=5e-5, score_lr=1.5e-4))
         >>> # trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[SparsityCallback()], ...)
     """
     groups: dict[str, dict[str, Any]] = {
