@@ -1,6 +1,11 @@
-"""The guides are true: the code blocks of each page run, in order, on tiny models of the same classes."""
+"""The guides are true: the code blocks of each page run, in order, on tiny models of the same classes; and so do the
+examples of docstrings."""
 
+import doctest
+import importlib
+import importlib.util
 import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -12,6 +17,11 @@ import peft_sparse
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = {f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")}  # by .ci/notebook_pages.py
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(peft_sparse.__path__, "peft_sparse.")
+    if not module.name.endswith("__main__") and (importlib.util.find_spec("triton") or "triton" not in module.name)
+]
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text())
 
 
@@ -26,6 +36,18 @@ def test_blocks_run(page, hub_stand_ins, tmp_path, monkeypatch):
         block = re.sub(r"max_steps=\d+", "max_steps=3", block)
         exec(compile(block, page.name, "exec"), scope)
     assert os.listdir(tmp_path)  # every guide leaves a file: a model that somebody wants
+
+
+@pytest.mark.parametrize("name", [*MODULES, "benchmarks.leaderboard.search"])
+def test_examples_of_docstrings_run(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.failed == 0, f"{found.failed} of {found.attempted} examples say something else"
+
+
+def test_there_are_examples_in_docstrings():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    tests = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(tests) > 40
 
 
 def test_all_pages_are_in_the_navigation():
