@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
+from peft_sparse.pruning import prune_magnitude
 from peft_sparse.training import evaluate_recipe, finetune, make_recipe, plan_finetune
 from peft_sparse.training.build import load_tokenizer
 from peft_sparse.training.data import make_examples
@@ -55,7 +56,8 @@ def recipe(tmp_path, model, rows, name="run", **parts):
 
 
 def classifier(tmp_path, sentences, name="run", **parts):
-    model = {"path": save_with_tokenizer(tiny_bert(), tmp_path / "bert"), "task": "sequence_classification"}
+    bert = save_with_tokenizer(parts.pop("base", None) or tiny_bert(), tmp_path / "bert")
+    model = {"path": bert, "task": "sequence_classification"}
     values = {
         "adapter": {"method": "pst", "sparsity": 0.75},
         "data": {"text": "text", "label": "label"},
@@ -173,6 +175,32 @@ def test_a_pruned_language_model_keeps_its_zeros(tmp_path, sentences, streaming)
     torch.testing.assert_close(again.eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("base", ["folder", "hub"])
+def test_a_merge_that_loses_zeros_leaves_no_folder_and_no_training_is_lost(tmp_path, sentences, monkeypatch, base):
+    """Also where the base is not a folder here: what was tuned is compared, not where it came from."""
+    module = sys.modules[finetune.__module__]
+
+    def save_dense_weights(model, folder, *rest, save=module.save_model):
+        layer = model.model.layers[1].mlp.down_proj.weight
+        layer.data[layer.data == 0] = 0.5
+        save(model, folder, *rest)
+
+    monkeypatch.setattr(module, "save_model", save_dense_weights)
+    asked = language_model(tmp_path, sentences, output={"merge": True})
+    if base == "hub":
+        pruned = prune_magnitude(tiny_llama(), "2:4")
+        asked = language_model(tmp_path, sentences, base=pruned, prune=None, output={"merge": True})
+        load = module.model_of
+        monkeypatch.setattr(module, "model_of", lambda asked: load(asked, tmp_path / "llama"))
+        asked = replace(asked, model=replace(asked.model, path="org/llama", tokenizer=asked.model.path))
+    with pytest.raises(RuntimeError, match=r"got 768 of them lost .* nothing was written to"):
+        finetune(asked)
+    assert not (tmp_path / "run" / "merged").exists() and not list((tmp_path / "run").glob(".merged*"))
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written["steps"] == 6 and written["merged"] is None and written["zeros_lost"] is None
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_resuming_takes_the_pruned_model_that_is_there(tmp_path, sentences):
     asked = language_model(tmp_path, sentences)
     finetune(asked)
@@ -198,6 +226,28 @@ def test_scores_with_a_rate_of_their_own_and_names_for_labels(tmp_path, sentence
     data = {"text": ["question", "answer"], "label": "name", "labels": ["low", "high"]}
     asked = classifier(tmp_path, sentences, data=data, training={"score_learning_rate": 5e-2, "logging_steps": 1})
     assert finetune(asked).steps == 6
+
+
+def test_the_names_of_labels_are_those_of_the_model(tmp_path, sentences):
+    """In the order of the recipe, whatever the base called them; then by the model's own, and in no other order."""
+    base = tiny_bert()
+    base.config.id2label, base.config.label2id = {0: "high", 1: "low"}, {"high": 0, "low": 1}
+    data = {"text": "text", "label": "name", "labels": ["low", "high"]}
+    result = finetune(classifier(tmp_path, sentences, base=base, data=data, output={"merge": True}))
+    merged = load_model(result.merged).config
+    assert merged.id2label == {0: "low", 1: "high"} and merged.label2id == {"low": 0, "high": 1}
+    expected = result.metrics["eval_accuracy"]
+    for values in (data, {"text": "text", "label": "name"}, {"text": "text", "label": "label"}):
+        measured = evaluate_recipe(classifier(tmp_path, sentences, data=values), result.merged, progress=False)
+        assert measured["accuracy"] == expected
+    adapter = evaluate_recipe(classifier(tmp_path, sentences, base=base, data=data), result.adapter, progress=False)
+    assert adapter["accuracy"] == expected
+    turned = classifier(tmp_path, sentences, data=data | {"labels": ["high", "low"]})
+    with pytest.raises(ValueError, match=r"got \['high', 'low'\], and the model's config.json has \['low', 'high'\]"):
+        evaluate_recipe(turned, result.merged, progress=False)
+    base.config.id2label, base.config.label2id = {0: "hi", 1: "low"}, {"hi": 0, "low": 1}
+    with pytest.raises(ValueError, match="one of the model's names hi, low, got 'high' in column 'name'; list"):
+        plan_finetune(classifier(tmp_path, sentences, "other", base=base, data={"text": "text", "label": "name"}))
 
 
 def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):
@@ -233,7 +283,7 @@ def test_a_plan_trains_and_writes_nothing(tmp_path, sentences):
         ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has answer, label"),
         ({"text": "score", "label": "label"}, "A column of text has strings, got 0.0"),
         ({"text": "text", "label": "name"}, "list the names in `data.labels`"),
-        ({"text": "text", "label": "name", "labels": ["low"]}, "got 'high' in column 'name' besides"),
+        ({"text": "text", "label": "name", "labels": ["low", "mid"]}, "got 'high' in column 'name' besides"),
         ({"text": "text", "label": "score"}, "from 0 to 1, got 0.125"),
         ({"text": "text", "label": "label", "path": "nowhere.jsonl"}, "got 'nowhere.jsonl', which is none"),
         ({"text": "text", "label": "label", "validation_split": "test"}, "A file is one split"),

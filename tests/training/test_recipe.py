@@ -112,6 +112,8 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("model", {"num_labels": 3}, "is for task sequence_classification"),
         ("data", {"max_length": "128"}, "`data.max_length` is int"),
         ("data", {"max_length": 1}, "from 2 up"),
+        ("data", {"labels": []}, r"at least two and each once, got \[\]; leave it out"),
+        ("data", {"labels": ["a", "b", "a"]}, "each once, got 'a' twice"),
         ("data", {"prompt": "{a}"}, "names one column of `text`, or `prompt` and `completion`"),
         ("data", {"validation_split": 3}, "str or None"),
         ("prune", {"method": "wander"}, "one of magnitude, wanda, sparsegpt, ria"),
@@ -138,6 +140,11 @@ def test_parts_and_streams():
         make_recipe(changed("data", streaming=True) | {"training": {"output_dir": "out"}})
     with pytest.raises(ValueError, match=r"`text` .* and `label`"):
         make_recipe(VALUES | CLASSIFIER)
+    data, model = {"path": "rows.csv", "text": "a", "label": "b", "labels": ["x", "y", "z"]}, CLASSIFIER["model"]
+    for number in (1, 2):
+        with pytest.raises(ValueError, match=rf"is the number of `data.labels`, got {number} and 3 of them"):
+            make_recipe(VALUES | CLASSIFIER | {"data": data, "model": model | {"num_labels": number}})
+    assert make_recipe(VALUES | CLASSIFIER | {"data": data, "model": model | {"num_labels": 3}}).data.labels
     assert make_recipe(changed("data", text="story")).data.text == "story"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoConfig, TrainerCallback, TrainingArguments
 
 from peft_sparse.checkpoint import lookup
 from peft_sparse.checkpoint.models import TASKS, load_model
@@ -49,6 +49,23 @@ def load_tokenizer(model: ModelPart) -> Any:
     return lookup.load_tokenizer(
         model.tokenizer or model.path, gguf_file=gguf_file, trust_remote_code=model.trust_remote_code
     )
+
+
+def own_labels(model: ModelPart) -> dict[str, int]:
+    """The numbers of a classifier's labels by name, as its config.json has them; empty for another task.
+
+    Raises:
+        ValueError: if there is no such model."""
+    if model.task != "sequence_classification":
+        return {}
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"A model is a folder or a name on the Hub, got {model.path!r}: {' '.join(str(error).split())}"
+        ) from error
+    return dict(config.label2id or {})
 
 
 def make_trainer(
@@ -109,6 +126,10 @@ def model_of(
         config = {"num_labels": num_labels(recipe)} | config
         if num_labels(recipe) == 1:
             config = {"problem_type": "regression"} | config
+        # A model that was trained has its names in its config; an adapter has no place for them.
+        if recipe.data.labels is not None and (path is None or (Path(path) / "adapter_config.json").is_file()):
+            config = {"id2label": dict(enumerate(map(str, recipe.data.labels)))} | config
+            config = {"label2id": {name: index for index, name in config["id2label"].items()}} | config
     if part.new_head and path is None:
         config = config | {"ignore_mismatched_sizes": True}
     return load_model(

@@ -40,7 +40,14 @@ class Examples:
     collator: Any
 
 
-def make_examples(data: DataPart, model: ModelPart, tokenizer: Any, seed: int, train: bool = True) -> Examples:
+def make_examples(
+    data: DataPart,
+    model: ModelPart,
+    tokenizer: Any,
+    seed: int,
+    train: bool = True,
+    label2id: Mapping[str, int] | None = None,
+) -> Examples:
     """Read, tokenise and check the rows of a recipe.
 
     Args:
@@ -48,13 +55,14 @@ def make_examples(data: DataPart, model: ModelPart, tokenizer: Any, seed: int, t
         tokenizer: of transformers; gets a padding token if it has none.
         seed: of the order of a stream.
         train: False: only the validation part.
+        label2id: of the model, for labels that are text, where `data.labels` does not list them.
 
     Raises:
         ValueError: if rows or columns are missing, a label is none, or nothing is left.
     """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    encode = _encoder(data, model, tokenizer)
+    encode = _encoder(data, model, tokenizer, label2id or {})
     training = _split(data, data.train_split, data.train_examples, encode, seed, data.streaming) if train else None
     validation = None
     if data.validation_split is not None:
@@ -137,25 +145,30 @@ def _check_columns(data: DataPart, row: Row, split: str) -> None:
         )
 
 
-def _encoder(data: DataPart, model: ModelPart, tokenizer: Any) -> Callable[[Iterable[Row]], Iterator[Row]]:
+def _encoder(
+    data: DataPart, model: ModelPart, tokenizer: Any, label2id: Mapping[str, int]
+) -> Callable[[Iterable[Row]], Iterator[Row]]:
     if model.task == "sequence_classification":
-        return partial(_classification, data=data, num_labels=model.num_labels, tokenizer=tokenizer)
+        label = partial(_label, data=data, num_labels=model.num_labels, label2id=label2id)
+        return partial(_classification, data=data, label=label, tokenizer=tokenizer)
     if data.text is not None:
         return partial(_windows, data=data, tokenizer=tokenizer)
     return partial(_completions, data=data, tokenizer=tokenizer)
 
 
-def _classification(rows: Iterable[Row], data: DataPart, num_labels: int | None, tokenizer: Any) -> Iterator[Row]:
+def _classification(
+    rows: Iterable[Row], data: DataPart, label: Callable[[Row], int | float], tokenizer: Any
+) -> Iterator[Row]:
     columns = [data.text] if isinstance(data.text, str) else data.text or []
     for batch in _batches(rows):
         texts = [[_text(row, column) for row in batch] for column in columns]
         encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
         for index, row in enumerate(batch):
             example = {key: values[index] for key, values in encoded.items()}
-            yield example | {"labels": _label(row, data, num_labels)}
+            yield example | {"labels": label(row)}
 
 
-def _label(row: Row, data: DataPart, num_labels: int | None) -> int | float:
+def _label(row: Row, data: DataPart, num_labels: int | None, label2id: Mapping[str, int]) -> int | float:
     assert data.label is not None
     value = row[data.label]
     if data.labels is not None:
@@ -164,10 +177,13 @@ def _label(row: Row, data: DataPart, num_labels: int | None) -> int | float:
         return data.labels.index(value)
     if isinstance(value, bool):
         value = int(value)
+    if isinstance(value, str) and num_labels != 1:
+        value = label2id.get(value, value)
     if not isinstance(value, (int, float)):
+        names = f" or one of the model's names {', '.join(label2id)}" if label2id and num_labels != 1 else ""
         raise ValueError(
-            f"A label is a number, got {value!r} in column {data.label!r}; list the names in `data.labels`, in the "
-            "order of their numbers."
+            f"A label is a number{names}, got {value!r} in column {data.label!r}; list the names in `data.labels`, in "
+            "the order of their numbers."
         )
     if num_labels == 1:
         return float(value)

@@ -27,10 +27,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_sparse.checkpoint.convert import check_new_folder, check_writable, copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
+from peft_sparse.evaluation.weights import kept_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.checks import check_positions
-from peft_sparse.training.build import adapter_config, load_tokenizer, make_trainer, model_of, training_arguments
-from peft_sparse.training.data import calibration_texts, make_examples
+from peft_sparse.training.build import (
+    adapter_config,
+    load_tokenizer,
+    make_trainer,
+    model_of,
+    own_labels,
+    training_arguments,
+)
+from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
 from peft_sparse.training.recipe import Recipe
 
@@ -46,7 +54,8 @@ class FinetuneResult:
         sparsity: share of zeros in the weights of the adapted model, as the forward uses them.
         trainable: parameters.
         adapter, merged: folders; None for no merge.
-        zeros_lost: of the pruned base after merging; None where nothing was merged or nothing was pruned before.
+        zeros_lost: of the model that SPP tuned, after merging; None where nothing was merged, and for PST, which
+            starts from a dense model.
         seconds: in all.
     """
 
@@ -97,7 +106,7 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
-    examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
+    examples = _examples(recipe, tokenizer, arguments)
     model = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
     model = get_peft_model(model, adapter_config(recipe))
@@ -118,11 +127,13 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     )
     save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
-        if recipe.output.merge:
-            _merge(recipe, model, result)
-        result.seconds = time.perf_counter() - start
-        written = json.dumps(result.to_dict(), indent=2, default=str)
-        (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
+        try:
+            if recipe.output.merge:
+                _merge(recipe, model, result)
+        finally:  # the training is done, whatever merging says
+            result.seconds = time.perf_counter() - start
+            written = json.dumps(result.to_dict(), indent=2, default=str)
+            (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
     return result
 
 
@@ -138,7 +149,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.model)
     for name in recipe.evaluation.metrics:
         load_metric(name)
-    examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
+    examples = _examples(recipe, tokenizer, arguments)
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
@@ -156,6 +167,10 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         "writes to": str(recipe.output_dir),
         "merges to": str(recipe.merged_folder) if recipe.output.merge else None,
     }
+
+
+def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
+    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
 
 
 def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
@@ -224,18 +239,25 @@ def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
 
 
 def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
-    merged, folder = model.merge_and_unload(), recipe.merged_folder
+    """Raises:
+    RuntimeError: if what was saved lost a zero of the model that SPP tuned. There is no folder then."""
+    folder, before = recipe.merged_folder, None
+    if recipe.method == "spp":
+        with model.disable_adapter():
+            before = kept_weights(model)
+    merged = model.merge_and_unload()
     with new_folder(folder) as temporary:
         save_model(merged, temporary, recipe.output.packed, result.adapter)
         copy_tokenizer(result.adapter, temporary)
-    result.merged = str(folder)
-    result.sparsity = sparsity_report(folder).total_sparsity
-    if recipe.method == "spp":
-        reference = recipe.output_dir / "pruned" if recipe.pruner else None
-        if reference is None and not recipe.model.gguf_file:
-            reference = Path(recipe.model.path)
-        if reference is not None and reference.is_dir():
-            result.zeros_lost = verify_sparsity(folder, reference=reference).lost
+        report = None if before is None else verify_sparsity(temporary, reference=before)
+        if report is not None and not report.ok:
+            raise RuntimeError(
+                f"A merged model keeps the zeros of the one that was tuned, got {report.lost:,} of them lost and "
+                f"{report.violations:,} groups against their pattern; nothing was written to {str(folder)!r}. The "
+                f"adapter is in {result.adapter!r}; please report this with your recipe."
+            )
+    result.merged, result.sparsity = str(folder), sparsity_report(folder).total_sparsity
+    result.zeros_lost = None if report is None else report.lost
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

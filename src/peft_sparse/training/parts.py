@@ -104,6 +104,8 @@ def check_data(data: DataPart, task: str) -> None:
             f"A file is one split, got {data.path!r} for {sorted(splits)}; name two of its slices, such as "
             "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
         )
+    if data.labels is not None:
+        _check_labels(data.labels)
     if task == "sequence_classification":
         if not data.text or not data.label or data.prompt or data.completion or data.template:
             raise ValueError(
@@ -121,4 +123,14 @@ def check_data(data: DataPart, task: str) -> None:
         raise ValueError(
             "`data` names one column of `text`, or `prompt` and `completion`, or a `template` for causal_lm, got "
             f"text={data.text!r}, prompt={data.prompt!r}, completion={data.completion!r}, template={data.template!r}."
+        )
+
+
+def _check_labels(labels: list[Any]) -> None:
+    twice = next((name for index, name in enumerate(labels) if name in labels[:index]), None)
+    if len(labels) < 2 or twice is not None:
+        got = f"{twice!r} twice" if twice is not None else f"{labels}"
+        raise ValueError(
+            f"`data.labels` lists the labels in the order of their numbers, at least two and each once, got {got}; "
+            "leave it out where labels are numbers."
         )

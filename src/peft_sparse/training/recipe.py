@@ -125,6 +125,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     )
     check_model(recipe.model)
     check_data(recipe.data, recipe.model.task)
+    _check_num_labels(recipe)
     _check_training(recipe)
     return recipe
 
@@ -170,6 +171,15 @@ def _prune(values: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str
 
 def _names(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters) - _OF_FINETUNE
+
+
+def _check_num_labels(recipe: Recipe) -> None:
+    labels, number = recipe.data.labels, recipe.model.num_labels
+    if labels is not None and number is not None and number != len(labels):
+        raise ValueError(
+            f"`model.num_labels` is the number of `data.labels`, got {number} and {len(labels)} of them ({labels}); "
+            "leave `model.num_labels` out, or `data.labels` where a number is the target (1)."
+        )
 
 
 def _check_training(recipe: Recipe) -> None:
