@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from peft_sparse.training.build import adapter_config
+from peft_sparse.training.build import adapter_config, training_arguments
 from peft_sparse.training.recipe import load_recipe, make_recipe
 from peft_sparse.training.values import read_yaml
 
@@ -129,6 +129,19 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
 def test_what_is_refused(part, values, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(changed(part, **values))
+
+
+def test_words_that_are_no_booleans(tmp_path):
+    """In YAML 1.1 they are, and 2:4 is 124."""
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {path: org/bert, task: sequence_classification}\nprune: {method: magnitude, pattern: 2:4}\n"
+        "adapter: {method: spp}\ndata: {path: a.csv, text: a, label: b, labels: [no, yes]}\n"
+        "training: {output_dir: out, save_strategy: no, eval_strategy: no}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["training.logging_strategy=no"])
+    assert recipe.data.labels == ["no", "yes"] and recipe.prune == {"pattern": "2:4"}
+    arguments = training_arguments(recipe)
+    assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
 
 
 def test_parts_and_streams():
