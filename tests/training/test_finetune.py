@@ -1,9 +1,8 @@
-"""`finetune` from end to end on tiny models: data of every kind, resuming, metrics, what is logged, what is saved."""
+"""`finetune` from end to end on tiny models: data of every kind, metrics, what is logged, what is saved."""
 
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,67 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.pruning import prune_magnitude
-from peft_sparse.training import evaluate_recipe, finetune, make_recipe, plan_finetune
-from peft_sparse.training.build import load_tokenizer
-from peft_sparse.training.data import make_examples
+from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
 from peft_sparse.training.engines import check_merge_in_one_process
-from peft_sparse.training.parts import DataPart, ModelPart
 
-from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
+from models import tiny_bert, tiny_gpt2, tiny_llama
+from recipes import classifier, language_model
 
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def write_rows(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def sentences(tmp_path):
-    """The label is a function of the first word; also a name for it, a number, and a question for it."""
-    rows = []
-    for n in range(40):
-        words = [WORDS[(7 * n + 3 * k) % 90] for k in range(5)]
-        high = (7 * n) % 90 > 45
-        rows.append({
-            "text": " ".join(words), "label": int(high), "name": "high" if high else "low", "score": n / 8,
-            "question": " ".join(words[:3]), "answer": words[4],
-        })  # fmt: skip
-    return write_rows(tmp_path / "rows.jsonl", rows)
-
-
-def recipe(tmp_path, model, rows, name="run", **parts):
-    training = {
-        "output_dir": str(tmp_path / name), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 2, "save_steps": 3, "use_cpu": True, "disable_tqdm": True, "seed": 1,
-    } | parts.pop("training", {})  # fmt: skip
-    base = {"path": str(rows), "validation_split": "train", "max_length": 16}
-    values = {"model": model, "data": base | parts.pop("data"), "training": training}
-    return make_recipe(values | parts)
-
-
-def classifier(tmp_path, sentences, name="run", **parts):
-    bert = save_with_tokenizer(parts.pop("base", None) or tiny_bert(), tmp_path / "bert")
-    model = {"path": bert, "task": "sequence_classification"}
-    values = {
-        "adapter": {"method": "pst", "sparsity": 0.75},
-        "data": {"text": "text", "label": "label"},
-        "evaluation": {"metrics": ["accuracy", "f1"]},
-    }
-    return recipe(tmp_path, model | parts.pop("model", {}), sentences, name, **values | parts)
-
-
-def language_model(tmp_path, sentences, **parts):
-    model = {"path": save_with_tokenizer(parts.pop("base", None) or tiny_llama(), tmp_path / "llama")}
-    values = {
-        "adapter": {"method": "spp", "r": 4},
-        "prune": {"method": "wanda", "pattern": "2:4", "calibration": {"num_sequences": 4, "length": 8}},
-        "data": {"text": "text"},
-    }
-    return recipe(tmp_path, model | parts.pop("model", {}), sentences, **values | parts)
 
 
 def test_a_classifier_is_sparsified_and_merged(tmp_path, sentences):
@@ -125,40 +72,6 @@ def test_a_reporter_that_comes_first_gets_the_numbers_too(tmp_path, sentences, m
     assert any("eval_perplexity" in logs for logs in seen)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, sentences):
-    whole = finetune(classifier(tmp_path, sentences, "whole"))
-    first = classifier(tmp_path, sentences, "parts")
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
-                raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        module = sys.modules[finetune.__module__]  # of the same name as the function
-        make = module.make_trainer
-
-        def interrupted(*arguments):
-            trainer = make(*arguments)
-            trainer.add_callback(Stop())
-            return trainer
-
-        patch.setattr(module, "make_trainer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(first)
-    with pytest.raises(ValueError, match="an earlier run in it; resume it"):
-        finetune(first)
-    resumed = finetune(first, resume=True)
-    assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 6
-    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-6)
-    assert resumed.sparsity == whole.sparsity
-
-
-def test_nothing_to_resume(tmp_path, sentences):
-    with pytest.raises(ValueError, match="resumed from a checkpoint, got none"):
-        finetune(classifier(tmp_path, sentences), resume=True)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_pruned_language_model_keeps_its_zeros(tmp_path, sentences, streaming):
     asked = language_model(
@@ -199,15 +112,6 @@ def test_a_merge_that_loses_zeros_leaves_no_folder_and_no_training_is_lost(tmp_p
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written["steps"] == 6 and written["merged"] is None and written["zeros_lost"] is None
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_resuming_takes_the_pruned_model_that_is_there(tmp_path, sentences):
-    asked = language_model(tmp_path, sentences)
-    finetune(asked)
-    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
-    before = (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns
-    assert finetune(asked, resume=True).resumed_from.endswith("checkpoint-3")
-    assert (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_prompt_and_completion_on_conv1d(tmp_path, sentences):
@@ -269,68 +173,6 @@ def test_a_number_as_the_target(tmp_path, sentences):
         finetune(replace(asked, model=replace(asked.model, new_head=False)))
     metrics = finetune(asked).metrics
     assert metrics["eval_mse"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
-
-
-def test_a_plan_trains_and_writes_nothing(tmp_path, sentences):
-    plan = plan_finetune(language_model(tmp_path, sentences, output={"merge": True}))
-    assert plan["trainable"] > 0 and plan["merges to"].endswith("merged")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has answer, label"),
-        ({"text": "score", "label": "label"}, "A column of text has strings, got 0.0"),
-        ({"text": "text", "label": "name"}, "list the names in `data.labels`"),
-        ({"text": "text", "label": "name", "labels": ["low", "mid"]}, "got 'high' in column 'name' besides"),
-        ({"text": "text", "label": "score"}, "from 0 to 1, got 0.125"),
-        ({"text": "text", "label": "label", "path": "nowhere.jsonl"}, "got 'nowhere.jsonl', which is none"),
-        ({"text": "text", "label": "label", "validation_split": "test"}, "A file is one split"),
-    ],
-)
-def test_data_that_does_not_fit_is_an_error_before_anything_is_written(tmp_path, sentences, data, message):
-    with pytest.raises(ValueError, match=message):
-        finetune(classifier(tmp_path, sentences, data=data))
-    assert not (tmp_path / "run").exists()
-
-
-def test_text_without_a_whole_window(tmp_path, sentences):
-    with pytest.raises(ValueError, match="without one in split 'train'; windows of text are whole"):
-        finetune(language_model(tmp_path, sentences, data={"text": "text", "max_length": 4000}))
-
-
-def test_examples_beyond_the_positions_are_refused_before_pruning(tmp_path, sentences):
-    data = {"text": "text", "max_length": 65}
-    asked = language_model(tmp_path, sentences, base=tiny_gpt2(), data=data, prune={"method": "magnitude"})
-    for run in (plan_finetune, finetune):
-        with pytest.raises(ValueError, match=r"`data.max_length` is at most 64, .* got 65"):
-            run(asked)
-    assert not (tmp_path / "run").exists()
-
-
-def test_windows_have_every_token_in_order(tmp_path, sentences):
-    save_with_tokenizer(tiny_llama(), tmp_path / "llama")
-    model = ModelPart(path=str(tmp_path / "llama"))
-    tokenizer = load_tokenizer(model)
-    rows = [json.loads(line)["text"] for line in Path(sentences).read_text().splitlines()]
-    expected = [i for text in rows for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
-    for streaming in (False, True):
-        data = DataPart(path=sentences, text="text", max_length=7, streaming=streaming, shuffle_buffer=1)
-        found = [i for row in make_examples(data, model, tokenizer, seed=0).train for i in row["input_ids"]]
-        assert found == expected[: len(found)] and len(expected) - len(found) < 7
-
-
-def test_only_the_completion_is_learned(tmp_path, sentences):
-    model = ModelPart(path=save_with_tokenizer(tiny_llama(), tmp_path / "llama"))
-    tokenizer = load_tokenizer(model)
-    for learned in (False, True):
-        data = DataPart(
-            path=sentences, prompt="{question}", completion="{answer}", max_length=16, train_on_prompt=learned
-        )
-        row = make_examples(data, model, tokenizer, seed=0).train[0]
-        assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
-        assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_merging_is_refused_where_no_process_has_whole_weights(tmp_path, monkeypatch):

@@ -124,6 +124,19 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("training", {"score_learning_rate": 1e-3}, "is for PST's scores"),
         ("training", {"head_learning_rate": 1e-3}, "is for a head"),
         ("output", {"merged": True}, "did you mean 'merge'"),
+        ("output", {"packed": True}, r"got packed=True, folder=None and no merge"),
+        ("output", {"folder": "there"}, r"folder='there' and no merge; set `output.merge: true`"),
+        ("output", {"merge": True, "folder": "out"}, r"folder of its own, got `output.folder` 'out'"),
+        ("output", {"merge": True, "folder": "."}, "folder of its own"),
+        ("output", {"merge": True, "folder": "x/../out/pruned"}, "folder of its own"),
+        ("output", {"merge": True, "folder": "out/adapter/merged"}, "folder of its own"),
+        ("output", {"merge": True, "folder": "out/checkpoint-5"}, "folder of its own"),
+        ("adapter", {"task_type": "SEQ_CLS"}, "CAUSAL_LM for causal_lm, got 'SEQ_CLS'; leave it out"),
+        ("adapter", {"task_type": None}, "CAUSAL_LM for causal_lm, got None"),
+        ("adapter", {"inference_mode": True}, "A recipe trains its adapter"),
+        ("prune", {"method": "wanda", "pattern": "4:2"}, "`prune`: .*4:2"),
+        ("prune", {"method": "wanda", "pattern": 124}, "`prune`: .*124"),
+        ("prune", {"method": "wanda", "sparsity": 1.5}, r"`prune`: .*1\.5"),
     ],
 )
 def test_what_is_refused(part, values, message):
@@ -142,6 +155,11 @@ def test_words_that_are_no_booleans(tmp_path):
     assert recipe.data.labels == ["no", "yes"] and recipe.prune == {"pattern": "2:4"}
     arguments = training_arguments(recipe)
     assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
+
+
+@pytest.mark.parametrize("folder", ["merged", "out/best", "out/merged/2", "../out"])
+def test_places_for_a_merged_model(folder):
+    assert make_recipe(changed("output", merge=True, folder=folder)).merged_folder == Path(folder)
 
 
 def test_parts_and_streams():

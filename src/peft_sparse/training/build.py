@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import AutoConfig, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
 from peft_sparse.checkpoint.models import TASKS, load_model
 from peft_sparse.evaluation.metrics import compares_numbers
 from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.parts import ModelPart
@@ -31,9 +33,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         settings.setdefault("label_names", ["labels"])  # PEFT's wrapper hides the forward's signature
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # warns where there is nothing to pin for
     try:
-        return TrainingArguments(**settings)
-    except (TypeError, ValueError, ImportError) as error:
+        arguments = TrainingArguments(**settings)
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()  # which looks for its package
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"`training`: {' '.join(str(error).split())}") from error
+    return arguments
 
 
 def adapter_config(recipe: Recipe) -> Any:
@@ -76,7 +81,7 @@ def make_trainer(
     tokenizer: Any,
     metrics: dict[str, Any],
 ) -> Trainer:
-    """An unchanged Trainer with the schedule's driver and what it logs."""
+    """An unchanged Trainer with the schedule's driver, what it logs, and checkpoints that a killed run can trust."""
     language_model = recipe.model.task == "causal_lm"
     if not language_model:
         # Its loss is a mean over examples. Trainer takes it for a sum over `num_items_in_batch`, since the forward has
@@ -102,7 +107,7 @@ def make_trainer(
         processing_class=tokenizer,
         compute_metrics=Metrics(metrics, language_model) if metrics else None,
         preprocess_logits_for_metrics=most_likely if language_model and metrics else None,
-        callbacks=callbacks,
+        callbacks=[*callbacks, CheckpointCallback()],
         optimizers=(optimizer, None),
     )
     log_before_reporters(trainer, *callbacks)

@@ -94,19 +94,20 @@ def _split(
     if first is None:
         raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}.")
     _check_columns(data, first, split)
-    if streaming:
-        if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-        return datasets.IterableDataset.from_generator(
-            _generate, gen_kwargs={"rows": rows, "limit": limit, "encode": encode}
-        )
-    examples = list(_generate(rows, limit, encode))
+    examples = list(_generate(rows, 1 if streaming else limit, encode))
     if not examples:
         raise ValueError(
-            f"Data has at least one example of at most data.max_length={data.max_length} tokens, got {len(rows):,} "
-            f"rows without one in split {split!r}; windows of text are whole, so give more text or a smaller length."
+            f"Data has at least one example of at most data.max_length={data.max_length} tokens, got "
+            f"{'a stream' if streaming else f'{len(rows):,} rows'} without one in split {split!r}; windows of text "
+            "are whole, so give more text or a smaller length."
         )
-    return datasets.Dataset.from_list(examples)
+    if not streaming:
+        return datasets.Dataset.from_list(examples)
+    if seed is not None:
+        rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+    return datasets.IterableDataset.from_generator(
+        _generate, gen_kwargs={"rows": rows, "limit": limit, "encode": encode}
+    )
 
 
 def _generate(rows: Iterable[Row], limit: int | None, encode: Callable[[Iterable[Row]], Iterator[Row]]) -> Iterator:

@@ -3,7 +3,7 @@
 Everything is transformers' own Trainer; what is added are the schedule's driver, the numbers it logs, and the checks
 after merging. Results go below `training.output_dir`:
 
-    checkpoint-N/     the Trainer's; `resume` goes on from the last one
+    checkpoint-N/     the Trainer's; `resume` goes on from the last complete one
     pruned/           the model that was tuned, where the recipe prunes
     adapter/          the adapter at the end
     merged/           the merged model, where the recipe asks for it
@@ -19,17 +19,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from peft_sparse.checkpoint.convert import check_new_folder, check_writable, copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.checks import check_positions
+from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
 from peft_sparse.training.build import (
     adapter_config,
     load_tokenizer,
@@ -41,6 +42,7 @@ from peft_sparse.training.build import (
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
 from peft_sparse.training.recipe import Recipe
+from peft_sparse.training.start import where_to_start
 
 
 @dataclass
@@ -92,14 +94,14 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
 
     Args:
         recipe: from [`load_recipe`].
-        resume: go on from the last checkpoint in `training.output_dir`, or from the one that is named.
+        resume: go on from the last complete checkpoint in `training.output_dir`, or from the one that is named.
 
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
             an earlier run in the folder and `resume` is not asked for, or none to resume.
     """
     start = time.perf_counter()
-    checkpoint = _checkpoint(recipe, resume)
+    checkpoint = where_to_start(recipe, resume)
     arguments = training_arguments(recipe)
     if recipe.output.merge:
         check_merge_in_one_process(arguments)
@@ -144,7 +146,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     Returns:
         What would be run, plain values.
     """
-    checkpoint = _checkpoint(recipe, resume)
+    checkpoint = where_to_start(recipe, resume)
     arguments = training_arguments(recipe)
     tokenizer = load_tokenizer(recipe.model)
     for name in recipe.evaluation.metrics:
@@ -153,7 +155,10 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model = get_peft_model(_model(recipe), adapter_config(recipe))
+        model = _model(recipe)
+        if recipe.pruner is not None:
+            _plan_prune(recipe, model, tokenizer)
+        model = get_peft_model(model, adapter_config(recipe))
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": recipe.method,
@@ -171,34 +176,6 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
 
 def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
     return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
-
-
-def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
-    folder, named = recipe.output_dir, None
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`training.output_dir` is a folder, got {str(folder)!r}, which is a file.")
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume:
-        named = resume if isinstance(resume, str) else found
-        if named is None or not (Path(named) / "trainer_state.json").is_file():
-            raise ValueError(
-                f"A run is resumed from a checkpoint, got none in {str(named or folder)!r}; leave `resume` out to "
-                "start one."
-            )
-    elif found is not None or (folder / "result.json").is_file():
-        raise ValueError(
-            f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
-            "choose another `training.output_dir`."
-        )
-    elif (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"A run starts in a folder of its own, got {str(folder)!r}, which holds a model; choose another "
-            "`training.output_dir`."
-        )
-    check_writable(folder)
-    if recipe.output.merge:
-        check_new_folder(recipe.merged_folder)
-    return named
 
 
 def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> Any:
@@ -227,15 +204,29 @@ def _model(recipe: Recipe, path: Path | None = None) -> Any:
 
 def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
     model, arguments = _model(recipe), dict(recipe.prune)
-    if recipe.pruner != "magnitude":
-        settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
-        arguments["batches"] = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+    if (batches := _calibration(recipe, tokenizer)) is not None:
+        arguments["batches"] = batches
     PRUNERS[str(recipe.pruner)](model, **arguments)
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.config._name_or_path = model.name_or_path = str(folder)
     return model
+
+
+def _calibration(recipe: Recipe, tokenizer: Any) -> list[dict[str, torch.Tensor]] | None:
+    if recipe.pruner == "magnitude":
+        return None
+    settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
+    return calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+
+
+def _plan_prune(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """All checks of [`_prune`], which changes nothing."""
+    method, asked = str(recipe.pruner), recipe.prune
+    sparsity, names = asked.get("sparsity"), {key: asked.get(key) for key in ("target_modules", "exclude_modules")}
+    pattern = pruning_pattern(method, asked.get("pattern", "unstructured"), asked.get("group"), sparsity)
+    plan_pruning(model, method, pattern, sparsity, _calibration(recipe, tokenizer), **names)
 
 
 def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:

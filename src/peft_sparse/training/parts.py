@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,25 @@ def check_data(data: DataPart, task: str) -> None:
         raise ValueError(
             "`data` names one column of `text`, or `prompt` and `completion`, or a `template` for causal_lm, got "
             f"text={data.text!r}, prompt={data.prompt!r}, completion={data.completion!r}, template={data.template!r}."
+        )
+
+
+def check_output(output: OutputPart, output_dir: Path) -> None:
+    """Raises:
+    ValueError: if nothing is merged and it says where to, or the merged model is to go where something else is."""
+    if not output.merge and (output.packed or output.folder is not None):
+        raise ValueError(
+            f"`output.packed` and `output.folder` are of the merged model, got packed={output.packed}, "
+            f"folder={output.folder!r} and no merge; set `output.merge: true`, or leave them out."
+        )
+    if output.folder is None:
+        return
+    folder, run = Path(os.path.abspath(output.folder)), Path(os.path.abspath(output_dir))  # without any ..
+    below = folder.parts[len(run.parts)] if folder.is_relative_to(run) and folder != run else ""
+    if run.is_relative_to(folder) or below in ("adapter", "pruned", "result.json") or below.startswith("checkpoint-"):
+        raise ValueError(
+            f"The merged model has a folder of its own, got `output.folder` {output.folder!r}, where a run in "
+            f"{str(output_dir)!r} puts other things; leave it out, for `merged` in there, or choose another folder."
         )
 
 

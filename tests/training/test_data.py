@@ -1,0 +1,77 @@
+"""A recipe's rows as examples: what they hold, and what is refused before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_sparse.training import finetune, plan_finetune
+from peft_sparse.training.build import load_tokenizer
+from peft_sparse.training.data import make_examples
+from peft_sparse.training.parts import DataPart, ModelPart
+
+from models import save_with_tokenizer, tiny_gpt2, tiny_llama
+from recipes import classifier, language_model
+
+pytest.importorskip("datasets")
+pytest.importorskip("evaluate")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has answer, label"),
+        ({"text": "score", "label": "label"}, "A column of text has strings, got 0.0"),
+        ({"text": "text", "label": "name"}, "list the names in `data.labels`"),
+        ({"text": "text", "label": "name", "labels": ["low", "mid"]}, "got 'high' in column 'name' besides"),
+        ({"text": "text", "label": "score"}, "from 0 to 1, got 0.125"),
+        ({"text": "text", "label": "label", "path": "nowhere.jsonl"}, "got 'nowhere.jsonl', which is none"),
+        ({"text": "text", "label": "label", "validation_split": "test"}, "A file is one split"),
+    ],
+)
+def test_data_that_does_not_fit_is_an_error_before_anything_is_written(tmp_path, sentences, data, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(classifier(tmp_path, sentences, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("streaming", "got"), [(False, "40 rows"), (True, "a stream")])
+def test_text_without_a_whole_window(tmp_path, sentences, streaming, got):
+    with pytest.raises(ValueError, match=f"got {got} without one in split 'train'; windows of text are whole"):
+        plan_finetune(
+            language_model(tmp_path, sentences, data={"text": "text", "max_length": 4000, "streaming": streaming})
+        )
+
+
+def test_examples_beyond_the_positions_are_refused_before_pruning(tmp_path, sentences):
+    data = {"text": "text", "max_length": 65}
+    asked = language_model(tmp_path, sentences, base=tiny_gpt2(), data=data, prune={"method": "magnitude"})
+    for run in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"`data.max_length` is at most 64, .* got 65"):
+            run(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_have_every_token_in_order(tmp_path, sentences):
+    save_with_tokenizer(tiny_llama(), tmp_path / "llama")
+    model = ModelPart(path=str(tmp_path / "llama"))
+    tokenizer = load_tokenizer(model)
+    rows = [json.loads(line)["text"] for line in Path(sentences).read_text().splitlines()]
+    expected = [i for text in rows for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
+    for streaming in (False, True):
+        data = DataPart(path=sentences, text="text", max_length=7, streaming=streaming, shuffle_buffer=1)
+        found = [i for row in make_examples(data, model, tokenizer, seed=0).train for i in row["input_ids"]]
+        assert found == expected[: len(found)] and len(expected) - len(found) < 7
+
+
+def test_only_the_completion_is_learned(tmp_path, sentences):
+    model = ModelPart(path=save_with_tokenizer(tiny_llama(), tmp_path / "llama"))
+    tokenizer = load_tokenizer(model)
+    for learned in (False, True):
+        data = DataPart(
+            path=sentences, prompt="{question}", completion="{answer}", max_length=16, train_on_prompt=learned
+        )
+        row = make_examples(data, model, tokenizer, seed=0).train[0]
+        assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
+        assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
