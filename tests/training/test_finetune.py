@@ -1,13 +1,21 @@
 """`finetune` from end to end on tiny models: data of every kind, metrics, what is logged, what is saved."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
@@ -104,7 +112,7 @@ def test_a_merge_that_loses_zeros_leaves_no_folder_and_no_training_is_lost(tmp_p
         pruned = prune_magnitude(tiny_llama(), "2:4")
         asked = language_model(tmp_path, sentences, base=pruned, prune=None, output={"merge": True})
         load = module.model_of
-        monkeypatch.setattr(module, "model_of", lambda asked: load(asked, tmp_path / "llama"))
+        monkeypatch.setattr(module, "model_of", lambda asked, **more: load(asked, tmp_path / "llama", **more))
         asked = replace(asked, model=replace(asked.model, path="org/llama", tokenizer=asked.model.path))
     with pytest.raises(RuntimeError, match=r"got 768 of them lost .* nothing was written to"):
         finetune(asked)
@@ -152,6 +160,38 @@ def test_the_names_of_labels_are_those_of_the_model(tmp_path, sentences):
     base.config.id2label, base.config.label2id = {0: "hi", 1: "low"}, {"hi": 0, "low": 1}
     with pytest.raises(ValueError, match="one of the model's names hi, low, got 'high' in column 'name'; list"):
         plan_finetune(classifier(tmp_path, sentences, "other", base=base, data={"text": "text", "label": "name"}))
+
+
+@pytest.mark.parametrize("prune", [None, {"method": "magnitude"}])
+def test_what_the_base_lacks_beside_the_head_is_trained_and_saved_too(tmp_path, sentences, prune):
+    """A BERT from masked language modelling has no pooler: it would be random at every load."""
+    base = BertForMaskedLM(tiny_bert().config)
+    asked = classifier(tmp_path, sentences, base=base, prune=prune, output={"merge": True})
+    assert plan_finetune(asked)["new modules"] == "bert.pooler.dense"
+    result = finetune(asked)
+    ids = torch.arange(4, 14)[None]
+    expected = load_model(result.merged).eval()(ids).logits
+    torch.manual_seed(7)
+    model = load_model(result.adapter).eval()
+    assert "bert.pooler.dense" in model.peft_config["default"].modules_to_save
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
+    shutil.rmtree(result.merged)
+    again = finetune(asked, resume=True)
+    torch.testing.assert_close(load_model(again.merged).eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_without_weights_of_its_blocks_is_refused(tmp_path, sentences):
+    asked = language_model(tmp_path, sentences, prune=None)
+    file = tmp_path / "llama" / "model.safetensors"
+    state = load_file(file)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"whose blocks are trained, got none for `model.layers.1.mlp.up_proj.weight`"
+    ):
+        finetune(asked)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from peft_sparse.training.build import adapter_config, training_arguments
+from peft_sparse.training.adapt import adapter_config
+from peft_sparse.training.build import training_arguments
 from peft_sparse.training.recipe import load_recipe, make_recipe
 from peft_sparse.training.values import read_yaml
 

@@ -114,6 +114,13 @@ def test_a_plan_finds_what_a_run_would_find(tmp_path, sentences, parts, message)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_field_that_the_models_config_has_not(tmp_path, sentences):
+    asked = classifier(tmp_path, sentences)
+    wrong = replace(asked.model, config={"hiden_dropout_prob": 0.1})
+    with pytest.raises(ValueError, match=r"got 'hiden_dropout_prob', which .* has not; check"):
+        plan_finetune(replace(asked, model=wrong))
+
+
 def test_an_adapter_is_no_model_to_tune(tmp_path, sentences):
     adapter = tmp_path / "adapter"
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)

@@ -1,4 +1,4 @@
-"""From a recipe to the objects of a run: TrainingArguments, tokenizer, model, PEFT config, Trainer."""
+"""From a recipe to the objects of a run: TrainingArguments, tokenizer, model, Trainer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import AutoConfig, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
-from peft_sparse.checkpoint.models import TASKS, load_model
+from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation.metrics import compares_numbers
 from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.parts import ModelPart
-from peft_sparse.training.recipe import METHODS, Recipe
+from peft_sparse.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,12 +39,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"`training`: {' '.join(str(error).split())}") from error
     return arguments
-
-
-def adapter_config(recipe: Recipe) -> Any:
-    """The PEFT config of a recipe, with the task type that trains and saves a new head."""
-    settings = {"task_type": TASKS[recipe.model.task][1]} | recipe.adapter
-    return METHODS[recipe.method](**settings)
 
 
 def load_tokenizer(model: ModelPart) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
@@ -31,8 +30,8 @@ from peft_sparse.evaluation.weights import kept_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.checks import check_positions
 from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
+from peft_sparse.training.adapt import adapt, new_modules, note_new_modules, noted_new_modules
 from peft_sparse.training.build import (
-    adapter_config,
     load_tokenizer,
     make_trainer,
     model_of,
@@ -109,9 +108,9 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     examples = _examples(recipe, tokenizer, arguments)
-    model = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
+    model, new = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
-    model = get_peft_model(model, adapter_config(recipe))
+    model = adapt(recipe, model, new)
     trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     measured = {key: value for key, value in trained.metrics.items() if key == "train_loss"}
@@ -155,10 +154,10 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model = _model(recipe)
+        model, new = _model(recipe)
         if recipe.pruner is not None:
             _plan_prune(recipe, model, tokenizer)
-        model = get_peft_model(model, adapter_config(recipe))
+        model = adapt(recipe, model, new)
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": recipe.method,
@@ -166,6 +165,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         "pruned with": recipe.pruner,
         "trainable": trainable,
         "parameters": total,
+        "new modules": ", ".join(new) or None,
         "training examples": "a stream" if recipe.data.streaming else len(examples.train),
         "validation examples": 0 if examples.validation is None else len(examples.validation),
         "resumed from": checkpoint,
@@ -178,40 +178,43 @@ def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> E
     return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
 
 
-def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> Any:
-    """The model to adapt. Of several processes the first one prunes, and the others read what it saved."""
+def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> tuple[Any, list[str]]:
+    """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
+    saved."""
     pruned = recipe.output_dir / "pruned"
     if recipe.pruner is not None and not resumed and arguments.process_index == 0:
         with loaded_whole(arguments):
-            model = _prune(recipe, tokenizer, pruned)
+            model, new = _prune(recipe, tokenizer, pruned)
     if recipe.pruner is not None and not resumed:
         PartialState().wait_for_everyone()
     if recipe.pruner is None:
-        model = _model(recipe)
+        model, new = _model(recipe)
     elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
-        model = _model(recipe, pruned)
+        model, new = model_of(recipe, pruned), noted_new_modules(pruned)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, new
 
 
-def _model(recipe: Recipe, path: Path | None = None) -> Any:
-    """[`model_of`], and it takes the recipe's examples."""
-    model = model_of(recipe, path)
+def _model(recipe: Recipe) -> tuple[Any, list[str]]:
+    """[`model_of`] and its new modules, and it takes the recipe's examples."""
+    missing: list[str] = []
+    model = model_of(recipe, on_missing=missing.extend)
     check_positions(model, "data.max_length", recipe.data.max_length)
-    return model
+    return model, new_modules(recipe, model, missing)
 
 
-def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
-    model, arguments = _model(recipe), dict(recipe.prune)
+def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> tuple[Any, list[str]]:
+    (model, new), arguments = _model(recipe), dict(recipe.prune)
     if (batches := _calibration(recipe, tokenizer)) is not None:
         arguments["batches"] = batches
     PRUNERS[str(recipe.pruner)](model, **arguments)
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    note_new_modules(folder, new)
     model.config._name_or_path = model.name_or_path = str(folder)
-    return model
+    return model, new
 
 
 def _calibration(recipe: Recipe, tokenizer: Any) -> list[dict[str, torch.Tensor]] | None:
