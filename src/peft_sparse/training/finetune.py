@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
@@ -205,10 +204,8 @@ def _model(recipe: Recipe) -> tuple[Any, list[str]]:
 
 
 def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> tuple[Any, list[str]]:
-    (model, new), arguments = _model(recipe), dict(recipe.prune)
-    if (batches := _calibration(recipe, tokenizer)) is not None:
-        arguments["batches"] = batches
-    PRUNERS[str(recipe.pruner)](model, **arguments)
+    model, new = _model(recipe)
+    PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -217,19 +214,22 @@ def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> tuple[Any, list[str]
     return model, new
 
 
-def _calibration(recipe: Recipe, tokenizer: Any) -> list[dict[str, torch.Tensor]] | None:
+def _pruning(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """The arguments of the pruner."""
     if recipe.pruner == "magnitude":
-        return None
+        return dict(recipe.prune)
     settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
-    return calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+    batches = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+    return recipe.prune | {"batches": batches}
 
 
 def _plan_prune(recipe: Recipe, model: Any, tokenizer: Any) -> None:
     """All checks of [`_prune`], which changes nothing."""
-    method, asked = str(recipe.pruner), recipe.prune
-    sparsity, names = asked.get("sparsity"), {key: asked.get(key) for key in ("target_modules", "exclude_modules")}
-    pattern = pruning_pattern(method, asked.get("pattern", "unstructured"), asked.get("group"), sparsity)
-    plan_pruning(model, method, pattern, sparsity, _calibration(recipe, tokenizer), **names)
+    method, arguments = str(recipe.pruner), _pruning(recipe, tokenizer)
+    arguments["pattern"] = pruning_pattern(
+        method, arguments.get("pattern", "unstructured"), arguments.pop("group", None)
+    )
+    plan_pruning(model, method, **arguments)
 
 
 def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
