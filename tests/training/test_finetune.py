@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -21,6 +22,8 @@ from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
+from peft_sparse.training.adapt import adapt
+from peft_sparse.training.build import make_optimizer, training_arguments
 from peft_sparse.training.engines import check_merge_in_one_process
 
 from models import tiny_bert, tiny_gpt2, tiny_llama
@@ -202,6 +205,23 @@ def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):
         losses.append([entry["loss"] for entry in result.log if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert abs(losses[0][-1] - losses[2][-1]) > 1e-3
+
+
+def test_rates_of_their_own_keep_the_optimizer_that_was_asked_for(tmp_path, sentences, monkeypatch):
+    training = {"score_learning_rate": 5e-2, "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.1}
+    asked = classifier(tmp_path, sentences, training=training)
+    arguments, model = training_arguments(asked), adapt(asked, tiny_bert(), [])
+    optimizer = make_optimizer(asked, arguments, model)
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.9
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rates == {
+        "scores": (5e-2, 0.0), "weights": (1e-2, 0.0), "others": (1e-2, 0.1), "others_without_decay": (1e-2, 0.0)
+    }  # fmt: skip
+    assert make_optimizer(classifier(tmp_path, sentences, training={"optim": "sgd"}), arguments, model) is None
+    like_galore = staticmethod(lambda *_: (torch.optim.SGD, {"params": []}))
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", like_galore)
+    with pytest.raises(ValueError, match="of groups of parameters, got the optimizer sgd, which makes its own"):
+        plan_finetune(asked)
 
 
 def test_a_number_as_the_target(tmp_path, sentences):

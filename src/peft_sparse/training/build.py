@@ -67,6 +67,33 @@ def own_labels(model: ModelPart) -> dict[str, int]:
     return dict(config.label2id or {})
 
 
+def make_optimizer(recipe: Recipe, arguments: TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
+    """That of `training.optim`, with groups of parameters for rates of their own; None where a recipe has no such
+    rates, and Trainer makes it.
+
+    Raises:
+        ValueError: if there is no such optimizer, or it sorts the parameters by itself."""
+    if recipe.score_learning_rate is None and recipe.head_learning_rate is None:
+        return None
+    lr, score_lr = arguments.learning_rate, recipe.score_learning_rate
+    score_lr = lr if score_lr is None else score_lr
+    groups = pst_param_groups(model, lr, score_lr, arguments.weight_decay, recipe.head_learning_rate)
+    from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
+
+    try:
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"`training.optim`: {' '.join(str(error).split())}") from error
+    takes_groups = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+    if not takes_groups or {"params", "model", "optimizer_dict"} & settings.keys():
+        raise ValueError(
+            "`training.score_learning_rate` and `head_learning_rate` are of groups of parameters, got the optimizer "
+            f"{getattr(arguments.optim, 'value', arguments.optim)}, which makes its own; take another one, such as "
+            "adamw_torch, or leave the rates out."
+        )
+    return optimizer(groups, **settings)
+
+
 def make_trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
@@ -81,13 +108,6 @@ def make_trainer(
         # Its loss is a mean over examples. Trainer takes it for a sum over `num_items_in_batch`, since the forward has
         # `**kwargs`, and would multiply it by the processes and by the accumulated batches.
         model.get_base_model().accepts_loss_kwargs = False
-    optimizer = None
-    if recipe.score_learning_rate is not None or recipe.head_learning_rate is not None:
-        lr, score_lr = arguments.learning_rate, recipe.score_learning_rate
-        score_lr = lr if score_lr is None else score_lr
-        groups = pst_param_groups(model, lr, score_lr, arguments.weight_decay, recipe.head_learning_rate)
-        betas = (arguments.adam_beta1, arguments.adam_beta2)
-        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
     callbacks: list[TrainerCallback] = [SparsityCallback(best_at_final_sparsity=recipe.method == "pst")]
     callbacks += [PerplexityCallback()] if language_model else []
     from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
@@ -102,7 +122,7 @@ def make_trainer(
         compute_metrics=Metrics(metrics, language_model) if metrics else None,
         preprocess_logits_for_metrics=most_likely if language_model and metrics else None,
         callbacks=[*callbacks, CheckpointCallback()],
-        optimizers=(optimizer, None),
+        optimizers=(make_optimizer(recipe, arguments, model), None),
     )
     log_before_reporters(trainer, *callbacks)
     return trainer

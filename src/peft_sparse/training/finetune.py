@@ -32,6 +32,7 @@ from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
 from peft_sparse.training.adapt import adapt, new_modules, note_new_modules, noted_new_modules
 from peft_sparse.training.build import (
     load_tokenizer,
+    make_optimizer,
     make_trainer,
     model_of,
     own_labels,
@@ -157,6 +158,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         if recipe.pruner is not None:
             _plan_prune(recipe, model, tokenizer)
         model = adapt(recipe, model, new)
+    make_optimizer(recipe, arguments, model)
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": recipe.method,
