@@ -130,3 +130,20 @@ def test_a_target_that_is_no_finite_number(tmp_path, value):
     asked = classifier(tmp_path, path, model={"num_labels": 1, "new_head": True}, evaluation={"metrics": ["mse"]})
     with pytest.raises(ValueError, match=f"is finite, got {value!r} in column 'label'"):
         plan_finetune(asked)
+
+
+def test_a_part_of_a_text_file_is_held_out_as_a_file(tmp_path):
+    """One document is one row, which slices cannot divide."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("w1 w2 w3 w4\n" * 10)
+    way_out = r"name the reader, `path: text`, with a file for each split, `files: \{train: \.\.\., validation"
+    for splits in (
+        {"validation_split": "validation"},
+        {"train_split": "train[:50%]", "validation_split": "train[50%:]"},
+    ):
+        with pytest.raises(ValueError, match=way_out):
+            language_model(tmp_path, tmp_path / "a.txt", data={"text": "text"} | splits)
+    files = {"train": str(tmp_path / "a.txt"), "validation": str(tmp_path / "b.txt")}
+    data = {"text": "text", "validation_split": "validation", "files": files}
+    plan = plan_finetune(language_model(tmp_path, "text", data=data, prune=None))
+    assert plan["training examples"] == plan["validation examples"] == 3

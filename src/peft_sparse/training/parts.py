@@ -99,12 +99,8 @@ def check_data(data: DataPart, task: str) -> None:
         value, least = getattr(data, name), 2 if name == "max_length" else 1
         if value is not None and value < least:
             raise ValueError(f"`data.{name}` is from {least} up, got {value}.")
-    splits = {name.partition("[")[0] for name in (data.train_split, data.validation_split) if name is not None}
-    if data.files is None and len(splits) > 1 and Path(data.path).suffix.lower() in READERS:
-        raise ValueError(
-            f"A file is one split, got {data.path!r} for {sorted(splits)}; name two of its slices, such as "
-            "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
-        )
+    if data.files is None:
+        _check_splits_of_file(data)
     if data.labels is not None:
         _check_labels(data.labels)
     if task == "sequence_classification":
@@ -124,6 +120,22 @@ def check_data(data: DataPart, task: str) -> None:
         raise ValueError(
             "`data` names one column of `text`, or `prompt` and `completion`, or a `template` for causal_lm, got "
             f"text={data.text!r}, prompt={data.prompt!r}, completion={data.completion!r}, template={data.template!r}."
+        )
+
+
+def _check_splits_of_file(data: DataPart) -> None:
+    kind = READERS.get(Path(data.path).suffix.lower())
+    splits = [name for name in (data.train_split, data.validation_split) if name is not None]
+    several = len({name.partition("[")[0] for name in splits}) > 1
+    if kind == "text" and (several or (len(set(splits)) > 1 and any("[" in name for name in splits))):
+        raise ValueError(
+            f"A .txt file is one document, of which no part can be held out, got {data.path!r} for {splits}; name the "
+            "reader, `path: text`, with a file for each split, `files: {train: ..., validation: ...}`."
+        )
+    if kind is not None and several:
+        raise ValueError(
+            f"A file is one split, got {data.path!r} for {splits}; name two of its slices, such as "
+            "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
         )
 
 
