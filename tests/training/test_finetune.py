@@ -1,77 +1,37 @@
-"""`finetune` from end to end on tiny models: data of every kind, resuming, metrics, what is logged, what is saved."""
+"""`finetune` from end to end on tiny models: data of every kind, metrics, what is logged, what is saved."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
-from peft_sparse.training import evaluate_recipe, finetune, make_recipe, plan_finetune
-from peft_sparse.training.build import load_tokenizer
-from peft_sparse.training.data import make_examples
+from peft_sparse.pruning import prune_magnitude
+from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
+from peft_sparse.training.adapt import adapt
+from peft_sparse.training.build import make_optimizer, training_arguments
 from peft_sparse.training.engines import check_merge_in_one_process
-from peft_sparse.training.parts import DataPart, ModelPart
 
-from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
+from models import tiny_bert, tiny_gpt2, tiny_llama
+from recipes import classifier, language_model
 
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def write_rows(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def sentences(tmp_path):
-    """The label is a function of the first word; also a name for it, a number, and a question for it."""
-    rows = []
-    for n in range(40):
-        words = [WORDS[(7 * n + 3 * k) % 90] for k in range(5)]
-        high = (7 * n) % 90 > 45
-        rows.append({
-            "text": " ".join(words), "label": int(high), "name": "high" if high else "low", "score": n / 8,
-            "question": " ".join(words[:3]), "answer": words[4],
-        })  # fmt: skip
-    return write_rows(tmp_path / "rows.jsonl", rows)
-
-
-def recipe(tmp_path, model, rows, name="run", **parts):
-    training = {
-        "output_dir": str(tmp_path / name), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 2, "save_steps": 3, "use_cpu": True, "disable_tqdm": True, "seed": 1,
-    } | parts.pop("training", {})  # fmt: skip
-    base = {"path": str(rows), "validation_split": "train", "max_length": 16}
-    values = {"model": model, "data": base | parts.pop("data"), "training": training}
-    return make_recipe(values | parts)
-
-
-def classifier(tmp_path, sentences, name="run", **parts):
-    model = {"path": save_with_tokenizer(tiny_bert(), tmp_path / "bert"), "task": "sequence_classification"}
-    values = {
-        "adapter": {"method": "pst", "sparsity": 0.75},
-        "data": {"text": "text", "label": "label"},
-        "evaluation": {"metrics": ["accuracy", "f1"]},
-    }
-    return recipe(tmp_path, model | parts.pop("model", {}), sentences, name, **values | parts)
-
-
-def language_model(tmp_path, sentences, **parts):
-    model = {"path": save_with_tokenizer(parts.pop("base", None) or tiny_llama(), tmp_path / "llama")}
-    values = {
-        "adapter": {"method": "spp", "r": 4},
-        "prune": {"method": "wanda", "pattern": "2:4", "calibration": {"num_sequences": 4, "length": 8}},
-        "data": {"text": "text"},
-    }
-    return recipe(tmp_path, model | parts.pop("model", {}), sentences, **values | parts)
 
 
 def test_a_classifier_is_sparsified_and_merged(tmp_path, sentences):
@@ -123,40 +83,6 @@ def test_a_reporter_that_comes_first_gets_the_numbers_too(tmp_path, sentences, m
     assert any("eval_perplexity" in logs for logs in seen)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, sentences):
-    whole = finetune(classifier(tmp_path, sentences, "whole"))
-    first = classifier(tmp_path, sentences, "parts")
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
-                raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        module = sys.modules[finetune.__module__]  # of the same name as the function
-        make = module.make_trainer
-
-        def interrupted(*arguments):
-            trainer = make(*arguments)
-            trainer.add_callback(Stop())
-            return trainer
-
-        patch.setattr(module, "make_trainer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(first)
-    with pytest.raises(ValueError, match="an earlier run in it; resume it"):
-        finetune(first)
-    resumed = finetune(first, resume=True)
-    assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 6
-    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-6)
-    assert resumed.sparsity == whole.sparsity
-
-
-def test_nothing_to_resume(tmp_path, sentences):
-    with pytest.raises(ValueError, match="resumed from a checkpoint, got none"):
-        finetune(classifier(tmp_path, sentences), resume=True)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_pruned_language_model_keeps_its_zeros(tmp_path, sentences, streaming):
     asked = language_model(
@@ -173,13 +99,30 @@ def test_a_pruned_language_model_keeps_its_zeros(tmp_path, sentences, streaming)
     torch.testing.assert_close(again.eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_resuming_takes_the_pruned_model_that_is_there(tmp_path, sentences):
-    asked = language_model(tmp_path, sentences)
-    finetune(asked)
-    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
-    before = (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns
-    assert finetune(asked, resume=True).resumed_from.endswith("checkpoint-3")
-    assert (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns == before
+@pytest.mark.parametrize("base", ["folder", "hub"])
+def test_a_merge_that_loses_zeros_leaves_no_folder_and_no_training_is_lost(tmp_path, sentences, monkeypatch, base):
+    """Also where the base is not a folder here: what was tuned is compared, not where it came from."""
+    module = sys.modules[finetune.__module__]
+
+    def save_dense_weights(model, folder, *rest, save=module.save_model):
+        layer = model.model.layers[1].mlp.down_proj.weight
+        layer.data[layer.data == 0] = 0.5
+        save(model, folder, *rest)
+
+    monkeypatch.setattr(module, "save_model", save_dense_weights)
+    asked = language_model(tmp_path, sentences, output={"merge": True})
+    if base == "hub":
+        pruned = prune_magnitude(tiny_llama(), "2:4")
+        asked = language_model(tmp_path, sentences, base=pruned, prune=None, output={"merge": True})
+        load = module.model_of
+        monkeypatch.setattr(module, "model_of", lambda asked, **more: load(asked, tmp_path / "llama", **more))
+        asked = replace(asked, model=replace(asked.model, path="org/llama", tokenizer=asked.model.path))
+    with pytest.raises(RuntimeError, match=r"got 768 of them lost .* nothing was written to"):
+        finetune(asked)
+    assert not (tmp_path / "run" / "merged").exists() and not list((tmp_path / "run").glob(".merged*"))
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written["steps"] == 6 and written["merged"] is None and written["zeros_lost"] is None
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_prompt_and_completion_on_conv1d(tmp_path, sentences):
@@ -200,6 +143,60 @@ def test_scores_with_a_rate_of_their_own_and_names_for_labels(tmp_path, sentence
     assert finetune(asked).steps == 6
 
 
+def test_the_names_of_labels_are_those_of_the_model(tmp_path, sentences):
+    """In the order of the recipe, whatever the base called them; then by the model's own, and in no other order."""
+    base = tiny_bert()
+    base.config.id2label, base.config.label2id = {0: "high", 1: "low"}, {"high": 0, "low": 1}
+    data = {"text": "text", "label": "name", "labels": ["low", "high"]}
+    result = finetune(classifier(tmp_path, sentences, base=base, data=data, output={"merge": True}))
+    merged = load_model(result.merged).config
+    assert merged.id2label == {0: "low", 1: "high"} and merged.label2id == {"low": 0, "high": 1}
+    expected = result.metrics["eval_accuracy"]
+    for values in (data, {"text": "text", "label": "name"}, {"text": "text", "label": "label"}):
+        measured = evaluate_recipe(classifier(tmp_path, sentences, data=values), result.merged, progress=False)
+        assert measured["accuracy"] == expected
+    adapter = evaluate_recipe(classifier(tmp_path, sentences, base=base, data=data), result.adapter, progress=False)
+    assert adapter["accuracy"] == expected
+    turned = classifier(tmp_path, sentences, data=data | {"labels": ["high", "low"]})
+    with pytest.raises(ValueError, match=r"got \['high', 'low'\], and the model's config.json has \['low', 'high'\]"):
+        evaluate_recipe(turned, result.merged, progress=False)
+    base.config.id2label, base.config.label2id = {0: "hi", 1: "low"}, {"hi": 0, "low": 1}
+    with pytest.raises(ValueError, match="one of the model's names hi, low, got 'high' in column 'name'; list"):
+        plan_finetune(classifier(tmp_path, sentences, "other", base=base, data={"text": "text", "label": "name"}))
+
+
+@pytest.mark.parametrize("prune", [None, {"method": "magnitude"}])
+def test_what_the_base_lacks_beside_the_head_is_trained_and_saved_too(tmp_path, sentences, prune):
+    """A BERT from masked language modelling has no pooler: it would be random at every load."""
+    base = BertForMaskedLM(tiny_bert().config)
+    asked = classifier(tmp_path, sentences, base=base, prune=prune, output={"merge": True})
+    assert plan_finetune(asked)["new modules"] == "bert.pooler.dense"
+    result = finetune(asked)
+    ids = torch.arange(4, 14)[None]
+    expected = load_model(result.merged).eval()(ids).logits
+    torch.manual_seed(7)
+    model = load_model(result.adapter).eval()
+    assert "bert.pooler.dense" in model.peft_config["default"].modules_to_save
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
+    shutil.rmtree(result.merged)
+    again = finetune(asked, resume=True)
+    torch.testing.assert_close(load_model(again.merged).eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_without_weights_of_its_blocks_is_refused(tmp_path, sentences):
+    asked = language_model(tmp_path, sentences, prune=None)
+    file = tmp_path / "llama" / "model.safetensors"
+    state = load_file(file)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"whose blocks are trained, got none for `model.layers.1.mlp.up_proj.weight`"
+    ):
+        finetune(asked)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):
     losses = []
     for own in ({}, {"head_learning_rate": 5e-3}, {"head_learning_rate": 5e-2}):
@@ -208,6 +205,23 @@ def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):
         losses.append([entry["loss"] for entry in result.log if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert abs(losses[0][-1] - losses[2][-1]) > 1e-3
+
+
+def test_rates_of_their_own_keep_the_optimizer_that_was_asked_for(tmp_path, sentences, monkeypatch):
+    training = {"score_learning_rate": 5e-2, "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.1}
+    asked = classifier(tmp_path, sentences, training=training)
+    arguments, model = training_arguments(asked), adapt(asked, tiny_bert(), [])
+    optimizer = make_optimizer(asked, arguments, model)
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.9
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rates == {
+        "scores": (5e-2, 0.0), "weights": (1e-2, 0.0), "others": (1e-2, 0.1), "others_without_decay": (1e-2, 0.0)
+    }  # fmt: skip
+    assert make_optimizer(classifier(tmp_path, sentences, training={"optim": "sgd"}), arguments, model) is None
+    like_galore = staticmethod(lambda *_: (torch.optim.SGD, {"params": []}))
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", like_galore)
+    with pytest.raises(ValueError, match="of groups of parameters, got the optimizer sgd, which makes its own"):
+        plan_finetune(asked)
 
 
 def test_a_number_as_the_target(tmp_path, sentences):
@@ -219,68 +233,6 @@ def test_a_number_as_the_target(tmp_path, sentences):
         finetune(replace(asked, model=replace(asked.model, new_head=False)))
     metrics = finetune(asked).metrics
     assert metrics["eval_mse"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
-
-
-def test_a_plan_trains_and_writes_nothing(tmp_path, sentences):
-    plan = plan_finetune(language_model(tmp_path, sentences, output={"merge": True}))
-    assert plan["trainable"] > 0 and plan["merges to"].endswith("merged")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has answer, label"),
-        ({"text": "score", "label": "label"}, "A column of text has strings, got 0.0"),
-        ({"text": "text", "label": "name"}, "list the names in `data.labels`"),
-        ({"text": "text", "label": "name", "labels": ["low"]}, "got 'high' in column 'name' besides"),
-        ({"text": "text", "label": "score"}, "from 0 to 1, got 0.125"),
-        ({"text": "text", "label": "label", "path": "nowhere.jsonl"}, "got 'nowhere.jsonl', which is none"),
-        ({"text": "text", "label": "label", "validation_split": "test"}, "A file is one split"),
-    ],
-)
-def test_data_that_does_not_fit_is_an_error_before_anything_is_written(tmp_path, sentences, data, message):
-    with pytest.raises(ValueError, match=message):
-        finetune(classifier(tmp_path, sentences, data=data))
-    assert not (tmp_path / "run").exists()
-
-
-def test_text_without_a_whole_window(tmp_path, sentences):
-    with pytest.raises(ValueError, match="without one in split 'train'; windows of text are whole"):
-        finetune(language_model(tmp_path, sentences, data={"text": "text", "max_length": 4000}))
-
-
-def test_examples_beyond_the_positions_are_refused_before_pruning(tmp_path, sentences):
-    data = {"text": "text", "max_length": 65}
-    asked = language_model(tmp_path, sentences, base=tiny_gpt2(), data=data, prune={"method": "magnitude"})
-    for run in (plan_finetune, finetune):
-        with pytest.raises(ValueError, match=r"`data.max_length` is at most 64, .* got 65"):
-            run(asked)
-    assert not (tmp_path / "run").exists()
-
-
-def test_windows_have_every_token_in_order(tmp_path, sentences):
-    save_with_tokenizer(tiny_llama(), tmp_path / "llama")
-    model = ModelPart(path=str(tmp_path / "llama"))
-    tokenizer = load_tokenizer(model)
-    rows = [json.loads(line)["text"] for line in Path(sentences).read_text().splitlines()]
-    expected = [i for text in rows for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
-    for streaming in (False, True):
-        data = DataPart(path=sentences, text="text", max_length=7, streaming=streaming, shuffle_buffer=1)
-        found = [i for row in make_examples(data, model, tokenizer, seed=0).train for i in row["input_ids"]]
-        assert found == expected[: len(found)] and len(expected) - len(found) < 7
-
-
-def test_only_the_completion_is_learned(tmp_path, sentences):
-    model = ModelPart(path=save_with_tokenizer(tiny_llama(), tmp_path / "llama"))
-    tokenizer = load_tokenizer(model)
-    for learned in (False, True):
-        data = DataPart(
-            path=sentences, prompt="{question}", completion="{answer}", max_length=16, train_on_prompt=learned
-        )
-        row = make_examples(data, model, tokenizer, seed=0).train[0]
-        assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
-        assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_merging_is_refused_where_no_process_has_whole_weights(tmp_path, monkeypatch):

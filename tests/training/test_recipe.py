@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from peft_sparse.training.build import adapter_config
+from peft_sparse.training.adapt import adapter_config
+from peft_sparse.training.build import training_arguments
 from peft_sparse.training.recipe import load_recipe, make_recipe
 from peft_sparse.training.values import read_yaml
 
@@ -112,6 +113,8 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("model", {"num_labels": 3}, "is for task sequence_classification"),
         ("data", {"max_length": "128"}, "`data.max_length` is int"),
         ("data", {"max_length": 1}, "from 2 up"),
+        ("data", {"labels": []}, r"at least two and each once, got \[\]; leave it out"),
+        ("data", {"labels": ["a", "b", "a"]}, "each once, got 'a' twice"),
         ("data", {"prompt": "{a}"}, "names one column of `text`, or `prompt` and `completion`"),
         ("data", {"validation_split": 3}, "str or None"),
         ("prune", {"method": "wander"}, "one of magnitude, wanda, sparsegpt, ria"),
@@ -122,11 +125,42 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("training", {"score_learning_rate": 1e-3}, "is for PST's scores"),
         ("training", {"head_learning_rate": 1e-3}, "is for a head"),
         ("output", {"merged": True}, "did you mean 'merge'"),
+        ("output", {"packed": True}, r"got packed=True, folder=None and no merge"),
+        ("output", {"folder": "there"}, r"folder='there' and no merge; set `output.merge: true`"),
+        ("output", {"merge": True, "folder": "out"}, r"folder of its own, got `output.folder` 'out'"),
+        ("output", {"merge": True, "folder": "."}, "folder of its own"),
+        ("output", {"merge": True, "folder": "x/../out/pruned"}, "folder of its own"),
+        ("output", {"merge": True, "folder": "out/adapter/merged"}, "folder of its own"),
+        ("output", {"merge": True, "folder": "out/checkpoint-5"}, "folder of its own"),
+        ("adapter", {"task_type": "SEQ_CLS"}, "CAUSAL_LM for causal_lm, got 'SEQ_CLS'; leave it out"),
+        ("adapter", {"task_type": None}, "CAUSAL_LM for causal_lm, got None"),
+        ("adapter", {"inference_mode": True}, "A recipe trains its adapter"),
+        ("prune", {"method": "wanda", "pattern": "4:2"}, "`prune`: .*4:2"),
+        ("prune", {"method": "wanda", "pattern": 124}, "`prune`: .*124"),
+        ("prune", {"method": "wanda", "sparsity": 1.5}, r"`prune`: .*1\.5"),
     ],
 )
 def test_what_is_refused(part, values, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(changed(part, **values))
+
+
+def test_words_that_are_no_booleans(tmp_path):
+    """In YAML 1.1 they are, and 2:4 is 124."""
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {path: org/bert, task: sequence_classification}\nprune: {method: magnitude, pattern: 2:4}\n"
+        "adapter: {method: spp}\ndata: {path: a.csv, text: a, label: b, labels: [no, yes]}\n"
+        "training: {output_dir: out, save_strategy: no, eval_strategy: no}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["training.logging_strategy=no"])
+    assert recipe.data.labels == ["no", "yes"] and recipe.prune == {"pattern": "2:4"}
+    arguments = training_arguments(recipe)
+    assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
+
+
+@pytest.mark.parametrize("folder", ["merged", "out/best", "out/merged/2", "../out"])
+def test_places_for_a_merged_model(folder):
+    assert make_recipe(changed("output", merge=True, folder=folder)).merged_folder == Path(folder)
 
 
 def test_parts_and_streams():
@@ -138,6 +172,11 @@ def test_parts_and_streams():
         make_recipe(changed("data", streaming=True) | {"training": {"output_dir": "out"}})
     with pytest.raises(ValueError, match=r"`text` .* and `label`"):
         make_recipe(VALUES | CLASSIFIER)
+    data, model = {"path": "rows.csv", "text": "a", "label": "b", "labels": ["x", "y", "z"]}, CLASSIFIER["model"]
+    for number in (1, 2):
+        with pytest.raises(ValueError, match=rf"is the number of `data.labels`, got {number} and 3 of them"):
+            make_recipe(VALUES | CLASSIFIER | {"data": data, "model": model | {"num_labels": number}})
+    assert make_recipe(VALUES | CLASSIFIER | {"data": data, "model": model | {"num_labels": 3}}).data.labels
     assert make_recipe(changed("data", text="story")).data.text == "story"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from peft_sparse import PstConfig, SparsityCallback, SppConfig, pst_param_groups
 from peft_sparse.pruning import prune_magnitude
@@ -132,13 +132,15 @@ def test_load_best_model_at_end(tmp_path, best):
     assert at_the_end == {best == 8}
 
 
-def test_best_at_final_sparsity_forgets_earlier_metrics(tmp_path):
+@pytest.mark.parametrize("stopping", [[], [EarlyStoppingCallback(1)]], ids=["to the end", "stopped early"])
+def test_best_at_final_sparsity_forgets_earlier_metrics(tmp_path, stopping):
     run = trainer(
         tmp_path, CONFIGS["pst"], eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True,
         metric_for_best_model="score", greater_is_better=True,
     )  # fmt: skip
     run.remove_callback(SparsityCallback)
-    run.add_callback(SparsityCallback(best_at_final_sparsity=True))
+    for callback in (SparsityCallback(best_at_final_sparsity=True), *stopping):
+        run.add_callback(callback)
     scores = iter([4.0, 3.0, 2.0, 1.0])
     run.compute_metrics = lambda prediction: {"score": next(scores)}
     run.train()

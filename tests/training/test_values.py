@@ -28,6 +28,22 @@ def test_numbers(text, value):
     assert parse_yaml(text, "test") == value
 
 
+@pytest.mark.parametrize("text", ["2:4", "1:30", "1:30.5", "no", "Yes", "on", "OFF", "2026-01-31", "12:30:00"])
+def test_strings_that_yaml_1_1_reads_as_something_else(text):
+    assert parse_yaml(text, "test") == text
+    assert with_overrides({}, [f"prune.pattern={text}"]) == {"prune": {"pattern": text}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("False", False), ("null", None), ("~", None), ("", None), ("1_000", 1000), ("0x1F", 31),
+     (".5", 0.5), ("-.inf", float("-inf")), ("1.", 1.0), ("'2'", "2"), ("[no, 1]", ["no", 1])],
+)  # fmt: skip
+def test_other_plain_values(text, value):
+    found = parse_yaml(text, "test")
+    assert found == value and type(found) is type(value)
+
+
 def test_a_key_given_twice_is_an_error():
     with pytest.raises(ValueError, match="got 'r' again in line 3"):
         parse_yaml("method: spp\nr: 8\nr: 16\n", "test")

@@ -102,6 +102,14 @@ def load_model(
         if missing and on_missing is not None:
             on_missing(missing)
         return model
+    except TypeError as error:
+        unknown = next((key for key in config or {} if f"'{key}'" in str(error)), None)
+        if unknown is None:
+            raise
+        raise ValueError(
+            f"`config` changes fields of a model's config, got {unknown!r}, which {str(source)!r} has not; check its "
+            "config.json (in a recipe, the key in `model.config`)."
+        ) from error
     except (OSError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,11 @@ from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
-from peft_sparse.pruning.budgets import resolve_sparsities
 from peft_sparse.pruning.checks import context_length
-from peft_sparse.pruning.run import plan_run
-from peft_sparse.pruning.targets import find_targets
-from peft_sparse.sparsity import Pattern, pattern_with_group
+from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
+from peft_sparse.sparsity import Pattern
 
 DEFAULT_LENGTH = 512
-# What competes where `group` is None, as in the pruners.
-_GROUPS = {"magnitude": "layer", "wanda": "row", "sparsegpt": "layer", "ria": "layer"}
 
 
 def prune_checkpoint(
@@ -70,8 +65,7 @@ def prune_checkpoint(
     if (data is None) != (method == "magnitude"):
         rule = "prunes by weights alone and takes no data" if method == "magnitude" else "calibrates on data"
         raise ValueError(f"{method} {rule}, got {data!r}; {'leave it out' if data else 'name a file or a data set'}.")
-    parsed: Pattern = pattern_with_group(pattern, group, default=_GROUPS[method])
-    parsed.resolve_sparsity(None if isinstance(sparsity, Mapping) else sparsity, 0.5)  # before anything is loaded
+    parsed = pruning_pattern(method, pattern, group, sparsity)
     rows = None if data is None else load_rows(**data)
     tokenizer_from = source if tokenizer is None else tokenizer
     if rows is not None or tokenizer is not None:  # before the model, since that may take long
@@ -124,28 +118,14 @@ def _plan(
     sparsity: float | Mapping[str, float] | None,
     arguments: dict[str, Any],
 ) -> Converted:
-    names = {key: arguments.pop(key, None) for key in ("target_modules", "exclude_modules")}
-    if method == "magnitude":
-        targets = find_targets(model, pattern, **names)
-        sparsities = resolve_sparsities(targets, pattern, sparsity)
-    else:
-        settings = {key: arguments.get(key, default) for key, default in _own_settings(method).items()}
-        run = plan_run(model, arguments["batches"], method, pattern, sparsity, settings=settings, **names)
-        run.check(checkpoint_dir=arguments.get("checkpoint_dir"), device=arguments.get("device"))
-        targets, sparsities = run.targets, run.sparsities
+    sparsities = plan_pruning(model, method, pattern, sparsity, **arguments)
     zeros = numel = 0
     weights = linear_weights(model)
     for name in weights.names:
         weight = weights.read(name)
         numel += weight.numel()
-        zeros += _zeros_after(weight, pattern, sparsities[name]) if name in targets else int((weight == 0).sum())
+        zeros += _zeros_after(weight, pattern, sparsities[name]) if name in sparsities else int((weight == 0).sum())
     return Converted("pruned", source, folder, False, zeros / numel, str(pattern), zeros, numel)
-
-
-def _own_settings(method: str) -> dict[str, Any]:
-    """The parameters that a pruner has beside those of all that calibrate, with their defaults."""
-    parameters, common = (signature(PRUNERS[name]).parameters for name in (method, "wanda"))
-    return {name: parameter.default for name, parameter in parameters.items() if name not in common}
 
 
 def _zeros_after(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> int:

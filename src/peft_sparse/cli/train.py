@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="go on from the last checkpoint in training.output_dir, or from this one",
+        help="go on from the last complete checkpoint in training.output_dir, or from this one",
     )
     add_dry_run(parser)
 

@@ -20,7 +20,7 @@ from peft_sparse.sparsity import NM, Pattern, find_pattern, parse_pattern
 
 def verify_sparsity(
     model_or_path: nn.Module | str | Path,
-    reference: nn.Module | str | Path | None = None,
+    reference: nn.Module | str | Path | LinearWeights | None = None,
     pattern: str | Pattern | None = None,
 ) -> VerifyReport:
     """Compare the zeros of a model's linears with those of the model it came from.
@@ -28,7 +28,8 @@ def verify_sparsity(
     Args:
         model_or_path: a model (with unmerged adapters, the weights that the forward uses), a folder with safetensors,
             dense or packed, or a repository on the Hub. Pickled weights are never opened.
-        reference: the same; usually the pruned base model. None: nothing is lost or gained.
+        reference: the same, usually the pruned base model, or what was noted of it before it was merged into. None:
+            nothing is lost or gained.
         pattern: an N:M pattern that every layer has to follow. None: each layer has to follow the one that the
             reference's follows, if any; "unstructured": none.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from peft_sparse.linears import (
     weights_loaded,
 )
 from peft_sparse.pruning.offload import storage_key
-from peft_sparse.sparsity import dense_weight
+from peft_sparse.sparsity import dense_weight, pack_mask, unpack_mask
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredLinear, StoredModel, as_in_files, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
@@ -51,17 +51,22 @@ class LinearWeights:
     notes: list[str] = field(default_factory=list)
 
 
-def linear_weights(source: nn.Module | str | Path | StoredModel, linears: Linears | None = None) -> LinearWeights:
+def linear_weights(
+    source: nn.Module | str | Path | StoredModel | LinearWeights, linears: Linears | None = None
+) -> LinearWeights:
     """Find the linears of the transformer blocks; all linears of a model without blocks. Experts that are one
     parameter for all of them are taken apart, as they are on disk.
 
     Args:
         source: a model, adapters included; a folder with safetensors, dense or packed; or a repository on the Hub.
+            What was found already is handed back.
         linears: for a folder that does not tell which of its tensors are linears: those of a like model, by name.
 
     Raises:
         ValueError: if there is no linear, or nothing that can be read.
     """
+    if isinstance(source, LinearWeights):
+        return source
     if not isinstance(source, nn.Module):
         return _stored(source if isinstance(source, StoredModel) else open_model(locate(source)), linears)
     # Names without the prefix that PEFT puts before them.
@@ -81,6 +86,17 @@ def linear_weights(source: nn.Module | str | Path | StoredModel, linears: Linear
         linears=found | dict.fromkeys(experts),
         errors=_pruning_errors(getattr(getattr(model, "config", None), CONFIG_KEY, None)),
     )
+
+
+def kept_weights(model: nn.Module) -> LinearWeights:
+    """Which weights of a model's linears are not zero now, True for those. A bit a weight is kept, so that the model
+    can be merged into and then be compared with what it was."""
+    now = linear_weights(model)
+    masks = {}
+    for name in now.names:
+        weight = now.read(name)
+        masks[name] = pack_mask(weight != 0), weight.shape[1]
+    return replace(now, read=lambda name: unpack_mask(*masks[name]), outside=lambda: iter(()))
 
 
 def _experts(model: nn.Module) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""From a recipe to the objects of a run: TrainingArguments, tokenizer, model, PEFT config, Trainer."""
+"""From a recipe to the objects of a run: TrainingArguments, tokenizer, model, Trainer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoConfig, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
-from peft_sparse.checkpoint.models import TASKS, load_model
+from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation.metrics import compares_numbers
 from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.parts import ModelPart
-from peft_sparse.training.recipe import METHODS, Recipe
+from peft_sparse.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -31,15 +33,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         settings.setdefault("label_names", ["labels"])  # PEFT's wrapper hides the forward's signature
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # warns where there is nothing to pin for
     try:
-        return TrainingArguments(**settings)
-    except (TypeError, ValueError, ImportError) as error:
+        arguments = TrainingArguments(**settings)
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()  # which looks for its package
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"`training`: {' '.join(str(error).split())}") from error
-
-
-def adapter_config(recipe: Recipe) -> Any:
-    """The PEFT config of a recipe, with the task type that trains and saves a new head."""
-    settings = {"task_type": TASKS[recipe.model.task][1]} | recipe.adapter
-    return METHODS[recipe.method](**settings)
+    return arguments
 
 
 def load_tokenizer(model: ModelPart) -> Any:
@@ -51,6 +50,50 @@ def load_tokenizer(model: ModelPart) -> Any:
     )
 
 
+def own_labels(model: ModelPart) -> dict[str, int]:
+    """The numbers of a classifier's labels by name, as its config.json has them; empty for another task.
+
+    Raises:
+        ValueError: if there is no such model."""
+    if model.task != "sequence_classification":
+        return {}
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"A model is a folder or a name on the Hub, got {model.path!r}: {' '.join(str(error).split())}"
+        ) from error
+    return dict(config.label2id or {})
+
+
+def make_optimizer(recipe: Recipe, arguments: TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
+    """That of `training.optim`, with groups of parameters for rates of their own; None where a recipe has no such
+    rates, and Trainer makes it.
+
+    Raises:
+        ValueError: if there is no such optimizer, or it sorts the parameters by itself."""
+    if recipe.score_learning_rate is None and recipe.head_learning_rate is None:
+        return None
+    lr, score_lr = arguments.learning_rate, recipe.score_learning_rate
+    score_lr = lr if score_lr is None else score_lr
+    groups = pst_param_groups(model, lr, score_lr, arguments.weight_decay, recipe.head_learning_rate)
+    from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
+
+    try:
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"`training.optim`: {' '.join(str(error).split())}") from error
+    takes_groups = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+    if not takes_groups or {"params", "model", "optimizer_dict"} & settings.keys():
+        raise ValueError(
+            "`training.score_learning_rate` and `head_learning_rate` are of groups of parameters, got the optimizer "
+            f"{getattr(arguments.optim, 'value', arguments.optim)}, which makes its own; take another one, such as "
+            "adamw_torch, or leave the rates out."
+        )
+    return optimizer(groups, **settings)
+
+
 def make_trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
@@ -59,19 +102,12 @@ def make_trainer(
     tokenizer: Any,
     metrics: dict[str, Any],
 ) -> Trainer:
-    """An unchanged Trainer with the schedule's driver and what it logs."""
+    """An unchanged Trainer with the schedule's driver, what it logs, and checkpoints that a killed run can trust."""
     language_model = recipe.model.task == "causal_lm"
     if not language_model:
         # Its loss is a mean over examples. Trainer takes it for a sum over `num_items_in_batch`, since the forward has
         # `**kwargs`, and would multiply it by the processes and by the accumulated batches.
         model.get_base_model().accepts_loss_kwargs = False
-    optimizer = None
-    if recipe.score_learning_rate is not None or recipe.head_learning_rate is not None:
-        lr, score_lr = arguments.learning_rate, recipe.score_learning_rate
-        score_lr = lr if score_lr is None else score_lr
-        groups = pst_param_groups(model, lr, score_lr, arguments.weight_decay, recipe.head_learning_rate)
-        betas = (arguments.adam_beta1, arguments.adam_beta2)
-        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
     callbacks: list[TrainerCallback] = [SparsityCallback(best_at_final_sparsity=recipe.method == "pst")]
     callbacks += [PerplexityCallback()] if language_model else []
     from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
@@ -85,8 +121,8 @@ def make_trainer(
         processing_class=tokenizer,
         compute_metrics=Metrics(metrics, language_model) if metrics else None,
         preprocess_logits_for_metrics=most_likely if language_model and metrics else None,
-        callbacks=callbacks,
-        optimizers=(optimizer, None),
+        callbacks=[*callbacks, CheckpointCallback()],
+        optimizers=(make_optimizer(recipe, arguments, model), None),
     )
     log_before_reporters(trainer, *callbacks)
     return trainer
@@ -109,6 +145,10 @@ def model_of(
         config = {"num_labels": num_labels(recipe)} | config
         if num_labels(recipe) == 1:
             config = {"problem_type": "regression"} | config
+        # A model that was trained has its names in its config; an adapter has no place for them.
+        if recipe.data.labels is not None and (path is None or (Path(path) / "adapter_config.json").is_file()):
+            config = {"id2label": dict(enumerate(map(str, recipe.data.labels)))} | config
+            config = {"label2id": {name: index for index, name in config["id2label"].items()}} | config
     if part.new_head and path is None:
         config = config | {"ignore_mismatched_sizes": True}
     return load_model(

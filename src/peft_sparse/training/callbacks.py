@@ -27,9 +27,10 @@ class SparsityCallback(TrainerCallback):
     a Trainer; `log_before_reporters` lets them have the numbers too.
 
     Args:
-        best_at_final_sparsity: forget the best metric seen before the final sparsity was reached, so that
-            `load_best_model_at_end` chooses among fully sparse models, as the authors do. With False, the best model
-            may be an early one with fewer zeros.
+        best_at_final_sparsity: forget, in each step, the best metric seen before the final sparsity was reached, so
+            that `load_best_model_at_end` chooses among fully sparse models, as the authors do, and that
+            EarlyStoppingCallback begins to count there. With False, the best model may be an early one with fewer
+            zeros.
         log: False logs nothing. It costs a pass over the masks and scores for each log, and a bit a weight.
 
     Raises:
@@ -55,7 +56,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         was_final = not self.best_at_final_sparsity or _is_at_final_sparsity(model)
         _set_sparsity(model, state)
-        if not was_final and _is_at_final_sparsity(model):
+        if not was_final:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_log(

@@ -82,7 +82,8 @@ def _evaluate(
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
     if part.task == "sequence_classification":
         part = replace(part, num_labels=model.config.num_labels)
-    examples = make_examples(data, part, tokenizer, seed=0, train=False)
+        _check_label_order(model.config.label2id, data.labels)
+    examples = make_examples(data, part, tokenizer, seed=0, train=False, label2id=model.config.label2id)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
@@ -123,6 +124,18 @@ def _by_trainer(
     if language_model:
         found["perplexity"] = float(torch.tensor(found["loss"], dtype=torch.float64).exp())
     return found
+
+
+def _check_label_order(label2id: Mapping[str, int], labels: Sequence[Any] | None) -> None:
+    """Raises:
+    ValueError: if the model gives the names that data lists other numbers."""
+    names = sorted(label2id, key=lambda name: label2id[name])
+    listed = [str(label) for label in labels or names]
+    if listed != names and sorted(listed) == sorted(names):
+        raise ValueError(
+            f"`data.labels` lists a model's labels in the order of their numbers, got {listed}, and the model's "
+            f"config.json has {names}; correct the one that is wrong."
+        )
 
 
 def evaluate_model(

@@ -3,7 +3,7 @@
 Everything is transformers' own Trainer; what is added are the schedule's driver, the numbers it logs, and the checks
 after merging. Results go below `training.output_dir`:
 
-    checkpoint-N/     the Trainer's; `resume` goes on from the last one
+    checkpoint-N/     the Trainer's; `resume` goes on from the last complete one
     pruned/           the model that was tuned, where the recipe prunes
     adapter/          the adapter at the end
     merged/           the merged model, where the recipe asks for it
@@ -20,19 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from peft_sparse.checkpoint.convert import check_new_folder, check_writable, copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
+from peft_sparse.evaluation.weights import kept_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.checks import check_positions
-from peft_sparse.training.build import adapter_config, load_tokenizer, make_trainer, model_of, training_arguments
-from peft_sparse.training.data import calibration_texts, make_examples
+from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
+from peft_sparse.training.adapt import adapt, new_modules, note_new_modules, noted_new_modules
+from peft_sparse.training.build import (
+    load_tokenizer,
+    make_optimizer,
+    make_trainer,
+    model_of,
+    own_labels,
+    training_arguments,
+)
+from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
 from peft_sparse.training.recipe import Recipe
+from peft_sparse.training.start import where_to_start
 
 
 @dataclass
@@ -46,7 +55,8 @@ class FinetuneResult:
         sparsity: share of zeros in the weights of the adapted model, as the forward uses them.
         trainable: parameters.
         adapter, merged: folders; None for no merge.
-        zeros_lost: of the pruned base after merging; None where nothing was merged or nothing was pruned before.
+        zeros_lost: of the model that SPP tuned, after merging; None where nothing was merged, and for PST, which
+            starts from a dense model.
         seconds: in all.
     """
 
@@ -83,24 +93,24 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
 
     Args:
         recipe: from [`load_recipe`].
-        resume: go on from the last checkpoint in `training.output_dir`, or from the one that is named.
+        resume: go on from the last complete checkpoint in `training.output_dir`, or from the one that is named.
 
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
             an earlier run in the folder and `resume` is not asked for, or none to resume.
     """
     start = time.perf_counter()
-    checkpoint = _checkpoint(recipe, resume)
+    checkpoint = where_to_start(recipe, resume)
     arguments = training_arguments(recipe)
     if recipe.output.merge:
         check_merge_in_one_process(arguments)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
-    examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
-    model = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
+    examples = _examples(recipe, tokenizer, arguments)
+    model, new = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
-    model = get_peft_model(model, adapter_config(recipe))
+    model = adapt(recipe, model, new)
     trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     measured = {key: value for key, value in trained.metrics.items() if key == "train_loss"}
@@ -118,11 +128,13 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     )
     save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
-        if recipe.output.merge:
-            _merge(recipe, model, result)
-        result.seconds = time.perf_counter() - start
-        written = json.dumps(result.to_dict(), indent=2, default=str)
-        (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
+        try:
+            if recipe.output.merge:
+                _merge(recipe, model, result)
+        finally:  # the training is done, whatever merging says
+            result.seconds = time.perf_counter() - start
+            written = json.dumps(result.to_dict(), indent=2, default=str)
+            (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
     return result
 
 
@@ -133,16 +145,20 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     Returns:
         What would be run, plain values.
     """
-    checkpoint = _checkpoint(recipe, resume)
+    checkpoint = where_to_start(recipe, resume)
     arguments = training_arguments(recipe)
     tokenizer = load_tokenizer(recipe.model)
     for name in recipe.evaluation.metrics:
         load_metric(name)
-    examples = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed)
+    examples = _examples(recipe, tokenizer, arguments)
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model = get_peft_model(_model(recipe), adapter_config(recipe))
+        model, new = _model(recipe)
+        if recipe.pruner is not None:
+            _plan_prune(recipe, model, tokenizer)
+        model = adapt(recipe, model, new)
+    make_optimizer(recipe, arguments, model)
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": recipe.method,
@@ -150,6 +166,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         "pruned with": recipe.pruner,
         "trainable": trainable,
         "parameters": total,
+        "new modules": ", ".join(new) or None,
         "training examples": "a stream" if recipe.data.streaming else len(examples.train),
         "validation examples": 0 if examples.validation is None else len(examples.validation),
         "resumed from": checkpoint,
@@ -158,84 +175,85 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     }
 
 
-def _checkpoint(recipe: Recipe, resume: bool | str) -> str | None:
-    folder, named = recipe.output_dir, None
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`training.output_dir` is a folder, got {str(folder)!r}, which is a file.")
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume:
-        named = resume if isinstance(resume, str) else found
-        if named is None or not (Path(named) / "trainer_state.json").is_file():
-            raise ValueError(
-                f"A run is resumed from a checkpoint, got none in {str(named or folder)!r}; leave `resume` out to "
-                "start one."
-            )
-    elif found is not None or (folder / "result.json").is_file():
-        raise ValueError(
-            f"A run starts in a folder of its own, got {str(folder)!r} with an earlier run in it; resume it, or "
-            "choose another `training.output_dir`."
-        )
-    elif (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"A run starts in a folder of its own, got {str(folder)!r}, which holds a model; choose another "
-            "`training.output_dir`."
-        )
-    check_writable(folder)
-    if recipe.output.merge:
-        check_new_folder(recipe.merged_folder)
-    return named
+def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
+    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
 
 
-def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> Any:
-    """The model to adapt. Of several processes the first one prunes, and the others read what it saved."""
+def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> tuple[Any, list[str]]:
+    """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
+    saved."""
     pruned = recipe.output_dir / "pruned"
     if recipe.pruner is not None and not resumed and arguments.process_index == 0:
         with loaded_whole(arguments):
-            model = _prune(recipe, tokenizer, pruned)
+            model, new = _prune(recipe, tokenizer, pruned)
     if recipe.pruner is not None and not resumed:
         PartialState().wait_for_everyone()
     if recipe.pruner is None:
-        model = _model(recipe)
+        model, new = _model(recipe)
     elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
-        model = _model(recipe, pruned)
+        model, new = model_of(recipe, pruned), noted_new_modules(pruned)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, new
 
 
-def _model(recipe: Recipe, path: Path | None = None) -> Any:
-    """[`model_of`], and it takes the recipe's examples."""
-    model = model_of(recipe, path)
+def _model(recipe: Recipe) -> tuple[Any, list[str]]:
+    """[`model_of`] and its new modules, and it takes the recipe's examples."""
+    missing: list[str] = []
+    model = model_of(recipe, on_missing=missing.extend)
     check_positions(model, "data.max_length", recipe.data.max_length)
-    return model
+    return model, new_modules(recipe, model, missing)
 
 
-def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> Any:
-    model, arguments = _model(recipe), dict(recipe.prune)
-    if recipe.pruner != "magnitude":
-        settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
-        arguments["batches"] = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
-    PRUNERS[str(recipe.pruner)](model, **arguments)
+def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> tuple[Any, list[str]]:
+    model, new = _model(recipe)
+    PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    note_new_modules(folder, new)
     model.config._name_or_path = model.name_or_path = str(folder)
-    return model
+    return model, new
+
+
+def _pruning(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """The arguments of the pruner."""
+    if recipe.pruner == "magnitude":
+        return dict(recipe.prune)
+    settings = {"num_sequences": 32, "length": recipe.data.max_length} | recipe.calibration
+    batches = calibration_batches(calibration_texts(recipe.data), tokenizer, **settings)
+    return recipe.prune | {"batches": batches}
+
+
+def _plan_prune(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """All checks of [`_prune`], which changes nothing."""
+    method, arguments = str(recipe.pruner), _pruning(recipe, tokenizer)
+    arguments["pattern"] = pruning_pattern(
+        method, arguments.get("pattern", "unstructured"), arguments.pop("group", None)
+    )
+    plan_pruning(model, method, **arguments)
 
 
 def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
-    merged, folder = model.merge_and_unload(), recipe.merged_folder
+    """Raises:
+    RuntimeError: if what was saved lost a zero of the model that SPP tuned. There is no folder then."""
+    folder, before = recipe.merged_folder, None
+    if recipe.method == "spp":
+        with model.disable_adapter():
+            before = kept_weights(model)
+    merged = model.merge_and_unload()
     with new_folder(folder) as temporary:
         save_model(merged, temporary, recipe.output.packed, result.adapter)
         copy_tokenizer(result.adapter, temporary)
-    result.merged = str(folder)
-    result.sparsity = sparsity_report(folder).total_sparsity
-    if recipe.method == "spp":
-        reference = recipe.output_dir / "pruned" if recipe.pruner else None
-        if reference is None and not recipe.model.gguf_file:
-            reference = Path(recipe.model.path)
-        if reference is not None and reference.is_dir():
-            result.zeros_lost = verify_sparsity(folder, reference=reference).lost
+        report = None if before is None else verify_sparsity(temporary, reference=before)
+        if report is not None and not report.ok:
+            raise RuntimeError(
+                f"A merged model keeps the zeros of the one that was tuned, got {report.lost:,} of them lost and "
+                f"{report.violations:,} groups against their pattern; nothing was written to {str(folder)!r}. The "
+                f"adapter is in {result.adapter!r}; please report this with your recipe."
+            )
+    result.merged, result.sparsity = str(folder), sparsity_report(folder).total_sparsity
+    result.zeros_lost = None if report is None else report.lost
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,10 @@ def check_data(data: DataPart, task: str) -> None:
         value, least = getattr(data, name), 2 if name == "max_length" else 1
         if value is not None and value < least:
             raise ValueError(f"`data.{name}` is from {least} up, got {value}.")
-    splits = {name.partition("[")[0] for name in (data.train_split, data.validation_split) if name is not None}
-    if data.files is None and len(splits) > 1 and Path(data.path).suffix.lower() in READERS:
-        raise ValueError(
-            f"A file is one split, got {data.path!r} for {sorted(splits)}; name two of its slices, such as "
-            "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
-        )
+    if data.files is None:
+        _check_splits_of_file(data)
+    if data.labels is not None:
+        _check_labels(data.labels)
     if task == "sequence_classification":
         if not data.text or not data.label or data.prompt or data.completion or data.template:
             raise ValueError(
@@ -121,4 +120,49 @@ def check_data(data: DataPart, task: str) -> None:
         raise ValueError(
             "`data` names one column of `text`, or `prompt` and `completion`, or a `template` for causal_lm, got "
             f"text={data.text!r}, prompt={data.prompt!r}, completion={data.completion!r}, template={data.template!r}."
+        )
+
+
+def _check_splits_of_file(data: DataPart) -> None:
+    kind = READERS.get(Path(data.path).suffix.lower())
+    splits = [name for name in (data.train_split, data.validation_split) if name is not None]
+    several = len({name.partition("[")[0] for name in splits}) > 1
+    if kind == "text" and (several or (len(set(splits)) > 1 and any("[" in name for name in splits))):
+        raise ValueError(
+            f"A .txt file is one document, of which no part can be held out, got {data.path!r} for {splits}; name the "
+            "reader, `path: text`, with a file for each split, `files: {train: ..., validation: ...}`."
+        )
+    if kind is not None and several:
+        raise ValueError(
+            f"A file is one split, got {data.path!r} for {splits}; name two of its slices, such as "
+            "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
+        )
+
+
+def check_output(output: OutputPart, output_dir: Path) -> None:
+    """Raises:
+    ValueError: if nothing is merged and it says where to, or the merged model is to go where something else is."""
+    if not output.merge and (output.packed or output.folder is not None):
+        raise ValueError(
+            f"`output.packed` and `output.folder` are of the merged model, got packed={output.packed}, "
+            f"folder={output.folder!r} and no merge; set `output.merge: true`, or leave them out."
+        )
+    if output.folder is None:
+        return
+    folder, run = Path(os.path.abspath(output.folder)), Path(os.path.abspath(output_dir))  # without any ..
+    below = folder.parts[len(run.parts)] if folder.is_relative_to(run) and folder != run else ""
+    if run.is_relative_to(folder) or below in ("adapter", "pruned", "result.json") or below.startswith("checkpoint-"):
+        raise ValueError(
+            f"The merged model has a folder of its own, got `output.folder` {output.folder!r}, where a run in "
+            f"{str(output_dir)!r} puts other things; leave it out, for `merged` in there, or choose another folder."
+        )
+
+
+def _check_labels(labels: list[Any]) -> None:
+    twice = next((name for index, name in enumerate(labels) if name in labels[:index]), None)
+    if len(labels) < 2 or twice is not None:
+        got = f"{twice!r} twice" if twice is not None else f"{labels}"
+        raise ValueError(
+            f"`data.labels` lists the labels in the order of their numbers, at least two and each once, got {got}; "
+            "leave it out where labels are numbers."
         )

@@ -23,8 +23,18 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from peft_sparse.checkpoint.models import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
-from peft_sparse.training.parts import DataPart, EvaluationPart, ModelPart, OutputPart, check_data, check_model
+from peft_sparse.pruning.plan import pruning_pattern
+from peft_sparse.training.parts import (
+    DataPart,
+    EvaluationPart,
+    ModelPart,
+    OutputPart,
+    check_data,
+    check_model,
+    check_output,
+)
 from peft_sparse.training.values import check_keys, check_type, read_yaml, with_environment, with_overrides
 from peft_sparse.tuners.pst import PstConfig
 from peft_sparse.tuners.sparse_config import SparseConfig
@@ -125,7 +135,10 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     )
     check_model(recipe.model)
     check_data(recipe.data, recipe.model.task)
+    _check_num_labels(recipe)
+    _check_adapter(recipe)
     _check_training(recipe)
+    check_output(recipe.output, recipe.output_dir)
     return recipe
 
 
@@ -165,11 +178,40 @@ def _prune(values: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str
     if calibration and method == "magnitude":
         raise ValueError("`prune.calibration` is data to prune on, and method 'magnitude' takes none; leave it out.")
     check_keys("prune.calibration", calibration, _names(calibration_batches))
+    _check_pattern(method, values)
     return method, values, calibration
+
+
+def _check_pattern(method: str, values: Mapping[str, Any]) -> None:
+    pattern, group, sparsity = values.get("pattern", "unstructured"), values.get("group"), values.get("sparsity")
+    try:
+        pruning_pattern(method, pattern, group, sparsity)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`prune`: {error}") from error
 
 
 def _names(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters) - _OF_FINETUNE
+
+
+def _check_num_labels(recipe: Recipe) -> None:
+    labels, number = recipe.data.labels, recipe.model.num_labels
+    if labels is not None and number is not None and number != len(labels):
+        raise ValueError(
+            f"`model.num_labels` is the number of `data.labels`, got {number} and {len(labels)} of them ({labels}); "
+            "leave `model.num_labels` out, or `data.labels` where a number is the target (1)."
+        )
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    expected = TASKS[recipe.model.task][1]
+    if recipe.adapter.get("task_type", expected) != expected:
+        raise ValueError(
+            f"`adapter.task_type` is that of `model.task`, {expected} for {recipe.model.task}, got "
+            f"{recipe.adapter['task_type']!r}; leave it out."
+        )
+    if recipe.adapter.get("inference_mode"):
+        raise ValueError("A recipe trains its adapter, got `adapter.inference_mode: true`; leave it out.")
 
 
 def _check_training(recipe: Recipe) -> None:

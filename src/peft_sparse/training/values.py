@@ -1,7 +1,8 @@
 """The values of a recipe: YAML, `--set` overrides, `${VARIABLE}`s, and what is said of a key or value that is none.
 
-YAML 1.1 reads 4e-3 as a string and takes the last of two equal keys without a word; both are learning rates lost.
-Here 4e-3 is a number, and a key that is there twice is an error.
+YAML 1.1 reads 4e-3 as a string and takes the last of two equal keys without a word; both are learning rates lost. It
+reads 2:4 as 124, to the base 60, and `no` as False. Here 4e-3 is a number, a key that is there twice is an error, and
+2:4, no, yes, on, off and dates are strings, as in YAML 1.2.
 """
 
 from __future__ import annotations
@@ -33,9 +34,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_PLAIN = {  # what is no string: a pattern, and the signs that it starts with
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+|[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "timestamp": None,
+}
+_TAGS = {f"tag:yaml.org,2002:{name}": how for name, how in _PLAIN.items()}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _TAGS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _how in _TAGS.items():
+    if _how is not None:
+        _Loader.add_implicit_resolver(_tag, re.compile(f"^({_how[0]})$"), list(_how[1]))
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -1,0 +1,149 @@
+"""A recipe's rows as examples: what they hold, and what is refused before anything is written."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from peft_sparse.training import finetune, plan_finetune
+from peft_sparse.training.build import load_tokenizer
+from peft_sparse.training.data import calibration_texts, make_examples
+from peft_sparse.training.parts import DataPart, ModelPart
+
+from models import save_with_tokenizer, tiny_gpt2, tiny_llama
+from recipes import classifier, language_model, write_rows
+
+pytest.importorskip("datasets")
+pytest.importorskip("evaluate")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has answer, label"),
+        ({"text": "score", "label": "label"}, "A column of text has strings, got 0.0"),
+        ({"text": "text", "label": "name"}, "list the names in `data.labels`"),
+        ({"text": "text", "label": "name", "labels": ["low", "mid"]}, "got 'high' in column 'name' besides"),
+        ({"text": "text", "label": "score"}, "from 0 to 1, got 0.125"),
+        ({"text": "text", "label": "label", "path": "nowhere.jsonl"}, "got 'nowhere.jsonl', which is none"),
+        ({"text": "text", "label": "label", "validation_split": "test"}, "A file is one split"),
+    ],
+)
+def test_data_that_does_not_fit_is_an_error_before_anything_is_written(tmp_path, sentences, data, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(classifier(tmp_path, sentences, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("streaming", "got"), [(False, "40 rows"), (True, "a stream")])
+def test_text_without_a_whole_window(tmp_path, sentences, streaming, got):
+    with pytest.raises(ValueError, match=f"got {got} without one in split 'train'; windows of text are whole"):
+        plan_finetune(
+            language_model(tmp_path, sentences, data={"text": "text", "max_length": 4000, "streaming": streaming})
+        )
+
+
+def test_examples_beyond_the_positions_are_refused_before_pruning(tmp_path, sentences):
+    data = {"text": "text", "max_length": 65}
+    asked = language_model(tmp_path, sentences, base=tiny_gpt2(), data=data, prune={"method": "magnitude"})
+    for run in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"`data.max_length` is at most 64, .* got 65"):
+            run(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_have_every_token_in_order(tmp_path, sentences):
+    save_with_tokenizer(tiny_llama(), tmp_path / "llama")
+    model = ModelPart(path=str(tmp_path / "llama"))
+    tokenizer = load_tokenizer(model)
+    rows = [json.loads(line)["text"] for line in Path(sentences).read_text().splitlines()]
+    expected = [i for text in rows for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
+    for streaming in (False, True):
+        data = DataPart(path=sentences, text="text", max_length=7, streaming=streaming, shuffle_buffer=1)
+        found = [i for row in make_examples(data, model, tokenizer, seed=0).train for i in row["input_ids"]]
+        assert found == expected[: len(found)] and len(expected) - len(found) < 7
+
+
+def test_only_the_completion_is_learned(tmp_path, sentences):
+    model = ModelPart(path=save_with_tokenizer(tiny_llama(), tmp_path / "llama"))
+    tokenizer = load_tokenizer(model)
+    for learned in (False, True):
+        data = DataPart(
+            path=sentences, prompt="{question}", completion="{answer}", max_length=16, train_on_prompt=learned
+        )
+        row = make_examples(data, model, tokenizer, seed=0).train[0]
+        assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
+        assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("data", "row", "message"),
+    [
+        ({"prompt": "{question}", "completion": "{answer}"}, {"question": "w1", "answer": None}, "None for 'answer'"),
+        ({"template": "alpaca"}, {"instruction": None, "input": "w1", "output": "w2"}, "None for 'instruction'"),
+        ({"template": "alpaca"}, {"instruction": "w1", "input": None, "output": None}, "None for 'output'"),
+    ],
+)
+def test_nothing_is_not_learned_as_the_word_none(tmp_path, data, row, message):
+    whole = {key: value or "w3" for key, value in row.items()}
+    rows = write_rows(tmp_path / "rows.jsonl", [whole, row])
+    with pytest.raises(ValueError, match=message):
+        plan_finetune(language_model(tmp_path, rows, data=data | {"max_length": 64}, prune=None))
+
+
+def test_an_input_that_is_missing_is_none_in_alpacas_prompt(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": "w1", "input": None, "output": "w2"}])
+    data = DataPart(path=str(tmp_path / "rows.jsonl"), template="alpaca", max_length=512)
+    assert list(calibration_texts(data)) and "None" not in str(calibration_texts(data))
+
+
+def test_prompts_that_fill_the_length_are_counted(tmp_path):
+    rows = [{"question": " ".join(["w1"] * length), "answer": "w2"} for length in (3, 16, 20, 15)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    model = ModelPart(path=save_with_tokenizer(tiny_llama(), tmp_path / "llama"))
+    columns = {"path": path, "prompt": "{question}", "completion": "{answer}"}
+    for limit, left_out, found in ((None, 2, 2), (2, 2, 2), (1, 0, 1)):
+        data = DataPart(**columns, max_length=16, train_examples=limit)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            examples = make_examples(data, model, load_tokenizer(model), seed=0)
+        told = [str(one.message) for one in said if "are left out" in str(one.message)]
+        assert len(examples.train) == found and [one[:9] for one in told] == (["2 rows of"] if left_out else [])
+    with pytest.raises(ValueError, match="got 4 rows without one"):
+        make_examples(DataPart(**columns, max_length=2), model, load_tokenizer(model), seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_text_is_named_by_its_row(tmp_path, streaming):
+    """A tokenizer without special tokens makes nothing of it."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "", "label": 1, "id": "x5"}])
+    data = {"text": "text", "label": "label", "streaming": streaming}
+    with pytest.raises(ValueError, match=r"at least one token, got \[''\] without one in the row .*'id': 'x5'"):
+        plan_finetune(classifier(tmp_path, path, data=data))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_target_that_is_no_finite_number(tmp_path, value):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": 0.5}, {"text": "w2", "label": value}])
+    asked = classifier(tmp_path, path, model={"num_labels": 1, "new_head": True}, evaluation={"metrics": ["mse"]})
+    with pytest.raises(ValueError, match=f"is finite, got {value!r} in column 'label'"):
+        plan_finetune(asked)
+
+
+def test_a_part_of_a_text_file_is_held_out_as_a_file(tmp_path):
+    """One document is one row, which slices cannot divide."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("w1 w2 w3 w4\n" * 10)
+    way_out = r"name the reader, `path: text`, with a file for each split, `files: \{train: \.\.\., validation"
+    for splits in (
+        {"validation_split": "validation"},
+        {"train_split": "train[:50%]", "validation_split": "train[50%:]"},
+    ):
+        with pytest.raises(ValueError, match=way_out):
+            language_model(tmp_path, tmp_path / "a.txt", data={"text": "text"} | splits)
+    files = {"train": str(tmp_path / "a.txt"), "validation": str(tmp_path / "b.txt")}
+    data = {"text": "text", "validation_split": "validation", "files": files}
+    plan = plan_finetune(language_model(tmp_path, "text", data=data, prune=None))
+    assert plan["training examples"] == plan["validation examples"] == 3

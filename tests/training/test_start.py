@@ -1,0 +1,131 @@
+"""What `finetune` does before it trains: it goes on from a checkpoint, or finds what does not fit, as a plan does."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from peft_sparse.training import finetune, plan_finetune
+from peft_sparse.training.checkpoints import checkpoint_fault
+
+from models import tiny_llama
+from recipes import classifier, language_model
+
+pytest.importorskip("datasets")
+pytest.importorskip("evaluate")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, sentences):
+    whole = finetune(classifier(tmp_path, sentences, "whole"))
+    first = classifier(tmp_path, sentences, "parts")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules[finetune.__module__]  # of the same name as the function
+        make = module.make_trainer
+
+        def interrupted(*arguments):
+            trainer = make(*arguments)
+            trainer.add_callback(Stop())
+            return trainer
+
+        patch.setattr(module, "make_trainer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(first)
+    with pytest.raises(ValueError, match="an earlier run in it; resume it"):
+        finetune(first)
+    resumed = finetune(first, resume=True)
+    assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 6
+    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-6)
+    assert resumed.sparsity == whole.sparsity
+
+
+def test_nothing_to_resume(tmp_path, sentences):
+    with pytest.raises(ValueError, match=r"checkpoint that is complete, got none in .*leave `resume` out"):
+        finetune(classifier(tmp_path, sentences), resume=True)
+
+
+def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path, sentences):
+    """As after a kill in the middle of a save: of the second checkpoint, of the first one, and when all is done."""
+    asked, run = classifier(tmp_path, sentences), tmp_path / "run"
+    whole = finetune(asked)
+    (run / "result.json").unlink()
+    (run / "checkpoint-6" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"got '.*checkpoint-6', and it has no trainer_state.json.*; name an older"):
+        finetune(asked, resume=str(run / "checkpoint-6"))
+    assert plan_finetune(asked, resume=True)["resumed from"].endswith("checkpoint-3")
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
+    resumed = finetune(asked, resume=True)
+    assert resumed.resumed_from.endswith("checkpoint-3")
+    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-6)
+    assert (run / "incomplete-checkpoint-6").is_dir() and checkpoint_fault(run / "checkpoint-6") is None
+    for number in (3, 6):
+        (run / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"got only checkpoint-6 \(it has no .*; choose another `training.output_dir`"
+    ):
+        finetune(asked, resume=True)
+    with pytest.raises(ValueError, match="an earlier run in it; choose another"):
+        finetune(asked)
+    (run / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"got only checkpoint-6 .*; leave `resume` out to start one"):
+        finetune(asked, resume=True)
+    assert finetune(asked).metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-6)
+
+
+def test_resuming_takes_the_pruned_model_that_is_there(tmp_path, sentences):
+    asked = language_model(tmp_path, sentences)
+    finetune(asked)
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
+    before = (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns
+    assert finetune(asked, resume=True).resumed_from.endswith("checkpoint-3")
+    assert (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_plan_trains_and_writes_nothing(tmp_path, sentences):
+    plan = plan_finetune(language_model(tmp_path, sentences, output={"merge": True}))
+    assert plan["trainable"] > 0 and plan["merges to"].endswith("merged")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"prune": {"method": "magnitude", "pattern": "5:7"}}, "divisible by 7"),
+        ({"prune": {"method": "wanda", "calibration": {"length": 4000}}}, "at least one window of length=4000"),
+        ({"prune": {"method": "wanda", "calibration": {"length": 100}}}, "fit into the model's context of 64 tokens"),
+        ({"prune": {"method": "wanda", "calibration": {"length": 0}}}, "`length` is a positive integer, got 0"),
+        ({"prune": {"method": "magnitude", "target_modules": ["q_prj"]}}, "q_prj"),
+        ({"training": {"report_to": "foo"}}, "`training`: foo is not supported, only .*tensorboard"),
+    ],
+)
+def test_a_plan_finds_what_a_run_would_find(tmp_path, sentences, parts, message):
+    asked = language_model(tmp_path, sentences, **parts)
+    for start in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=message):
+            start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_field_that_the_models_config_has_not(tmp_path, sentences):
+    asked = classifier(tmp_path, sentences)
+    wrong = replace(asked.model, config={"hiden_dropout_prob": 0.1})
+    with pytest.raises(ValueError, match=r"got 'hiden_dropout_prob', which .* has not; check"):
+        plan_finetune(replace(asked, model=wrong))
+
+
+def test_an_adapter_is_no_model_to_tune(tmp_path, sentences):
+    adapter = tmp_path / "adapter"
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    asked = language_model(tmp_path, sentences, prune=None)
+    with pytest.raises(
+        ValueError, match=r"got an adapter in `model.path` .*; merge it first, with `peft-sparse merge"
+    ):
+        plan_finetune(replace(asked, model=replace(asked.model, path=str(adapter))))
