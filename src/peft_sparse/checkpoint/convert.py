@@ -20,6 +20,7 @@ from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
+from peft_sparse.linears import unpack_model
 from peft_sparse.storage import locate, open_model
 from peft_sparse.storage.format import pack_weight
 
@@ -133,11 +134,12 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path, **card: Any) -> None:
-    """Save a merged model, dense or packed, with the tokenizer files of the model it came from."""
+    """Save a merged model, dense or packed, with the tokenizer files of the model it came from. One that is packed in
+    memory is unpacked in place to be saved dense."""
     if packed:
         save_sparse(model, folder, **card)
     else:
-        type(model).save_pretrained(model, folder)
+        type(model).save_pretrained(unpack_model(model), folder)
     copy_tokenizer(tokenizer_from, folder)
 
 
