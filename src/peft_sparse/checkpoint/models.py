@@ -43,7 +43,8 @@ def load_model(
         packed: keep a packed checkpoint packed in memory.
         gguf_file: a file in that folder to read instead of safetensors; its weights are dequantised.
         trust_remote_code: run code that comes with the model.
-        config: fields of the model's config to change, such as `num_labels`.
+        config: fields of the model's config to change, such as `num_labels`, and `ignore_mismatched_sizes` for a head
+            of another shape, which is made anew.
         base: of an adapter; None: the one that its config names.
 
     Returns:
@@ -70,13 +71,16 @@ def load_model(
         )
     try:
         if stored_packed:
-            model_cls = None if task is None else _class_for(source, task, trust_remote_code)
-            model = load_sparse(
-                source, packed=packed, dtype=dtype, model_cls=model_cls, trust_remote_code=trust_remote_code
+            changes = dict(config or {})
+            return load_sparse(
+                source,
+                packed=packed,
+                dtype=dtype,
+                model_cls=None if task is None else _class_for(source, task, trust_remote_code),
+                ignore_mismatched_sizes=changes.pop("ignore_mismatched_sizes", False),
+                config=changes,
+                trust_remote_code=trust_remote_code,
             )
-            for key, value in (config or {}).items():
-                setattr(model.config, key, value)
-            return model
         arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
         if gguf_file is not None:
             arguments |= {"gguf_file": gguf_file}
@@ -87,13 +91,15 @@ def load_model(
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
         model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
         return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
             raise ValueError(
                 f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
                 "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
             ) from error
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
 
 
@@ -146,9 +152,9 @@ def _load_adapter(
     if task and trained and task != trained:
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
-    if task == "sequence_classification" and "num_labels" not in config:
-        labels = _labels_of_head(folder)
-        config = config | ({"num_labels": labels} if labels else {})
+    if task == "sequence_classification" and (labels := _labels_of_head(folder)):
+        # The adapter's head takes the place of the base's, whose number of labels may be another.
+        config = {"num_labels": labels, "ignore_mismatched_sizes": True} | config
     loaded = load_model(base, task, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code, config=config)
     return PeftModel.from_pretrained(loaded, str(folder))
 
