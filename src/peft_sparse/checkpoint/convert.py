@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.checkpoint.models import load_model
+from peft_sparse.checkpoint.load import load_sparse, load_stored
+from peft_sparse.checkpoint.models import auto_class, load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
 from peft_sparse.linears import unpack_model
@@ -145,7 +145,7 @@ def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Pat
 
 def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None = None, dry_run: bool = False,
                     max_shard_size: int | str = "5GB", trust_remote_code: bool = False) -> Converted:  # fmt: skip
-    """Store a dense model packed, as [`save_sparse`] does.
+    """Store a dense model packed, as [`save_sparse`] does, bit for bit.
 
     Args:
         source: a folder with a dense model, or a name on the Hub.
@@ -161,10 +161,18 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
     stored = open_model(locate(source))
     if stored.layout != "dense":
         raise ValueError(f"`pack` takes a dense model, got one that is packed ({stored.layout}) in {str(source)!r}.")
+    if (stored.folder / "adapter_config.json").is_file():
+        raise ValueError(f"`pack` takes a model without adapters, got one in {str(source)!r}; merge it first.")
+    if stored.config.get("quantization_config"):
+        raise ValueError(
+            f"`pack` takes floating point weights, got a quantized model in {str(source)!r}; dequantize it with "
+            "`model.dequantize()` and save that."
+        )
     if dry_run:
         size = sum(_packed_bytes(tensor.read()) for tensor in stored.tensors.values())
         return _converted("packed", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
-    model = load_model(stored.folder, task, trust_remote_code=trust_remote_code)
+    model_cls = None if task is None else auto_class(task)
+    model = load_stored(stored, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_sparse(model, temporary, max_shard_size=max_shard_size)
         copy_tokenizer(stored.folder, temporary)

@@ -111,8 +111,10 @@ def load_stored(
         changes: `config` of [`load_sparse`].
     """
     config = _config(stored, trust_remote_code, changes or {})
-    saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
-    model_cls = _of_auto_class(saved_cls or model_cls, config)
+    if model_cls is None:
+        model_cls = _saved_cls(stored, trust_remote_code)
+    else:
+        model_cls = _of_auto_class(model_cls, config, stored, trust_remote_code)
     if check_first:
         check_shapes(model_cls, config, stored, ignore_mismatched_sizes)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
@@ -155,22 +157,25 @@ def _saved_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedM
     found = transformers_class(name)
     if found is not None:
         return found
-    code = stored.config.get("auto_map") or {}
-    places = [place for place in code.values() if isinstance(place, str) and place.split(".")[-1] == name]
+    places = {auto: place for auto, place in _code(stored).items() if place.split(".")[-1] == name}
     if places and trust_remote_code:
-        return get_class_from_dynamic_module(places[0], str(stored.folder))
+        return _class_in_code(stored, next(iter(places)))
     raise ValueError(
         f"config.json names the class of the model, one of transformers', got {name!r} in {str(stored.folder)!r}; "
         "pass the class as `model_cls`" + (", or `trust_remote_code=True`." if places else ".")
     )
 
 
-def _of_auto_class(model_cls: Any, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _of_auto_class(
+    model_cls: Any, config: PreTrainedConfig, stored: StoredModel, trust_remote_code: bool
+) -> type[PreTrainedModel]:
     """The class that an Auto class of transformers stands for; any other is itself."""
     mapping = getattr(model_cls, "_model_mapping", None)
     if mapping is not None and type(config) in mapping:
         found = mapping[type(config)]
         return found[0] if isinstance(found, tuple) else found
+    if mapping is not None and trust_remote_code and model_cls.__name__ in _code(stored):
+        return _class_in_code(stored, model_cls.__name__)
     wanted = getattr(model_cls, "config_class", None)
     if mapping is not None or (wanted is not None and not isinstance(config, wanted)):
         raise ValueError(
@@ -178,6 +183,18 @@ def _of_auto_class(model_cls: Any, config: PreTrainedConfig) -> type[PreTrainedM
             f"{model_cls.__name__}; pass another one, or None for the one that was saved."
         )
     return model_cls
+
+
+def _code(stored: StoredModel) -> dict[str, str]:
+    """By Auto class, the classes in the code that a folder brings along."""
+    code = stored.config.get("auto_map")
+    return {auto: place for auto, place in code.items() if isinstance(place, str)} if isinstance(code, dict) else {}
+
+
+def _class_in_code(stored: StoredModel, auto_class: str) -> type[PreTrainedModel]:
+    found = get_class_from_dynamic_module(_code(stored)[auto_class], str(stored.folder))
+    found.register_for_auto_class(auto_class)  # so that its code is saved with it
+    return found
 
 
 def _build(

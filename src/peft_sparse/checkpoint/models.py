@@ -76,7 +76,7 @@ def load_model(
                 source,
                 packed=packed,
                 dtype=dtype,
-                model_cls=None if task is None else _class_for(source, task, trust_remote_code),
+                model_cls=None if task is None else auto_class(task),
                 ignore_mismatched_sizes=changes.pop("ignore_mismatched_sizes", False),
                 config=changes,
                 trust_remote_code=trust_remote_code,
@@ -89,7 +89,7 @@ def load_model(
                 arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
-        model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
+        model_cls = auto_class(task) if task else _class_of_config(source, trust_remote_code)
         return model_cls.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -103,20 +103,15 @@ def load_model(
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
 
 
-def _auto_class(task: str) -> Any:
+def auto_class(task: str) -> Any:
+    """transformers' Auto class for a task.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
     if task not in TASKS:
         raise ValueError(f"`task` is one of {', '.join(TASKS)}, got {task!r}.")
     return getattr(transformers, TASKS[task][0])
-
-
-def _class_for(source: str | Path, task: str, trust_remote_code: bool) -> Any:
-    """The class behind the Auto class, which `load_sparse` needs."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    mapping = _auto_class(task)._model_mapping
-    if type(config) not in mapping:
-        raise ValueError(f"{type(config).__name__} has no model for task {task!r}.")
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def _class_of_config(source: str | Path, trust_remote_code: bool) -> Any:
