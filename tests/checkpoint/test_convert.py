@@ -1,15 +1,18 @@
 """From one folder to another: the same bits, and all that belongs to the model."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from peft_sparse.checkpoint import pack_checkpoint, unpack_checkpoint
+from peft_sparse import SppConfig
+from peft_sparse.checkpoint import merge_checkpoint, pack_checkpoint, prune_checkpoint, unpack_checkpoint
 from peft_sparse.pruning import prune_magnitude
 
 import models
@@ -70,3 +73,57 @@ def test_what_cannot_be_packed(dense, tmp_path):
             pack_checkpoint(dense, tmp_path / "packed")
         (dense / "config.json").write_text(json.dumps(config))
     assert not (tmp_path / "packed").exists()
+
+
+# What the tokenizers of transformers call their files, beside `tokenizer.json` and `vocab.txt`, and other companions.
+COMPANIONS = [
+    "spm.model", "spm_char.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "source.spm",
+    "target.spm", "target_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "entity_vocab.json",
+    "normalizer.json", "prophetnet.tokenizer", "byte_maps.json", "word_shape.json", "emoji.json", "qwen.tiktoken",
+    "tokenization_own.py", "preprocessor_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "merges.txt", "vocab.json",
+]  # fmt: skip
+OTHERS = [
+    "pytorch_model.bin", "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "model.onnx",
+    "pytorch_model.bin.index.json", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "modeling_other.py", "examples.csv",
+    "all_results.json", "modules.json", ".gitattributes", "figure.png", "tf_model.h5",
+]  # fmt: skip
+
+
+def test_whatever_belongs_to_a_tokenizer_goes_along(dense, tmp_path):
+    for name in COMPANIONS + OTHERS:
+        (dense / name).write_text(name)
+    pack_checkpoint(dense, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    prune_checkpoint(dense, tmp_path / "pruned", "magnitude")
+    for folder in ("packed", "again", "pruned"):
+        assert [name for name in COMPANIONS if not (tmp_path / folder / name).exists()] == []
+        assert [name for name in OTHERS if (tmp_path / folder / name).exists()] == []
+
+
+def test_merging_takes_the_tokenizer_of_the_adapter_or_else_of_the_base(dense, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(dense), SppConfig(r=4)).save_pretrained(adapter)
+    for folder, names in ((dense, ("spm.model", "vocab.json")), (adapter, ("vocab.json",))):
+        for name in names:
+            (folder / name).write_text(folder.name)
+    merge_checkpoint(adapter, tmp_path / "merged")
+    assert {(tmp_path / "merged" / name).read_text() for name in ("spm.model", "vocab.json")} == {"dense", "adapter"}
+    assert (tmp_path / "merged" / "vocab.json").read_text() == "adapter"
+
+
+def test_the_tokenizer_of_a_base_on_the_hub(dense, tmp_path, monkeypatch):
+    """One that was downloaded before, as is a base that an adapter's config names."""
+    snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / ("a" * 40)
+    (dense / "spm.model").write_text("pieces")
+    shutil.copytree(dense, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained("owner/base"), SppConfig(r=4, task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    pack_checkpoint("owner/base", tmp_path / "packed")
+    prune_checkpoint("owner/base", tmp_path / "pruned", "magnitude", sparsity=0.75)
+    for folder in ("merged", "packed", "pruned"):
+        assert (tmp_path / folder / "spm.model").read_text() == "pieces"

@@ -21,14 +21,8 @@ from peft_sparse.checkpoint.models import auto_class, load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
 from peft_sparse.linears import unpack_model
-from peft_sparse.storage import locate, open_model
+from peft_sparse.storage import companions, locate, locate_companions, open_model
 from peft_sparse.storage.format import pack_weight
-
-# What belongs to a model's tokenizer or processor, by name.
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "sentencepiece*", "chat_template*", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,19 +117,15 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy what belongs to a tokenizer from one model's folder to another's, where it is not there yet."""
-    here = Path(source)
-    if not here.is_dir():
-        return
-    for pattern in _TOKENIZER_FILES:
-        for path in here.glob(pattern):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+    """Copy what belongs to a tokenizer or processor from one folder to another, where it is not there yet."""
+    for path in companions(Path(source)):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path, **card: Any) -> None:
-    """Save a merged model, dense or packed, with the tokenizer files of the model it came from. One that is packed in
-    memory is unpacked in place to be saved dense."""
+    """Save a merged model, dense or packed, with the tokenizer files of a folder. One that is packed in memory is
+    unpacked in place to be saved dense."""
     if packed:
         save_sparse(model, folder, **card)
     else:
@@ -241,13 +231,14 @@ def merge_checkpoint(
     settings = next(iter(model.peft_config.values()))
     origin = model.get_base_model().name_or_path
     keeps = str(getattr(settings.peft_type, "value", settings.peft_type)) != "PST"
+    beside = locate_companions(origin)
     merged = model.merge_and_unload()
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None
     report = sparsity_report(merged)
     if not dry_run:
         with new_folder(folder) as temporary:
-            save_model(merged, temporary, packed, origin)
-            copy_tokenizer(adapter, temporary)
+            save_model(merged, temporary, packed, adapter)  # a tokenizer that was changed for it is beside it
+            copy_tokenizer(beside, temporary)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     after = None if dry_run else _bytes(folder)
     return Converted("merged", str(adapter), str(folder), not dry_run, *counts, None, after), verified

@@ -17,6 +17,7 @@ from peft_sparse.pruning.checks import context_length
 from peft_sparse.pruning.run import plan_run
 from peft_sparse.pruning.targets import find_targets
 from peft_sparse.sparsity import Pattern, pattern_with_group
+from peft_sparse.storage import locate_companions
 
 DEFAULT_LENGTH = 512
 # What competes where `group` is None, as in the pruners.
@@ -67,6 +68,7 @@ def prune_checkpoint(
     parsed.resolve_sparsity(None if isinstance(sparsity, Mapping) else sparsity, 0.5)  # before anything is loaded
     rows = None if data is None else load_rows(**data)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code)
+    beside = locate_companions(source)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -76,8 +78,7 @@ def prune_checkpoint(
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
-        save_model(model, temporary, packed, source)
-        _save_tokenizer(source, temporary, trust_remote_code)
+        save_model(model, temporary, packed, beside)
     report = sparsity_report(folder)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     return Converted("pruned", str(source), str(folder), True, *counts)
@@ -116,14 +117,3 @@ def _plan(
             zeros += layer.zeros
     share = zeros / before.total_numel
     return Converted("pruned", source, folder, False, share, str(pattern), zeros, before.total_numel)
-
-
-def _save_tokenizer(source: str | Path, folder: Path, trust_remote_code: bool) -> None:
-    """For a model on the Hub, whose files are not beside us; a model without a tokenizer has none to save."""
-    if Path(source).is_dir() or any(folder.glob("tokenizer*")):
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return
-    tokenizer.save_pretrained(folder)
