@@ -165,7 +165,8 @@ def plain_files(folder: Path) -> list[SafetensorsFile]:
         ValueError: if there are none, or some are missing.
     """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    weight_map = _weight_map(index) if index.is_file() else {}
+    # A save in shards may have been here before one in a single file, which is what transformers takes too.
+    weight_map = _weight_map(index) if index.is_file() and not whole.is_file() else {}
     paths = [whole] if whole.is_file() else sorted(folder.glob("model*.safetensors"))
     if weight_map:
         paths = [folder / name for name in sorted(set(weight_map.values()))]
