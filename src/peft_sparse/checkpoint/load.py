@@ -111,10 +111,8 @@ def load_stored(
         changes: `config` of [`load_sparse`].
     """
     config = _config(stored, trust_remote_code, changes or {})
-    if model_cls is None:
-        model_cls = _saved_cls(stored, trust_remote_code)
-    else:
-        model_cls = _of_auto_class(model_cls, config, stored, trust_remote_code)
+    saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
+    model_cls = _of_auto_class(saved_cls or model_cls, config, stored, trust_remote_code)
     if check_first:
         check_shapes(model_cls, config, stored, ignore_mismatched_sizes)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
@@ -177,7 +175,9 @@ def _of_auto_class(
     if mapping is not None and trust_remote_code and model_cls.__name__ in _code(stored):
         return _class_in_code(stored, model_cls.__name__)
     wanted = getattr(model_cls, "config_class", None)
-    if mapping is not None or (wanted is not None and not isinstance(config, wanted)):
+    # The code that a folder brings along may have made two classes of one.
+    fits = wanted is None or isinstance(config, wanted) or wanted.model_type == config.model_type
+    if mapping is not None or not fits:
         raise ValueError(
             f"`model_cls` is a class for the stored model, whose config is a {type(config).__name__}, got "
             f"{model_cls.__name__}; pass another one, or None for the one that was saved."
