@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from peft_sparse import PstConfig, SppConfig
 from peft_sparse.checkpoint import load_sparse, save_sparse
 from peft_sparse.checkpoint.card import MARK
+from peft_sparse.checkpoint.convert import save_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import prune_magnitude
@@ -109,6 +110,16 @@ def test_on_a_packed_base(tmp_path):
     pack_model(merged)
     with pytest.raises(ValueError, match="got a packed model"):
         merged.save_pretrained(tmp_path / "c")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_was_tuned_packed_is_saved_as_asked(packed, tmp_path):
+    """A recipe with `model.packed` and a dense output: plain transformers would draw the linears at random."""
+    expected = {name: tensor.clone() for name, tensor in pruned().state_dict().items()}
+    merged = merge(pack_model(pruned()))
+    save_model(merged, tmp_path / "saved", packed, tokenizer_from=tmp_path)
+    again = (load_sparse if packed else AutoModelForCausalLM.from_pretrained)(tmp_path / "saved")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 def test_copies_and_pickles_save_themselves(tmp_path):

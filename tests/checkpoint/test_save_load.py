@@ -28,7 +28,7 @@ from transformers import (
 
 from peft_sparse.checkpoint import load_sparse, save_sparse
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
-from peft_sparse.linears import block_linears
+from peft_sparse.linears import PackedLinear, block_linears, unpack_model
 from peft_sparse.pruning import prune_magnitude, prune_wanda
 
 import models
@@ -135,6 +135,24 @@ def test_every_bit_survives(dtype, tmp_path):
     assert_same_bits(loaded, expected)
     with safe_open(tmp_path / "packed" / "sparse_model.safetensors", "pt") as file:
         assert "model.layers.0.mlp.up_proj.weight.bitmask" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("factory", [models.tiny_llama, models.tiny_gpt2, mixtral])
+def test_each_tensor_comes_back_in_its_own_dtype(factory, packed, tmp_path):
+    """Norms, a head and one linear in float32 in a bfloat16 model: a load by the model's dtype would round them."""
+    model = factory().to(torch.bfloat16)
+    inside = list(block_linears(model).values())
+    others = [x for x in model.modules() if isinstance(x, nn.LayerNorm) or "RMSNorm" in type(x).__name__]
+    for module in (*others, inside[-1], *(x for x in model.modules() if hasattr(x, "gate_up_proj"))):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.randn(parameter.shape)
+    prune_magnitude(model, sparsity=0.75)
+    save_sparse(model, tmp_path / "a")
+    loaded = load_sparse(tmp_path / "a", packed=packed, dtype="auto" if packed else None)
+    assert sum(isinstance(linear, PackedLinear) for linear in block_linears(loaded).values()) == packed * len(inside)
+    assert_same_bits(unpack_model(loaded), model, buffers=False)
+    assert {x.dtype for x in load_sparse(tmp_path / "a", dtype="float16").parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("dtype", INTS, ids=str)

@@ -170,6 +170,14 @@ def test_a_missing_shard(tiny_llama, tmp_path):
         verify_sparsity(tmp_path)
 
 
+def test_the_index_of_an_earlier_save_in_shards(tiny_llama, tmp_path):
+    """transformers leaves it there, and takes the whole file beside it."""
+    tiny_llama.save_pretrained(tmp_path, max_shard_size="20KB")
+    prune_magnitude(tiny_llama, "2:4").save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model.safetensors.index.json"}
+    assert verify_sparsity(tmp_path, reference=tiny_llama, pattern="2:4").ok
+
+
 def test_pickles_are_not_opened(tmp_path):
     class Boom:
         def __reduce__(self):

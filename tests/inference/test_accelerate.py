@@ -290,6 +290,14 @@ def test_without_the_dense_weights(make, ratios, tmp_path):
         assert torch.equal(logits(same), expected) and "save_pretrained" not in same.__dict__
 
 
+def test_a_merged_model_goes_on_writing_its_card(ratios, tmp_path):
+    merged = get_peft_model(prune_magnitude(tiny_llama(), "2:4"), SppConfig(r=4)).merge_and_unload()
+    ratios["csr"] = 0.5
+    accelerate_sparse(merged)
+    remove_acceleration(merged).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").is_file()
+
+
 def nbytes(model):
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 

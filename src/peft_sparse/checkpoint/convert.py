@@ -16,19 +16,13 @@ from typing import Any
 
 import torch
 
-from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.checkpoint.lookup import TOKENIZER_FILES
-from peft_sparse.checkpoint.models import load_model
+from peft_sparse.checkpoint.load import load_sparse, load_stored
+from peft_sparse.checkpoint.models import auto_class, load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
-from peft_sparse.storage import locate, open_model
+from peft_sparse.linears import unpack_model
+from peft_sparse.storage import companions, locate, locate_companions, open_model
 from peft_sparse.storage.format import pack_weight
-
-# What belongs to a model's tokenizer or processor, by name.
-_TOKENIZER_FILES = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*", "preprocessor_config.json",
-    "processor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,28 +123,25 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy what belongs to a tokenizer from one model's folder to another's, where it is not there yet."""
-    here = Path(source)
-    if not here.is_dir():
-        return
-    for pattern in _TOKENIZER_FILES:
-        for path in here.glob(pattern):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+    """Copy what belongs to a tokenizer or processor from one folder to another, where it is not there yet."""
+    for path in companions(Path(source)):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path, **card: Any) -> None:
-    """Save a merged model, dense or packed, with the tokenizer files of the model it came from."""
+    """Save a merged model, dense or packed, with the tokenizer files of a folder. One that is packed in memory is
+    unpacked in place to be saved dense."""
     if packed:
         save_sparse(model, folder, **card)
     else:
-        type(model).save_pretrained(model, folder)
+        type(model).save_pretrained(unpack_model(model), folder)
     copy_tokenizer(tokenizer_from, folder)
 
 
 def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None = None, dry_run: bool = False,
                     max_shard_size: int | str = "5GB", trust_remote_code: bool = False) -> Converted:  # fmt: skip
-    """Store a dense model packed, as [`save_sparse`] does.
+    """Store a dense model packed, as [`save_sparse`] does, bit for bit.
 
     Args:
         source: a folder with a dense model, or a name on the Hub.
@@ -166,10 +157,18 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
     stored = open_model(locate(source))
     if stored.layout != "dense":
         raise ValueError(f"`pack` takes a dense model, got one that is packed ({stored.layout}) in {str(source)!r}.")
+    if (stored.folder / "adapter_config.json").is_file():
+        raise ValueError(f"`pack` takes a model without adapters, got one in {str(source)!r}; merge it first.")
+    if stored.config.get("quantization_config"):
+        raise ValueError(
+            f"`pack` takes floating point weights, got a quantized model in {str(source)!r}; dequantize it with "
+            "`model.dequantize()` and save that."
+        )
     if dry_run:
         size = sum(_packed_bytes(tensor.read()) for tensor in stored.tensors.values())
         return _converted("packed", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
-    model = load_model(stored.folder, task, trust_remote_code=trust_remote_code)
+    model_cls = None if task is None else auto_class(task)
+    model = load_stored(stored, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_sparse(model, temporary, max_shard_size=max_shard_size)
         copy_tokenizer(stored.folder, temporary)
@@ -238,13 +237,14 @@ def merge_checkpoint(
     settings = next(iter(model.peft_config.values()))
     origin = model.get_base_model().name_or_path
     keeps = str(getattr(settings.peft_type, "value", settings.peft_type)) != "PST"
+    beside = locate_companions(origin)
     merged = model.merge_and_unload()
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None
     report = sparsity_report(merged)
     if not dry_run:
         with new_folder(folder) as temporary:
-            save_model(merged, temporary, packed, origin)
-            copy_tokenizer(adapter, temporary)
+            save_model(merged, temporary, packed, adapter)  # a tokenizer that was changed for it is beside it
+            copy_tokenizer(beside, temporary)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     after = None if dry_run else _bytes(folder)
     return Converted("merged", str(adapter), str(folder), not dry_run, *counts, None, after), verified

@@ -7,8 +7,7 @@ the moment at which transformers wants it. So no second copy of the model ever e
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from peft_sparse.checkpoint.packed import StandIn, packed_targets, put_packed_linears
-from peft_sparse.linears import block_linears
+from peft_sparse.checkpoint.complete import check_complete, check_shapes
+from peft_sparse.checkpoint.lazy import LazyTensor
+from peft_sparse.checkpoint.packed import packed_targets, put_packed_linears
 from peft_sparse.storage import CONFIG_KEY, StoredModel, StoredTensor, facts_of, locate, open_model
 from peft_sparse.storage.folders import packed_path
 from peft_sparse.storage.model import transformers_class
-from peft_sparse.storage.names import names_in_model
 
 _LEGACY_CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -35,6 +34,8 @@ def load_sparse(
     *,
     verify_checksums: bool = True,
     model_cls: type[PreTrainedModel] | None = None,
+    config: Mapping[str, Any] | None = None,
+    ignore_mismatched_sizes: bool = False,
     trust_remote_code: bool = False,
     on_missing: Callable[[list[str]], Any] | None = None,
     **download: Any,
@@ -48,14 +49,18 @@ def load_sparse(
         dir_or_repo: a folder, or a repository on the Hub.
         packed: leave the linears of the transformer blocks packed, as `PackedLinear`s, which take the memory of what
             is stored and can be trained on. False: an ordinary dense model, like that of `from_pretrained`.
-        dtype: of the model; None: the one in which it was saved.
+        dtype: of the model; None: of each tensor the one in which it was saved, unless transformers keeps it in
+            float32.
         device: where to; None: the CPU.
         verify_checksums: False skips the comparison with the checksums, to save its time or to load files that were
             changed on purpose. Shapes, bits and values are compared with each other in any case.
         model_cls: the class of the model, or one of transformers' Auto classes; None: the one that config.json names.
             What another class has beyond the transformer blocks, such as a new head, is random, and you are warned.
+        config: fields of the model's config to change before it is made, such as `num_labels`.
+        ignore_mismatched_sizes: make what has another shape in the files anew, such as a head of another number of
+            labels, and warn of it. A linear of the transformer blocks has the shape that was saved in any case.
         trust_remote_code: run the code that a repository brings along, for models whose class is there.
-        on_missing: called, in place of that warning, with the full names of what is random.
+        on_missing: called, in place of those warnings, with the full names of what is random.
         **download: `revision`, `token`, `cache_dir` and others for huggingface_hub's `snapshot_download`; no others.
 
     Returns:
@@ -63,7 +68,7 @@ def load_sparse(
 
     Raises:
         ValueError: if there is no such checkpoint, or if any of it is damaged; the message names the tensor, and the
-            file where that is missing or unreadable.
+            file where that is missing or unreadable; or for a field that the config has not.
         TypeError: for an argument that is none of these.
     """
     folder = locate(dir_or_repo, **download)
@@ -73,22 +78,65 @@ def load_sparse(
             f"`load_sparse` reads packed checkpoints, got a dense one in {str(folder)!r}; load it with "
             "`from_pretrained`."
         )
-    config = _config(stored, trust_remote_code)
+    model = load_stored(
+        stored,
+        packed=packed,
+        dtype=dtype,
+        device=device,
+        check_first=not verify_checksums,
+        model_cls=model_cls,
+        changes=config,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        trust_remote_code=trust_remote_code,
+        on_missing=on_missing,
+    )
+    model.config.name_or_path = model.name_or_path = str(dir_or_repo)
+    return model
+
+
+def load_stored(
+    stored: StoredModel,
+    *,
+    packed: bool = False,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    check_first: bool = False,
+    model_cls: type[PreTrainedModel] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    trust_remote_code: bool = False,
+    on_missing: Callable[[list[str]], Any] | None = None,
+) -> PreTrainedModel:
+    """[`load_sparse`] of a folder that was looked at, which may be dense.
+
+    Args:
+        check_first: whether a config.json that nobody has verified is compared with the shapes before memory is asked
+            for.
+        changes: `config` of [`load_sparse`].
+    """
+    config = _config(stored, trust_remote_code, changes or {})
     saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
-    model_cls = _of_auto_class(saved_cls or model_cls, config)
-    if not verify_checksums:
-        _check_shapes(model_cls, config, stored)
+    model_cls = _of_auto_class(saved_cls or model_cls, config, stored, trust_remote_code)
+    if check_first:
+        check_shapes(model_cls, config, stored, ignore_mismatched_sizes)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
     model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device)
-    _check_complete(model, stored, info, on_missing)
-    model.config.name_or_path = model.name_or_path = str(dir_or_repo)
+    check_complete(model, stored, info, ignore_mismatched_sizes, on_missing, stacklevel=3)
+    model.config.name_or_path = model.name_or_path = str(stored.folder)
     put_packed_linears(model, targets)
     return model.to(device) if packed and device is not None else model
 
 
-def _config(stored: StoredModel, trust_remote_code: bool) -> PreTrainedConfig:
-    """The model's config without what says how it is stored, which is no longer so once it is loaded."""
-    config = AutoConfig.from_pretrained(stored.folder, trust_remote_code=trust_remote_code)
+def _config(stored: StoredModel, trust_remote_code: bool, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The model's config, some fields changed, without what says how it is stored: once it is loaded, it is not so."""
+    config, unknown = AutoConfig.from_pretrained(
+        stored.folder, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **changes
+    )
+    if unknown:
+        raise ValueError(
+            f"`config` changes fields that a {type(config).__name__} has, got {sorted(unknown)[0]!r}; leave it out, "
+            "or write its name as config.json does."
+        )
     for key in _LEGACY_CONFIG_KEYS:
         if hasattr(config, key):
             if (stored.config.get(key) or {}).get("config_groups"):
@@ -111,29 +159,46 @@ def _saved_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedM
     found = transformers_class(name)
     if found is not None:
         return found
-    code = stored.config.get("auto_map") or {}
-    places = [place for place in code.values() if isinstance(place, str) and place.split(".")[-1] == name]
+    places = {auto: place for auto, place in _code(stored).items() if place.split(".")[-1] == name}
     if places and trust_remote_code:
-        return get_class_from_dynamic_module(places[0], str(stored.folder))
+        return _class_in_code(stored, next(iter(places)))
     raise ValueError(
         f"config.json names the class of the model, one of transformers', got {name!r} in {str(stored.folder)!r}; "
         "pass the class as `model_cls`" + (", or `trust_remote_code=True`." if places else ".")
     )
 
 
-def _of_auto_class(model_cls: Any, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _of_auto_class(
+    model_cls: Any, config: PreTrainedConfig, stored: StoredModel, trust_remote_code: bool
+) -> type[PreTrainedModel]:
     """The class that an Auto class of transformers stands for; any other is itself."""
     mapping = getattr(model_cls, "_model_mapping", None)
     if mapping is not None and type(config) in mapping:
         found = mapping[type(config)]
         return found[0] if isinstance(found, tuple) else found
+    if mapping is not None and trust_remote_code and model_cls.__name__ in _code(stored):
+        return _class_in_code(stored, model_cls.__name__)
     wanted = getattr(model_cls, "config_class", None)
-    if mapping is not None or (wanted is not None and not isinstance(config, wanted)):
+    # The code that a folder brings along may have made two classes of one.
+    fits = wanted is None or isinstance(config, wanted) or wanted.model_type == config.model_type
+    if mapping is not None or not fits:
         raise ValueError(
             f"`model_cls` is a class for the stored model, whose config is a {type(config).__name__}, got "
             f"{model_cls.__name__}; pass another one, or None for the one that was saved."
         )
     return model_cls
+
+
+def _code(stored: StoredModel) -> dict[str, str]:
+    """By Auto class, the classes in the code that a folder brings along."""
+    code = stored.config.get("auto_map")
+    return {auto: place for auto, place in code.items() if isinstance(place, str)} if isinstance(code, dict) else {}
+
+
+def _class_in_code(stored: StoredModel, auto_class: str) -> type[PreTrainedModel]:
+    found = get_class_from_dynamic_module(_code(stored)[auto_class], str(stored.folder))
+    found.register_for_auto_class(auto_class)  # so that its code is saved with it
+    return found
 
 
 def _build(
@@ -145,22 +210,27 @@ def _build(
     device: torch.device | str | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, with a stand-in for the weight of each linear in `packed`, and what transformers tells about it."""
-    tensors = {name: _Watched(tensor) for name, tensor in stored.tensors.items()}
     generation = _generation_config(stored)
-    if dtype is None or dtype == "auto":
+    as_saved = dtype is None or dtype == "auto"
+    if as_saved:
         dtype = config.dtype or next((x.dtype for x in stored.tensors.values() if x.dtype.is_floating_point), None)
     dtype = _dtype(dtype)
+    stand_ins = {tensor.name for tensor in packed.values()}
+    tensors = {
+        name: LazyTensor(tensor, dtype if as_saved else None, stand_in=name in stand_ins)
+        for name, tensor in stored.tensors.items()
+    }
     try:
         with _one_thread_each():
             return model_cls.from_pretrained(
                 None,
                 config=config,
-                state_dict=tensors | {tensor.name: StandIn(tensor, dtype) for tensor in packed.values()},
+                state_dict=tensors,
                 dtype=dtype,
                 device_map=None if device is None else {"": device},
                 generation_config=generation,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `_check_complete` names them
+                ignore_mismatched_sizes=True,  # `check_complete` names them
             )
     except Exception as error:
         # transformers wraps what happens while it reads: hand on our own word for it
@@ -182,76 +252,11 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_shapes(model_cls: type[PreTrainedModel], config: PreTrainedConfig, stored: StoredModel) -> None:
-    """Before memory is asked for: a config.json that nobody has verified may describe a model of any size.
-
-    Raises:
-        ValueError: if a tensor has another shape in the files than in the model."""
-    with torch.device("meta"):
-        model = model_cls(config)
-    state = model.state_dict()
-    for key, (name, converted) in names_in_model(model, stored.tensors).items():
-        shape, expected = stored.tensors[key].shape, tuple(state[name].shape)
-        if not converted and shape != expected:
-            raise ValueError(
-                f"A packed checkpoint has the tensors of its model, got `{key}` of {shape}, which is {expected} by "
-                f"config.json, in {str(stored.folder)!r}; put the config.json back that was saved with it."
-            )
-
-
-def _check_complete(
-    model: PreTrainedModel,
-    stored: StoredModel,
-    info: dict[str, Any],
-    on_missing: Callable[[list[str]], Any] | None,
-) -> None:
-    """Raises:
-    ValueError: if the checkpoint is not that of this model. A class other than the one that was saved may have a new
-        head, of which the user is warned, and no use for the old one."""
-    cls, wrong = type(model).__name__, {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if cls != stored.architecture:
-        inside = tuple(f"{name}." for name in block_linears(model))
-        wrong.pop("unexpected_keys", None)
-        missing = wrong.get("missing_keys", [])
-        if missing and not any(name.startswith(inside) for name in missing):
-            if on_missing is not None:
-                on_missing(missing)
-            else:
-                warnings.warn(
-                    f"{str(stored.folder)!r} holds a {stored.architecture or 'model'}, got `model_cls` {cls}: what "
-                    f"only this has is new and random, and has to be trained: {missing[:3]} ({len(missing)} in all).",
-                    stacklevel=3,
-                )
-            del wrong["missing_keys"]
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := wrong.get(kind):
-            raise ValueError(
-                f"A packed checkpoint has exactly the tensors of its model, got {kind.replace('_', ' ')} {names[:3]} "
-                f"({len(names)} in all) for {cls} in {str(stored.folder)!r}; it is damaged, or config.json is that of "
-                "another model."
-            )
-
-
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"`dtype` of a model is a floating one, such as torch.bfloat16 or 'bfloat16', got {dtype!r}.")
     return found
-
-
-class _Watched:
-    """A stored tensor that remembers why it could not be read."""
-
-    def __init__(self, tensor: StoredTensor) -> None:
-        self.tensor = tensor
-        self.error: Exception | None = None
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        try:
-            return self.tensor[index]
-        except Exception as error:
-            self.error = error
-            raise
 
 
 def _generation_config(stored: StoredModel) -> GenerationConfig | None:

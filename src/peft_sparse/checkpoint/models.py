@@ -46,7 +46,8 @@ def load_model(
         packed: keep a packed checkpoint packed in memory.
         gguf_file: a file in that folder to read instead of safetensors; its weights are dequantised.
         trust_remote_code: run code that comes with the model.
-        config: fields of the model's config to change, such as `num_labels`.
+        config: fields of the model's config to change, such as `num_labels`, and `ignore_mismatched_sizes` for a head
+            of another shape, which is made anew.
         base: of an adapter; None: the one that its config names.
         on_missing: called with the full names of weights that are random, since there are none for them in the files
             (nor in the adapter's), if there are such. None: transformers warns.
@@ -74,18 +75,17 @@ def load_model(
         )
     try:
         if stored_packed:
-            model_cls = None if task is None else _class_for(source, task, trust_remote_code)
-            model = load_sparse(
+            changes = dict(config or {})
+            return load_sparse(
                 source,
                 packed=packed,
                 dtype=dtype,
-                model_cls=model_cls,
+                model_cls=None if task is None else auto_class(task),
+                ignore_mismatched_sizes=changes.pop("ignore_mismatched_sizes", False),
+                config=changes,
                 trust_remote_code=trust_remote_code,
                 on_missing=on_missing,
             )
-            for key, value in (config or {}).items():
-                setattr(model.config, key, value)
-            return model
         arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
         if gguf_file is not None:
             arguments |= {"gguf_file": gguf_file}
@@ -94,7 +94,7 @@ def load_model(
                 arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
-        model_cls = _auto_class(task) if task else _class_of_config(source, trust_remote_code)
+        model_cls = auto_class(task) if task else _class_of_config(source, trust_remote_code)
         model, info = model_cls.from_pretrained(
             source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
         )
@@ -110,13 +110,15 @@ def load_model(
             f"`config` changes fields of a model's config, got {unknown!r}, which {str(source)!r} has not; check its "
             "config.json (in a recipe, the key in `model.config`)."
         ) from error
-    except (OSError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
             raise ValueError(
                 f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
                 "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
             ) from error
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
 
 
@@ -138,7 +140,7 @@ def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
     name = (config.architectures or [""])[0]
     for task, (auto, _) in TASKS.items():
-        found = _auto_class(task)._model_mapping.get(type(config), ())
+        found = auto_class(task)._model_mapping.get(type(config), ())
         names = {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
         its_own_code = (getattr(config, "auto_map", None) or {}).get(auto, "")
         names.add(its_own_code.rpartition(".")[2])
@@ -150,20 +152,15 @@ def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
     )
 
 
-def _auto_class(task: str) -> Any:
+def auto_class(task: str) -> Any:
+    """transformers' Auto class for a task.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
     if task not in TASKS:
         raise ValueError(f"`task` is one of {', '.join(TASKS)}, got {task!r}.")
     return getattr(transformers, TASKS[task][0])
-
-
-def _class_for(source: str | Path, task: str, trust_remote_code: bool) -> Any:
-    """The class behind the Auto class, which `load_sparse` needs."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    mapping = _auto_class(task)._model_mapping
-    if type(config) not in mapping:
-        raise ValueError(f"{type(config).__name__} has no model for task {task!r}.")
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def _class_of_config(source: str | Path, trust_remote_code: bool) -> Any:
@@ -193,9 +190,9 @@ def _load_adapter(
     if task and trained and task != trained:
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
-    if task == "sequence_classification" and "num_labels" not in config:
-        labels = _labels_of_head(folder)
-        config = config | ({"num_labels": labels} if labels else {})
+    if task == "sequence_classification" and (labels := _labels_of_head(folder)):
+        # The adapter's head takes the place of the base's, whose number of labels may be another.
+        config = {"num_labels": labels, "ignore_mismatched_sizes": True} | config
     missing: list[str] = []
     loaded = load_model(
         base,

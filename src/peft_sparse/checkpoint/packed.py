@@ -7,7 +7,6 @@ with the memory of a single number. Then the linears that hold these are replace
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from peft_sparse.linears import PackedLinear, block_linears, refuse_save_pretrained
 from peft_sparse.storage import StoredTensor, as_in_files, names_in_model
 from peft_sparse.storage.format import pack_matrix
-
-
-class StandIn:
-    """What transformers reads in place of a weight: the shape and the dtype, and no numbers."""
-
-    def __init__(self, tensor: StoredTensor, dtype: torch.dtype) -> None:
-        self.weight = torch.zeros(1, dtype=dtype).expand(tensor.shape)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.weight
 
 
 def packed_targets(
@@ -59,8 +48,7 @@ def put_packed_linears(model: PreTrainedModel, targets: dict[str, StoredTensor])
     for name, stored in targets.items():
         linear = model.get_submodule(name)
         dtype, conv1d = linear.weight.dtype, isinstance(linear, Conv1D)
-        # Some modules are kept in float32, and a cast makes a new tensor.
-        if dtype == model.config.dtype and linear.weight.stride() != (0, 0):
+        if linear.weight.stride() != (0, 0):
             raise ValueError(
                 f"A weight stays packed if it is stored as the model has it, got `{name}`, which transformers "
                 f"converts on the way into {type(model).__name__}; load it without `packed=True`."

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from peft_sparse.checkpoint.convert import Converted, check_new_folder, check_writable, new_folder, save_model
 from peft_sparse.checkpoint.lookup import load_tokenizer
@@ -18,6 +17,7 @@ from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
 from peft_sparse.pruning.checks import context_length
 from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
 from peft_sparse.sparsity import Pattern
+from peft_sparse.storage import locate_companions
 
 DEFAULT_LENGTH = 512
 
@@ -71,6 +71,7 @@ def prune_checkpoint(
     if rows is not None or tokenizer is not None:  # before the model, since that may take long
         loaded = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code)
+    beside = locate_companions(tokenizer_from)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         documents = _whole(rows, settings.get("text_column", "text"))
@@ -79,8 +80,7 @@ def prune_checkpoint(
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
-        save_model(model, temporary, packed, tokenizer_from)
-        _save_tokenizer(tokenizer_from, temporary, trust_remote_code)
+        save_model(model, temporary, packed, beside)
     report = sparsity_report(folder)
     counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     errors = [layer.error for layer in report.layers if layer.error is not None]
@@ -133,14 +133,3 @@ def _zeros_after(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> int
     size = pattern.group_size(weight.shape)
     zeros = (weight == 0).reshape(-1, size).sum(1)
     return int(zeros.clamp(min=pattern.num_pruned(sparsity, size)).sum())
-
-
-def _save_tokenizer(source: str | Path, folder: Path, trust_remote_code: bool) -> None:
-    """For a model on the Hub, whose files are not beside us; a model without a tokenizer has none to save."""
-    if Path(source).is_dir() or any(folder.glob("tokenizer*")):
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return
-    tokenizer.save_pretrained(folder)

@@ -22,10 +22,12 @@ from peft_sparse.linears import (
     Operand,
     PackedLinear,
     acceleration_of,
+    allow_save_pretrained,
     block_linears,
     in_out_features,
     install,
     is_linear,
+    is_packed,
     linears_inside,
     num_zeros,
     packable_linears,
@@ -141,8 +143,8 @@ def remove_acceleration(model: nn.Module) -> nn.Module:
         uninstall(module)
         if acceleration.packed and isinstance(module, PackedLinear):
             replace_module(model, module, module.to_linear())
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
-        model.__dict__.pop("save_pretrained", None)
+    if not is_packed(model):
+        allow_save_pretrained(model)
     return model
 
 

@@ -39,7 +39,12 @@ from peft_sparse.linears.quantized import (
     quantized_weight,
     write_quantized,
 )
-from peft_sparse.linears.saving import check_saves_unpacked, refuse_save_pretrained
+from peft_sparse.linears.saving import (
+    allow_save_pretrained,
+    check_saves_unpacked,
+    is_packed,
+    refuse_save_pretrained,
+)
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
@@ -62,6 +67,7 @@ __all__ = [
     "Operand",
     "PackedLinear",
     "acceleration_of",
+    "allow_save_pretrained",
     "as_stored",
     "bits",
     "block_experts",
@@ -85,6 +91,7 @@ __all__ = [
     "is_dtensor",
     "is_foreign",
     "is_linear",
+    "is_packed",
     "is_share",
     "keep_loaded",
     "linears_inside",

@@ -51,7 +51,8 @@ def quantize_model(
     Raises:
         ImportError: without bitsandbytes.
         ValueError: for an unknown kind, if there is nothing to quantise, or if a target is no nn.Linear with finite
-            weights in memory. Nothing is changed then.
+            weights in memory. Nothing is changed then, nor where bitsandbytes raises since it cannot quantise weights
+            of such a shape or on this device.
 
     Examples:
         >>> # prune_wanda(model, batches, pattern="2:4")
@@ -68,12 +69,18 @@ def quantize_model(
             "`pip install 'peft-sparse[quant]'`."
         ) from error
     targets = _targets(model, target_modules, exclude_modules)
+    quantizer = _quantizer(model, targets, kind, double_quant, compute_dtype)
+    # What bitsandbytes cannot do with a shape, on a device, shows before anything is changed. Made one after the
+    # other, the new layers take the place of the old ones in memory, too.
+    kinds = {(linear.weight.shape, linear.weight.dtype, linear.weight.device): linear for linear in targets.values()}
+    for linear in kinds.values():
+        _quantized(linear, kind, double_quant, compute_dtype)
     for name, linear in targets.items():
         made = _quantized(linear, kind, double_quant, compute_dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made)
-    if isinstance(model, PreTrainedModel):
-        _tell_transformers(model, kind, double_quant, compute_dtype)
+    if quantizer is not None:
+        _tell_transformers(model, quantizer, kind)
     return model
 
 
@@ -130,11 +137,16 @@ def _quantized(linear: nn.Linear, kind: str, double_quant: bool, compute_dtype: 
     return made.train(linear.training)
 
 
-def _tell_transformers(model: PreTrainedModel, kind: str, double_quant: bool, compute_dtype: Any) -> None:
-    """What `from_pretrained` leaves on a model that it has quantised."""
+def _quantizer(
+    model: nn.Module, targets: dict[str, nn.Linear], kind: str, double_quant: bool, compute_dtype: torch.dtype | None
+) -> Any:
+    """The one that transformers would have loaded a model with, if it is one of its own."""
+    if not isinstance(model, PreTrainedModel):
+        return None
     from transformers.quantizers import AutoHfQuantizer
 
-    kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and bits(m) is None]
+    linears = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) and bits(m) is None)
+    kept = [name for name in linears if name not in targets]
     if kind == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept, llm_int8_threshold=0.0)
     else:
@@ -142,10 +154,15 @@ def _tell_transformers(model: PreTrainedModel, kind: str, double_quant: bool, co
             load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=compute_dtype or model.dtype, llm_int8_skip_modules=kept,
         )  # fmt: skip
+    return AutoHfQuantizer.from_config(config, pre_quantized=False)
+
+
+def _tell_transformers(model: nn.Module, quantizer: Any, kind: str) -> None:
+    """What `from_pretrained` leaves on a model that it has quantised."""
     holder: Any = model
-    holder.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    holder.config.quantization_config = holder.hf_quantizer.quantization_config
-    holder.quantization_method = holder.hf_quantizer.quantization_config.quant_method
+    holder.hf_quantizer = quantizer
+    holder.config.quantization_config = quantizer.quantization_config
+    holder.quantization_method = quantizer.quantization_config.quant_method
     holder.is_quantized = True
     setattr(holder, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
 

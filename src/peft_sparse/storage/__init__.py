@@ -4,7 +4,8 @@ Reading only, one tensor at a time, and knowing no more of a model than the name
 linears, and what its config tells about it. Writing files, and turning them into models, is `checkpoint/`.
 """
 
-from peft_sparse.storage.folders import locate, may_be_on_the_hub
+from peft_sparse.storage.companions import companions
+from peft_sparse.storage.folders import locate, locate_companions, may_be_on_the_hub
 from peft_sparse.storage.model import StoredLinear, StoredModel, open_model
 from peft_sparse.storage.names import as_in_files, names_in_model
 from peft_sparse.storage.origin import CONFIG_KEY, PRUNING, facts_of, record_facts
@@ -17,8 +18,10 @@ __all__ = [
     "StoredModel",
     "StoredTensor",
     "as_in_files",
+    "companions",
     "facts_of",
     "locate",
+    "locate_companions",
     "may_be_on_the_hub",
     "names_in_model",
     "open_model",

@@ -11,12 +11,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from peft_sparse.storage.companions import UNWANTED
 from peft_sparse.storage.files import SafetensorsFile, crc32
 from peft_sparse.storage.format import INDEX_NAME, WEIGHTS_NAME, check_config
 from peft_sparse.storage.origin import CONFIG_KEY
 
-# What a model's repository has at its top and a load needs: not the copies in other formats that lie in subfolders.
-_WANTED, _UNWANTED = ["*.json", "*.safetensors", "*.py", "*.jinja", "tokenizer*", "*.txt"], ["*/*"]
 _WAY_OUT = "pass a folder that `save_pretrained` wrote with safetensors, or the model itself"
 
 
@@ -31,20 +30,28 @@ def locate(source: str | Path, **download: Any) -> Path:
         ValueError: if it is neither, or the Hub cannot be reached.
         TypeError: for another argument.
     """
-    path, unknown = Path(source), sorted(download.keys() - _download_arguments())
-    if unknown:
+    if unknown := sorted(download.keys() - _download_arguments()):
         raise TypeError(
             f"Arguments beyond those that are documented are for the download, {sorted(_download_arguments())}, got "
             f"`{unknown[0]}`; a model's `torch_dtype` and `device_map` are `dtype` and `device` here."
         )
+    return _locate(source, [], download)
+
+
+def locate_companions(source: str | Path) -> Path:
+    """[`locate`] for what lies beside the weights of a model."""
+    return _locate(source, ["*.safetensors"], {})
+
+
+def _locate(source: str | Path, unwanted: list[str], download: dict[str, Any]) -> Path:
+    path = Path(source)
     if path.is_dir():
         return path
     if path.exists() or not may_be_on_the_hub(source):
         raise ValueError(f"A stored model is a folder, got {str(path)!r}, which is none; {_WAY_OUT}.")
     try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **download),
-        )
+        # What lies in subfolders are copies in other formats.
+        return Path(snapshot_download(str(source), ignore_patterns=["*/*", *UNWANTED, *unwanted], **download))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
             f"A stored model is a folder or a repository on the Hub, got {str(source)!r}, which is no folder here and "
@@ -158,7 +165,8 @@ def plain_files(folder: Path) -> list[SafetensorsFile]:
         ValueError: if there are none, or some are missing.
     """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    weight_map = _weight_map(index) if index.is_file() else {}
+    # A save in shards may have been here before one in a single file, which is what transformers takes too.
+    weight_map = _weight_map(index) if index.is_file() and not whole.is_file() else {}
     paths = [whole] if whole.is_file() else sorted(folder.glob("model*.safetensors"))
     if weight_map:
         paths = [folder / name for name in sorted(set(weight_map.values()))]

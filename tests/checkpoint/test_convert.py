@@ -1,0 +1,129 @@
+"""From one folder to another: the same bits, and all that belongs to the model."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from peft_sparse import SppConfig
+from peft_sparse.checkpoint import merge_checkpoint, pack_checkpoint, prune_checkpoint, unpack_checkpoint
+from peft_sparse.pruning import prune_magnitude
+
+import models
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    prune_magnitude(models.tiny_llama(), "2:4").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize("says", ["bfloat16", "float32", None])
+def test_pack_and_unpack_keep_the_dtype_of_each_tensor(says, dense, tmp_path):
+    """Whatever config.json says, by which transformers rounds them all alike."""
+    tensors = load_file(dense / "model.safetensors")
+    for name in tensors:
+        if name != "lm_head.weight" and "norm" not in name:
+            tensors[name] = tensors[name].to(torch.bfloat16 if "self_attn" in name else torch.float16)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text()) | {"dtype": says}
+    (dense / "config.json").write_text(json.dumps(config))
+    pack_checkpoint(dense, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in again.items()} == {name: x.dtype for name, x in tensors.items()}
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("task", [None, "causal_lm"])
+def test_a_model_with_code_of_its_own_keeps_it(task, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (dense / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (dense / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnLM"}
+    config = json.loads((dense / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnLM"], "auto_map": classes}
+    (dense / "config.json").write_text(json.dumps(config))
+    pack_checkpoint(dense, tmp_path / "packed", task=task, trust_remote_code=True)
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again", trust_remote_code=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert type(again).__name__ == "OwnLM" and isinstance(again, LlamaForCausalLM)
+
+
+def test_what_cannot_be_packed(dense, tmp_path):
+    config = json.loads((dense / "config.json").read_text())
+    for change, said in (
+        (("config.json", config | {"quantization_config": {"quant_method": "gptq"}}), "got a quantized model"),
+        (("adapter_config.json", {}), "without adapters"),
+    ):
+        (dense / change[0]).write_text(json.dumps(change[1]))
+        with pytest.raises(ValueError, match=said):
+            pack_checkpoint(dense, tmp_path / "packed")
+        (dense / "config.json").write_text(json.dumps(config))
+    assert not (tmp_path / "packed").exists()
+
+
+# What the tokenizers of transformers call their files, beside `tokenizer.json` and `vocab.txt`, and other companions.
+COMPANIONS = [
+    "spm.model", "spm_char.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "source.spm",
+    "target.spm", "target_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "entity_vocab.json",
+    "normalizer.json", "prophetnet.tokenizer", "byte_maps.json", "word_shape.json", "emoji.json", "qwen.tiktoken",
+    "tokenization_own.py", "preprocessor_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "merges.txt", "vocab.json",
+]  # fmt: skip
+OTHERS = [
+    "pytorch_model.bin", "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "model.onnx",
+    "pytorch_model.bin.index.json", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "modeling_other.py", "examples.csv",
+    "all_results.json", "modules.json", ".gitattributes", "figure.png", "tf_model.h5",
+]  # fmt: skip
+
+
+def test_whatever_belongs_to_a_tokenizer_goes_along(dense, tmp_path):
+    for name in COMPANIONS + OTHERS:
+        (dense / name).write_text(name)
+    pack_checkpoint(dense, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    prune_checkpoint(dense, tmp_path / "pruned", "magnitude")
+    for folder in ("packed", "again", "pruned"):
+        assert [name for name in COMPANIONS if not (tmp_path / folder / name).exists()] == []
+        assert [name for name in OTHERS if (tmp_path / folder / name).exists()] == []
+
+
+def test_merging_takes_the_tokenizer_of_the_adapter_or_else_of_the_base(dense, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(dense), SppConfig(r=4)).save_pretrained(adapter)
+    for folder, names in ((dense, ("spm.model", "vocab.json")), (adapter, ("vocab.json",))):
+        for name in names:
+            (folder / name).write_text(folder.name)
+    merge_checkpoint(adapter, tmp_path / "merged")
+    assert {(tmp_path / "merged" / name).read_text() for name in ("spm.model", "vocab.json")} == {"dense", "adapter"}
+    assert (tmp_path / "merged" / "vocab.json").read_text() == "adapter"
+
+
+def test_the_tokenizer_of_a_base_on_the_hub(dense, tmp_path, monkeypatch):
+    """One that was downloaded before, as is a base that an adapter's config names."""
+    snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / ("a" * 40)
+    (dense / "spm.model").write_text("pieces")
+    shutil.copytree(dense, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained("owner/base"), SppConfig(r=4, task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    pack_checkpoint("owner/base", tmp_path / "packed")
+    prune_checkpoint("owner/base", tmp_path / "pruned", "magnitude", sparsity=0.75)
+    for folder in ("merged", "packed", "pruned"):
+        assert (tmp_path / folder / "spm.model").read_text() == "pieces"
