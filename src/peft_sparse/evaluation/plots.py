@@ -42,8 +42,10 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
     kept = (weight != 0).float()
     profiles = []
     for shares in (kept.mean(1), kept.mean(0)):
-        places = torch.linspace(0, len(shares) - 1, points).round().long().clamp(max=len(shares) - 1)
-        profiles.append(shares.sort(descending=True).values[places.to(shares.device)].cpu())
+        places = (
+            torch.linspace(0, len(shares) - 1, points, device=shares.device).round().long().clamp(max=len(shares) - 1)
+        )
+        profiles.append(shares.sort(descending=True).values[places].cpu())
     return profiles[0], profiles[1]
 
 
@@ -98,7 +100,7 @@ def _draw_strips(figure: Any, axes: Any, rows: torch.Tensor, columns: torch.Tens
 
     ratios = torch.cat([rows, columns]).double()
     ratios = ratios[~ratios.isnan()]
-    low, high = ratios.quantile(torch.tensor([0.02, 0.98]).double()).tolist() if len(ratios) else (1.0, 1.0)
+    low, high = ratios.quantile(ratios.new_tensor([0.02, 0.98])).tolist() if len(ratios) else (1.0, 1.0)
     norm = TwoSlopeNorm(1, min(low, 1 - MIN_SPREAD), max(high, 1 + MIN_SPREAD))
     image = None
     for axis, profiles, what in ((axes[0], rows, "rows (outputs)"), (axes[1], columns, "columns (inputs)")):
