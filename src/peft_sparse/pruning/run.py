@@ -18,7 +18,7 @@ from peft_sparse.pruning.calibration import prune_block_by_block
 from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.metadata import describe, record
-from peft_sparse.pruning.resume import Checkpoint, hash_model
+from peft_sparse.pruning.resume import Checkpoint, deciding_config, hash_model
 from peft_sparse.pruning.targets import Names, calibrated_targets
 from peft_sparse.sparsity import Pattern
 
@@ -68,6 +68,7 @@ class CalibratedRun:
         if checkpoint_dir is not None:
             decisive = {key: value for key, value in facts.items() if key not in ("version", "modules")}
             decisive |= {"sparsity": self.sparsities, "model weights": hash_model(self.model)}
+            decisive["model config"] = deciding_config(self.model)
             checkpoint = Checkpoint(checkpoint_dir, decisive, measure_error)
         errors = prune_block_by_block(
             self.model,
