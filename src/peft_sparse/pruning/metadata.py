@@ -10,7 +10,7 @@ It goes into `model.config.peft_sparse["pruning"]`, so `save_pretrained` writes 
     version                             of peft-sparse
     earlier                             the same without errors for earlier runs on this model, if there were any
 
-A model without `config` has no place for it, and gets none.
+Another model than one of transformers has no place for it, and gets none.
 """
 
 from __future__ import annotations
@@ -75,11 +75,8 @@ def _describe_batches(batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
 
 
 def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] | None = None) -> None:
-    """Write the facts of a run into the model's config, if it has one."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    before = (getattr(config, CONFIG_KEY, None) or {}).get(PRUNING)
+    """Write the facts of a run into the config of a model of transformers."""
+    before = (getattr(getattr(model, "config", None), CONFIG_KEY, None) or {}).get(PRUNING)
     if before:
         earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
         facts = facts | {"earlier": earlier}
