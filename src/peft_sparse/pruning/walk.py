@@ -23,7 +23,7 @@ from torch import nn
 from peft_sparse.linears import find_block_lists, get_weight, in_out_features, linears_inside
 from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.offload import BlockMover, Weight, execution_device
-from peft_sparse.pruning.padding import TokenMasks, update_hook
+from peft_sparse.pruning.padding import TokenMasks, may_see_text, update_hook
 from peft_sparse.sparsity import ColumnNorms
 
 
@@ -222,8 +222,13 @@ class Walk:
                 raise_no_input(name, len(self.batches))
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
+        in_decoder, of_text = (
+            self.has_decoder and step.list_name != self.first_list,
+            may_see_text(self.model, step.name),
+        )
+
         def see(*args: Any, **kwargs: Any) -> Any:
-            self.masks.enter_block(self.has_decoder and step.list_name != self.first_list, args, kwargs)
+            self.masks.enter_block(in_decoder, of_text, args, kwargs)
             return forward(*args, **kwargs)
 
         return see
