@@ -128,7 +128,7 @@ def _tell_what_stays_dense(model: nn.Module) -> None:
     dense = {
         f"{block_list.name}.{index}.{path}.{last}".replace("..", "."): parameter
         for block_list in find_block_lists(model)
-        for index, block in enumerate(block_list.blocks)
+        for index, block in block_list.blocks.named_children()
         for path, module in block.named_modules()
         for last, parameter in module.named_parameters(recurse=False)
         if _is_fused_weight(module, parameter)

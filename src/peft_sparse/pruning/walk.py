@@ -62,7 +62,7 @@ class _Reached(Exception):
 
 @dataclass(eq=False)
 class Step:
-    """One block: its list, its targets by full name, and how often a forward calls it (ALBERT's: once per layer)."""
+    """One block: its list, its targets by full name, and how often a forward calls it (ALBERT's once per layer)."""
 
     list_name: str
     name: str
@@ -111,7 +111,7 @@ class Walk:
         """The blocks in the order in which the first batch runs them, up to the last one that has targets."""
         steps = []
         for block_list in find_block_lists(self.model):
-            for index, block in enumerate(block_list.blocks):
+            for index, block in block_list.blocks.named_children():
                 name = f"{block_list.name}.{index}"
                 linears = {f"{name}.{path}": linear for path, linear in linears_inside(block).items()}
                 linears = {path: linear for path, linear in linears.items() if path in targets}
@@ -259,7 +259,9 @@ class Walk:
     def _forward(self, index: int) -> None:
         self.index, self.spare = index, {}
         self.masks.start(self.batches[index])
-        self.model(**{key: tensor.to(self.device) for key, tensor in self.batches[index].items()})
+        inputs = {key: tensor.to(self.device) for key, tensor in self.batches[index].items()}
+        with torch.compiler.set_stance("force_eager"):  # a compiled graph does not see that forwards are replaced
+            self.model(**inputs)
 
     def _update(self, name: str, statistics: Statistics, x: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         try:
