@@ -138,12 +138,23 @@ def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -
     taken: list[Batch] = []
     left = number
     for batch in batches:
-        sequences = len(next(iter(batch.values())))
-        taken.append({key: value[:left] for key, value in batch.items() if isinstance(value, torch.Tensor)})
-        left = None if left is None else left - sequences
+        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        taken.append({key: value[:left] if value.dim() else value for key, value in tensors.items()})
+        left = None if left is None else left - sequences_in(tensors)
         if left is not None and left <= 0:
             break
     return taken
+
+
+def main_input(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The tokens of a batch, or else its first tensor that is no single number; None if there is no such."""
+    return next((t for t in (batch.get("input_ids"), *batch.values()) if t is not None and t.dim()), None)
+
+
+def sequences_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many sequences a batch has; it may have single numbers beside them, such as CLIP's `return_loss`."""
+    tokens = main_input(batch)
+    return 0 if tokens is None else len(tokens)
 
 
 def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str, torch.Tensor]:
