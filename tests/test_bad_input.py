@@ -17,6 +17,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 from transformers import LlamaForCausalLM, TrainerState
 
 from peft_sparse import (
@@ -122,6 +124,18 @@ def meta(place: Path) -> World:
 def infinite(place: Path) -> World:
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("inf")
+    return World(model)
+
+
+def masked(place: Path) -> World:
+    model = tiny_llama()
+    l1_unstructured(model.model.layers[1].mlp.down_proj, "weight", 0.5)
+    return World(model)
+
+
+def parametrized(place: Path) -> World:
+    model = tiny_llama()
+    weight_norm(model.model.layers[1].mlp.down_proj)
     return World(model)
 
 
@@ -488,6 +502,12 @@ MODELS = {
         "adapter of another method .*; merge that",
     ),
     "all excluded": Case(llama, adapt(lambda: SppConfig(exclude_modules=".*")), "excluded"),
+    "a weight that torch prunes": Case(
+        masked, adapt(lambda: SppConfig()), r"got `.*down_proj`, which computes .*`torch.nn.utils.prune.remove\(module"
+    ),
+    "a weight that is parametrized": Case(
+        parametrized, adapt(lambda: PstConfig()), r"got `.*down_proj`, .*parametrize.remove_parametrizations\(module"
+    ),
     "a rank beyond reason": Case(
         llama, adapt(lambda: PstConfig(r=10**8)), "got rank 100000000 for `model.*smaller `r`"
     ),
@@ -659,6 +679,8 @@ PRUNERS = {
     "magnitude: adapters": Case(spp, call(prune_magnitude), "(?i)adapter.*merge"),
     "magnitude: infinity": Case(infinite, call(prune_magnitude), "(?i)finite|infinity"),
     "magnitude: no memory": Case(meta, call(prune_magnitude), "on the meta device .*load"),
+    "magnitude: torch prunes it": Case(masked, call(prune_magnitude), "`.*down_proj`, which computes .*prune.remove"),
+    "magnitude: parametrized": Case(parametrized, call(prune_magnitude), "computes .*remove_parametrizations"),
     "magnitude: width": Case(odd, call(prune_magnitude, "2:4"), "divisible by 4, got 6 in `layers.0.2`; exclude"),
     "wanda: outside of blocks": Case(
         llama, call(prune_wanda, [IDS], target_modules=["lm_head"]), "got `lm_head`, outside of them; take it out"
@@ -787,6 +809,11 @@ STORED = {
     ),
     "save: adapters": Case(
         saved_spp, lambda world: save_sparse(get_peft_model(tiny_llama(), PstConfig()), world.folder), "merge"
+    ),
+    "save: torch prunes it": Case(
+        masked,
+        lambda world: save_sparse(world.model, "sparse"),
+        "a parameter of its own, got `.*down_proj`.*prune.remove",
     ),
     "save: no transformers model": Case(
         saved_sparse,

@@ -310,6 +310,14 @@ def test_a_layer_that_would_lose_keeps_its_dense_weight(ratios):
     assert "kept dense: at a token count of 64 csr takes 1.30 of the dense time" in report.layers[0].reason
 
 
+def test_a_linear_alone_keeps_its_dense_weight():
+    linear = nn.Linear(16, 16)
+    linear.weight.data[:, 1:] = 0
+    report = accelerate_sparse(linear, keep_dense=False, kernel="csr")
+    assert not report.accelerated and acceleration_of(linear) is None and type(linear) is nn.Linear
+    assert report.layers[0].form == "dense" and "it is the whole model" in report.layers[0].reason
+
+
 def test_training_goes_on(ratios):
     """Adapters on an accelerated model, and weights that change."""
     model = prune_magnitude(tiny_llama(), sparsity=0.75)

@@ -296,6 +296,47 @@ def test_blocks_that_share_keys_and_values():
     assert_untouched(model, state_of(expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*depends on more than the block before it")
+@pytest.mark.parametrize("order", [[0, 0, 0], [0, 0, 1], [0, 1, 0]], ids=str)
+def test_a_block_that_is_in_a_list_several_times(tiny_llama, order):
+    """One block with one set of weights: pruned once, for the inputs of all its places."""
+    tiny_llama.config.use_cache = False  # its places share a layer's index, and would share keys and values
+    tiny_llama.model.layers = nn.ModuleList(tiny_llama.model.layers[index] for index in order)
+    tiny_llama.config.num_hidden_layers = len(order)
+    expected, batches = copy.deepcopy(tiny_llama), batches_for(tiny_llama)
+    naive_wanda(expected, batches, 0.5, [f"model.layers.{order.index(index)}" for index in sorted(set(order))])
+    pruning.prune_wanda(tiny_llama, batches, progress=False)
+    assert_untouched(tiny_llama, state_of(expected))
+    assert tiny_llama.config.peft_sparse["pruning"]["modules"] == 7 * len(set(order))
+    assert pruning.owl_sparsity(tiny_llama, batches, 0.7).keys() == block_linears(tiny_llama).keys()
+
+
+def compiled_whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place, compiled_blocks])
+def test_compiled_models_are_pruned_as_plain_ones(tiny_llama, compiled):
+    torch._dynamo.reset()
+    model, batches = compiled(copy.deepcopy(tiny_llama)), batches_for(tiny_llama)
+    model(**batches[0])  # the graph is there
+    pruning.prune_wanda(model, batches, progress=False)
+    pruning.prune_wanda(tiny_llama, batches, progress=False)
+    for found, expected in zip(model.parameters(), tiny_llama.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

@@ -182,6 +182,15 @@ def test_a_pruner_takes_a_tokenized_dataset(tiny_llama):
         assert torch.equal(tensor, other)
 
 
+def test_single_numbers_beside_the_sequences(tiny_llama):
+    ids = torch.randint(3, models.VOCAB_SIZE, (3, 8))
+    batch = {"logits_to_keep": torch.tensor(1), "input_ids": ids}
+    taken = calibration_batches([batch, batch], num_sequences=4)
+    assert [(len(one["input_ids"]), int(one["logits_to_keep"])) for one in taken] == [(3, 1), (1, 1)]
+    facts = prune_wanda(tiny_llama, [batch], progress=False).config.peft_sparse["pruning"]["calibration"]
+    assert (facts["sequences"], facts["tokens"]) == (3, 24)
+
+
 def test_a_pruner_takes_a_stream(tiny_bert):
     data = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()]).to_iterable_dataset()
     assert prune_wanda(tiny_bert, data, progress=False).config.peft_sparse["pruning"]["calibration"]["tokens"] == 22

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -109,6 +110,15 @@ def test_a_model_without_config():
     assert not hasattr(model, "config")
     assert all(layer.error is None for layer in sparsity_report(model).layers)
     prune_magnitude(model)
+
+
+@pytest.mark.parametrize("config", [{"a": 1}, MappingProxyType({"a": 1})], ids=["dictionary", "frozen"])
+def test_a_config_of_another_kind_stays(config):
+    """What is no config of transformers is no place to write to, and may refuse it when all is pruned."""
+    model = NoConfig()
+    model.config = config
+    prune_magnitude(prune_wanda(model, [{"x": torch.randn(2, 5, 8)}], progress=False))
+    assert config == {"a": 1}
 
 
 # Errors

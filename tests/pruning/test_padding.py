@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     MixtralConfig,
     MixtralForCausalLM,
     SwitchTransformersConfig,
@@ -145,6 +147,21 @@ def test_experts_of_a_transformers_model():
                 there = [n for name, n in experts.items() if name.startswith(f"{side}.block.{block}") and last in name]
                 assert len(there) == 3 and sum(there) == expected
     assert counts["decoder.block.1.layer.1.EncDecAttention.k"] == 8 * 15
+
+
+@pytest.mark.filterwarnings("error:The inputs of")
+@pytest.mark.parametrize("length", [8, 5], ids=["another length", "as many tokens as the image has"])
+def test_the_mask_of_a_text_is_not_that_of_an_image(length):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+    image = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=16)).eval()
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[0, 3:] = 0
+    ids = torch.randint(3, 64, (2, length))
+    counts = counted(model, {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 16, 16)})
+    assert {n for name, n in counts.items() if name.startswith("vision_model")} == {2 * (4 + 1)}
+    assert {n for name, n in counts.items() if name.startswith("text_model")} == {3 + length}
 
 
 def test_experts_as_modules_are_pruned():

@@ -185,6 +185,13 @@ def changed_model() -> nn.Module:
     return model
 
 
+def another_function() -> nn.Module:
+    model = models.tiny_llama()
+    other = type(model)(type(model.config)(**model.config.to_dict() | {"hidden_act": "relu"})).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 OTHER_RUNS = {
     "sparsity": (
         models.tiny_llama,
@@ -196,6 +203,11 @@ OTHER_RUNS = {
     "fewer": (models.tiny_llama, {"data": batches()[:2]}, "the first is sequences was 6 and is 4"),
     "targets": (models.tiny_llama, {"exclude_modules": ["q_proj"]}, "sparsity differ in 2 places, .*q_proj was 0.6"),
     "model": (changed_model, {}, "model weights was"),
+    "config": (
+        another_function,
+        {},
+        "model config differ in 1 places, the first is hidden_act was 'silu' and is 'relu'",
+    ),
     "dtype": (lambda: models.tiny_llama().bfloat16(), {}, "model weights was"),
 }
 
@@ -210,6 +222,18 @@ def test_another_run_is_refused(tmp_path, factory, arguments, message):
         prune(model, tmp_path, **arguments)
     assert_same(model, before)
     assert files == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_the_same_model_from_a_folder_goes_on(tmp_path, pruned_blocks):
+    """Loading writes into the config where it is from, and a classifier's forward what it took its labels for."""
+    model = models.tiny_bert()
+    model.save_pretrained(tmp_path / "model")
+    labelled = [batch | {"labels": torch.tensor([0, 1])} for batch in batches()]
+    expected = state_of(prune(model, tmp_path / "run", labelled))
+    again = type(model).from_pretrained(tmp_path / "model")
+    again(**labelled[0])
+    assert_same(prune(again, tmp_path / "run", labelled), expected)
+    assert len(pruned_blocks) == 2
 
 
 def test_the_pruned_model_is_another_one(tmp_path):

@@ -21,6 +21,7 @@ from peft_sparse.checkpoint.card import check_method, may_replace, write_model_c
 from peft_sparse.checkpoint.commit import new_files
 from peft_sparse.checkpoint.packed import packed_linears, packed_weights, transposed_weights, unpacked_state
 from peft_sparse.checkpoint.shards import pack_folder
+from peft_sparse.linears import check_own_weight, linears_inside
 from peft_sparse.pruning.offload import stored_state
 from peft_sparse.storage.origin import BASE_MODEL, CONFIG_KEY, METHOD, facts_of, hub_name
 
@@ -56,8 +57,9 @@ def save_sparse(
         method: for the model card, `"pst"` or `"spp"`; None: the one that was merged, if any.
 
     Raises:
-        ValueError: if the model has adapters, is quantized or is none of transformers', or if the folder holds dense
-            weights, which plain transformers would load in place of these. Nothing is written then.
+        ValueError: if the model has adapters, is quantized or is none of transformers', if torch.nn.utils.prune or a
+            parametrization is on a linear, or if the folder holds dense weights, which plain transformers would load
+            in place of these. Nothing is written then.
 
     Examples:
         >>> import tempfile
@@ -110,6 +112,8 @@ def _check_model(model: nn.Module) -> None:
             f"`save_sparse` packs floating point weights, got a quantized {type(model).__name__}; load it without "
             "quantization, or dequantize it with `model.dequantize()`."
         )
+    for name, linear in linears_inside(model).items():
+        check_own_weight(name, linear)
 
 
 def _check_folder(folder: Path) -> None:

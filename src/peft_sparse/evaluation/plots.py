@@ -44,8 +44,9 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
     profiles = []
     for shares in (kept.mean(1), kept.mean(0)):
         last, steps = len(shares) - 1, max(points - 1, 1)
-        places = (2 * last * torch.arange(points) + steps) // (2 * steps)  # whole numbers round alike on every machine
-        profiles.append(shares.sort(descending=True).values[places.to(shares.device)].cpu())
+        numbers = torch.arange(points, device=shares.device)
+        places = (2 * last * numbers + steps) // (2 * steps)  # whole numbers round alike on every machine
+        profiles.append(shares.sort(descending=True).values[places].cpu())
     return profiles[0], profiles[1]
 
 
@@ -100,7 +101,7 @@ def _draw_strips(figure: Any, axes: Any, rows: torch.Tensor, columns: torch.Tens
 
     ratios = torch.cat([rows, columns]).double()
     ratios = ratios[~ratios.isnan()]
-    low, high = ratios.quantile(torch.tensor([0.02, 0.98]).double()).tolist() if len(ratios) else (1.0, 1.0)
+    low, high = ratios.quantile(ratios.new_tensor([0.02, 0.98])).tolist() if len(ratios) else (1.0, 1.0)
     norm = TwoSlopeNorm(1, min(low, 1 - MIN_SPREAD), max(high, 1 + MIN_SPREAD))
     image = None
     for axis, profiles, what in ((axes[0], rows, "rows (outputs)"), (axes[1], columns, "columns (inputs)")):

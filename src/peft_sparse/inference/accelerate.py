@@ -195,7 +195,7 @@ def _decide(
     for place, linear in enumerate(linears):
         refused = refuses_acceleration(linear) or (_too_little(linear) if kernel is None else None)
         if refused is None and giving_up and not isinstance(linear, PackedLinear) and id(linear) not in to_pack:
-            refused = "kept dense: its weight is shared, or hooks are attached"
+            refused = "kept dense: its weight is shared, hooks are attached, or it is the whole model"
         refusals = {} if refused else {k: k.refusal(linear) for k in OPERANDS.values() if kernel in (None, k.name)}
         kinds = tuple(kind for kind, reason in refusals.items() if reason is None)
         weight, (in_features, out_features) = weight_parameter(linear), in_out_features(linear)

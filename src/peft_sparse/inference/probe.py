@@ -107,4 +107,4 @@ def _synchronize(device: torch.device) -> None:
 def example_input(tokens: int, in_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(1, tokens, in): numbers from the normal distribution, the same at every call."""
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(1, tokens, in_features, generator=generator).to(device, dtype)
+    return torch.randn(1, tokens, in_features, generator=generator, device="cpu").to(device, dtype)

@@ -48,6 +48,7 @@ from peft_sparse.linears.saving import (
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
 from peft_sparse.linears.weights import (
     as_stored,
+    check_own_weight,
     computes_linear,
     get_weight,
     in_out_features,
@@ -75,6 +76,7 @@ __all__ = [
     "block_linears",
     "call_as",
     "check_float",
+    "check_own_weight",
     "check_saves_unpacked",
     "compute_dtype",
     "computes_linear",

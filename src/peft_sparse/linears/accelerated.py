@@ -76,7 +76,7 @@ def _reader(weight: torch.Tensor) -> Callable[[], tuple[int, ...]]:
 def _sample(weight: torch.Tensor) -> list[tuple[int, int]]:
     """Up to `SAMPLED` places, most of them not zero as far as there are so many: what is zero may stay so."""
     columns = weight.shape[1]
-    spread = torch.arange(0, weight.numel(), max(1, weight.numel() // LOOKED_THROUGH))
+    spread = torch.arange(0, weight.numel(), max(1, weight.numel() // LOOKED_THROUGH), device=weight.device)
     zero = weight[spread // columns, spread % columns] == 0
     kept, zeros = spread[~zero].tolist(), spread[zero].tolist()
     places = kept[:: max(1, len(kept) // KEPT)][:KEPT] + zeros[:: max(1, len(zeros) // KEPT)][: SAMPLED - KEPT]

@@ -23,7 +23,8 @@ Names = list[str] | tuple[str, ...] | set[str] | str
 
 @dataclass(frozen=True)
 class BlockList:
-    """One list of repeated blocks: its full name in the model, and the blocks in the order in which they run."""
+    """One list of repeated blocks: its full name in the model, and the blocks in the order in which they run. One that
+    is in it several times goes by its first name, as in `named_modules`: walk over `blocks.named_children()`."""
 
     name: str
     blocks: nn.ModuleList
@@ -71,7 +72,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{block_list.name}.{index}.{path}": linear
         for block_list in find_block_lists(model)
-        for index, block in enumerate(block_list.blocks)
+        for index, block in block_list.blocks.named_children()
         for path, linear in linears_inside(block).items()
     }
 
@@ -82,7 +83,7 @@ def block_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{block_list.name}.{index}.{name}": parameter
         for block_list in find_block_lists(model)
-        for index, block in enumerate(block_list.blocks)
+        for index, block in block_list.blocks.named_children()
         for name, parameter in _outside_of_layers(block)
         if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
     }

@@ -104,11 +104,11 @@ def unpack_model(model: nn.Module) -> nn.Module:
 
 
 def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]:
-    """The ids of those linears of a model that [`pack_model`] would pack."""
+    """The ids of those linears of a model that [`pack_model`] would pack: never the model itself, since who holds it
+    would go on with the dense one."""
     owners = _owners(model)
-    return {
-        id(linear) for linear in linears if _is_plain(linear) and len(owners[id(linear.weight)]) == 1 and _pays(linear)
-    }
+    plain = (linear for linear in linears if linear is not model and _is_plain(linear))
+    return {id(linear) for linear in plain if len(owners[id(linear.weight)]) == 1 and _pays(linear)}
 
 
 def _owners(model: nn.Module) -> dict[int, set[int]]:

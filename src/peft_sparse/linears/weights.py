@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.hooks import weights_loaded
@@ -70,6 +71,23 @@ def computes_linear(module: nn.Module) -> bool:
             same = False
         _COMPUTES_LINEAR[module] = same
     return _COMPUTES_LINEAR[module]
+
+
+def check_own_weight(name: str, module: nn.Module) -> None:
+    """Raises:
+    ValueError: if a linear's weight is computed anew at each forward, so that what is written into it would be lost.
+        Not for within a forward of FSDP1, where no weight is a parameter."""
+    if isinstance(module, PackedLinear) or "weight" in module._parameters:
+        return
+    way_out = "undo what computes it"
+    if is_parametrized(module, "weight"):
+        way_out = 'call `torch.nn.utils.parametrize.remove_parametrizations(module, "weight")` on it'
+    elif "weight_mask" in module._buffers:
+        way_out = 'call `torch.nn.utils.prune.remove(module, "weight")` on it, which keeps its zeros'
+    raise ValueError(
+        f"A linear's weight is a parameter of its own, got `{name}`, which computes it from other tensors at each "
+        f"forward, as torch.nn.utils.prune and parametrizations do; {way_out} first."
+    )
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:

@@ -125,10 +125,10 @@ def _check(library: ctypes.CDLL) -> None:
     Broken: if the kernels do not unpack a small weight as it was packed."""
     from peft_sparse.native.packing import unpack
 
-    bitmask = torch.tensor([[7, 128, 1], [0, 255, 0]], dtype=torch.uint8)
+    bitmask = torch.tensor([[7, 128, 1], [0, 255, 0]], dtype=torch.uint8, device="cpu")
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        values = torch.arange(1, 14, dtype=dtype)
-        expected = torch.zeros(2, 17, dtype=dtype)
+        values = torch.arange(1, 14, dtype=dtype, device="cpu")
+        expected = torch.zeros(2, 17, dtype=dtype, device="cpu")
         expected[0, [0, 1, 2, 15, 16]], expected[1, 8:16] = values[:5], values[5:]
         if not torch.equal(unpack(library, values, bitmask, 17), expected):
             raise Broken("were compiled to something that computes wrong results")

@@ -33,7 +33,7 @@ def native_row_starts(bitmask: torch.Tensor) -> torch.Tensor:
 
 def _row_starts(library: Any, bitmask: torch.Tensor) -> torch.Tensor:
     bitmask, (rows, row_bytes) = bitmask.contiguous(), bitmask.shape
-    starts = torch.empty(rows + 1, dtype=torch.int64)
+    starts = torch.empty(rows + 1, dtype=torch.int64, device="cpu")
     library.row_starts(bitmask.data_ptr(), rows, row_bytes, starts.data_ptr())
     return starts
 
@@ -76,7 +76,7 @@ def native_nonzeros(weight: torch.Tensor) -> torch.Tensor:
         weight: (out, in), of a floating dtype.
     """
     weight, (rows, columns) = weight.detach().contiguous(), weight.shape
-    bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8)
+    bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="cpu")
     getattr(loaded(), f"mark_{BITS[weight.element_size()]}")(
         *openmp(), threads(weight.numel()), weight.data_ptr(), rows, columns, bitmask.data_ptr()
     )

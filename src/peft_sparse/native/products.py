@@ -62,7 +62,7 @@ class NativeCsr(_Product):
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, in_features: int) -> None:
         assert in_features <= self.MAX_COLUMNS and bitmask.is_contiguous()
-        columns = torch.zeros(values.numel() + self._PADDING, dtype=torch.int16)  # the bits of unsigned numbers
+        columns = bitmask.new_zeros(values.numel() + self._PADDING, dtype=torch.int16)  # the bits of unsigned numbers
         loaded().list_columns(bitmask.data_ptr(), *bitmask.shape, columns.data_ptr())
         super().__init__("csr_few", values, columns, starts)
         self._many = getattr(loaded(), f"csr_many_{PRODUCTS[values.dtype]}")

@@ -149,8 +149,8 @@ def _time_both(
 ) -> float:
     """The time of one pass over the non-zeros relative to a dense one, backward included where there will be one."""
     # No random numbers: the global random state is the user's, and time does not depend on the values.
-    x = torch.ones(tokens, csr.shape[1], dtype=weight.dtype).requires_grad_(grads[0])
-    dy = torch.ones(tokens, csr.shape[0], dtype=weight.dtype)
+    x = weight.new_ones(tokens, csr.shape[1]).requires_grad_(grads[0])
+    dy = weight.new_ones(tokens, csr.shape[0])
     factors = [factor.detach().clone().requires_grad_(grads[1]) for factor in (A, B)]
     inputs = [tensor for tensor in (x, *factors) if tensor.requires_grad]
 

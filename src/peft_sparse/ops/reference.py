@@ -57,9 +57,9 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
         tensor([0, 0, 0, 1, 1])
     """
     size, longer = divmod(out_features, num_groups)
-    sizes = torch.full((num_groups,), size, dtype=torch.int64)
+    sizes = torch.full((num_groups,), size, dtype=torch.int64, device=device)
     sizes[:longer] += 1
-    return torch.arange(num_groups).repeat_interleave(sizes).to(device)
+    return torch.arange(num_groups, device=device).repeat_interleave(sizes)
 
 
 def dense(weight: Weight) -> torch.Tensor:

@@ -61,9 +61,10 @@ class _Factors:
         self.csr, self.A = csr, A
         counts = csr.row_starts.diff()
         size, longer = divmod(csr.shape[0], A.shape[0])  # the first groups are one row longer
-        group_sizes = torch.full((A.shape[0],), size)
+        group_sizes = torch.full((A.shape[0],), size, device=A.device)
         group_sizes[:longer] += 1
-        first_entry = torch.arange(A.shape[0]).mul_(A.shape[1]).repeat_interleave(group_sizes).int()  # of A's row
+        groups = torch.arange(A.shape[0], device=A.device)
+        first_entry = groups.mul_(A.shape[1]).repeat_interleave(group_sizes).int()  # of A's row
         self.places = first_entry.repeat_interleave(counts).add_(csr.columns)  # in A, flat (nnz,)
         self.A_values = A.view(-1).index_select(0, self.places)  # (nnz,)
         self.B_values = B.repeat_interleave(counts)  # (nnz,)

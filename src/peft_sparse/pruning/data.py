@@ -78,7 +78,7 @@ def calibration_batches(
         documents = (item if isinstance(item, str) else item[text_column] for item in items)
         rows = _windows(documents, tokenizer, num_sequences, length)
         if isinstance(source, str):  # windows from all over it
-            rows = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
+            rows = [rows[index] for index in torch.randperm(len(rows), generator=generator, device="cpu").tolist()]
         rows = rows[:num_sequences]
     elif not isinstance(first, Mapping):
         raise ValueError(f"A source of calibration data has strings or dicts in it, got {type(first).__name__}.")
@@ -100,7 +100,7 @@ def calibration_batches(
 def _in_random_order(source: Any, generator: torch.Generator) -> Iterator[Any]:
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         return iter(source)
-    return (source[index] for index in torch.randperm(len(source), generator=generator).tolist())
+    return (source[index] for index in torch.randperm(len(source), generator=generator, device="cpu").tolist())
 
 
 def _windows(
@@ -119,7 +119,7 @@ def _windows(
         ids += (end if ids else []) + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if number is not None and len(ids) >= number * length:
             break
-    windows = torch.tensor(ids, dtype=torch.int64)[: len(ids) // length * length].view(-1, length)
+    windows = torch.tensor(ids, dtype=torch.int64, device="cpu")[: len(ids) // length * length].view(-1, length)
     if not len(windows):
         raise ValueError(
             f"Calibration text has at least one window of length={length} tokens, got {len(ids)} tokens; give more "
@@ -138,12 +138,23 @@ def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -
     taken: list[Batch] = []
     left = number
     for batch in batches:
-        sequences = len(next(iter(batch.values())))
-        taken.append({key: value[:left] for key, value in batch.items() if isinstance(value, torch.Tensor)})
-        left = None if left is None else left - sequences
+        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        taken.append({key: value[:left] if value.dim() else value for key, value in tensors.items()})
+        left = None if left is None else left - sequences_in(tensors)
         if left is not None and left <= 0:
             break
     return taken
+
+
+def main_input(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The tokens of a batch, or else its first tensor that is no single number; None if there is no such."""
+    return next((t for t in (batch.get("input_ids"), *batch.values()) if t is not None and t.dim()), None)
+
+
+def sequences_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many sequences a batch has; it may have single numbers beside them, such as CLIP's `return_loss`."""
+    tokens = main_input(batch)
+    return 0 if tokens is None else len(tokens)
 
 
 def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str, torch.Tensor]:
@@ -158,7 +169,7 @@ def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str,
         ):
             continue
         try:
-            tensor = torch.as_tensor(value)
+            tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             continue  # lists of strings, or of lists of unequal length
         if tensor.dim():
@@ -183,6 +194,6 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
         batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
         mask = key.replace("input_ids", "attention_mask")
         if key.endswith("input_ids") and mask not in rows[0]:
-            ones = [torch.ones(len(value), dtype=torch.int64) for value in values]
+            ones = [torch.ones(len(value), dtype=torch.int64, device=value.device) for value in values]
             batch[mask] = pad_sequence(ones, batch_first=True)
     return batch

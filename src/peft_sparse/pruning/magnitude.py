@@ -51,7 +51,8 @@ def prune_magnitude(
 
     Raises:
         ValueError: for a malformed pattern, sparsity or group; if in_features of a target is not divisible by M, or
-            its weight holds NaN; if there is nothing to prune. The model is untouched then.
+            its weight holds NaN; if there is nothing to prune. The model is untouched then. Weights are not copied, so
+            after a keyboard interrupt the layers that were done are pruned; the same call does the rest.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

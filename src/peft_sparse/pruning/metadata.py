@@ -10,7 +10,7 @@ It goes into `model.config.peft_sparse["pruning"]`, so `save_pretrained` writes 
     version                             of peft-sparse
     earlier                             the same without errors for earlier runs on this model, if there were any
 
-A model without `config` has no place for it, and gets none.
+Another model than one of transformers has no place for it, and gets none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sparse.pruning.data import main_input, sequences_in
 from peft_sparse.pruning.resume import hash_tensors
 from peft_sparse.sparsity import Pattern
 from peft_sparse.storage import CONFIG_KEY, PRUNING, record_facts
@@ -61,25 +62,23 @@ def describe(
 def _describe_batches(batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     tokens = 0
     for batch in batches:
-        mask, first = batch.get("attention_mask"), next(iter(batch.values()))
-        ids = batch.get("input_ids", first)
+        mask, ids = batch.get("attention_mask"), main_input(batch)
+        if ids is None:
+            continue
         if mask is not None and mask.dim() == 2:
             tokens += int(mask.bool().sum())
         else:
             tokens += ids.numel() if ids.dim() <= 2 else ids.shape[0] * ids.shape[1]
     return {
-        "sequences": sum(next(iter(batch.values())).shape[0] for batch in batches),
+        "sequences": sum(map(sequences_in, batches)),
         "tokens": tokens,
         "sha256": hash_tensors((f"{i}.{key}", t) for i, batch in enumerate(batches) for key, t in batch.items()),
     }
 
 
 def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] | None = None) -> None:
-    """Write the facts of a run into the model's config, if it has one."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    before = (getattr(config, CONFIG_KEY, None) or {}).get(PRUNING)
+    """Write the facts of a run into the config of a model of transformers."""
+    before = (getattr(getattr(model, "config", None), CONFIG_KEY, None) or {}).get(PRUNING)
     if before:
         earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
         facts = facts | {"earlier": earlier}

@@ -1,9 +1,10 @@
 """Which tokens count: a batch's own masks, brought to the shape in which a linear meets its inputs.
 
-Most linears see (sequences, tokens, in) or all tokens in one row after another, and the mask fits as it is. Two do
+Most linears see (sequences, tokens, in) or all tokens in one row after another, and the mask fits as it is. Some do
 not: a decoder's keys and values for cross-attention are computed from the encoder's tokens, so they go by the
 encoder's mask; and an expert of a mixture sees only the tokens that were routed to it, in rows that no longer tell
-where they come from. Those rows are copies of rows of the mixture's input, so they are recognised by their bits.
+where they come from. Those rows are copies of rows of the mixture's input, so they are recognised by their bits. And a
+tower for images or sound, beside one for text, has tokens of its own, to which the mask of the text says nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,17 +26,20 @@ class TokenMasks:
     def __init__(self) -> None:
         self.batch: dict[str, torch.Tensor] = {}
         self._encoder_states: list[torch.Tensor] = []
+        self._of_text = True
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # of a mixture's input: those that count, others
         self._told = False
         self._routed: torch.Tensor | None = None  # bool (rows,): which rows of the running expert's input count
 
     def start(self, batch: dict[str, torch.Tensor]) -> None:
         """A batch begins."""
-        self.batch, self._encoder_states, self._rows, self._routed = batch, [], None, None
+        self.batch, self._rows, self._routed = batch, None, None
+        self._encoder_states, self._of_text = [], True
 
-    def enter_block(self, in_decoder: bool, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A block is called; in a decoder, one of its arguments is what the encoder returned."""
-        self._encoder_states = []
+    def enter_block(self, in_decoder: bool, of_text: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A block is called; in a decoder, one of its arguments is what the encoder returned. For `of_text` see
+        [`may_see_text`]."""
+        self._of_text, self._encoder_states = of_text, []
         if in_decoder:
             others = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
             self._encoder_states = [value for value in others if isinstance(value, torch.Tensor) and value.dim() == 3]
@@ -65,6 +70,8 @@ class TokenMasks:
             mask = self.batch.get("decoder_attention_mask")
             if mask is None and "labels" in self.batch:
                 mask = self.batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
+        elif not self._encoder_states and not self._of_text and "input_ids" in self.batch:
+            mask = None
         return mask.to(x.device).bool() if mask is not None and mask.dim() == 2 else None
 
     def if_it_fits(self, mask: torch.Tensor | None, x: torch.Tensor, name: str) -> torch.Tensor | None:
@@ -121,11 +128,24 @@ class TokenMasks:
             self._routed = counts
 
 
+def may_see_text(model: nn.Module, path: str) -> bool:
+    """Whether the tokens of `input_ids` may reach a module: not in a part of a model of transformers that has a config
+    of another kind than the whole, and in it no vocabulary, as the vision tower of a CLIP."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            has_vocabulary = getattr(config.get_text_config(), "vocab_size", None) is not None
+            return has_vocabulary or type(config) is type(getattr(model, "config", None))
+    return True
+
+
 def _row_hashes(x: torch.Tensor) -> torch.Tensor:
     """int64 (rows,), equal for equal rows (rows, in) and for others with a chance of 2^-64: integer arithmetic, which
     rounds nothing whatever the shape."""
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator, dtype=torch.int64).to(x.device)
+    width, drawn = x.shape[-1:], {"generator": generator, "device": "cpu", "dtype": torch.int64}
+    factors = torch.randint(-(2**62), 2**62, width, **drawn).to(x.device)
     return (x.detach().contiguous().view(INTEGERS[x.element_size()]).to(torch.int64) * (2 * factors + 1)).sum(-1)
 
 

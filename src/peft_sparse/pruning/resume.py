@@ -5,8 +5,8 @@
 
 A file is written beside its place and moved there, so one that is there is whole unless something else damaged it,
 which its checksum tells; such a block is pruned again. Every file carries the digest of its run's fingerprint: method,
-pattern, sparsity of each linear, calibration data, and all weights of the model as it came. The result depends on each
-of them, so another run is refused.
+pattern, sparsity of each linear, calibration data, and all weights of the model as it came, with the config that says
+what it computes with them. The result depends on each of them, so another run is refused.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from transformers import PreTrainedConfig
 
 from peft_sparse.pruning.offload import stored_state
+from peft_sparse.storage import CONFIG_KEY
 
 MANIFEST = "pruning_run.json"
 FORMAT = 1
+# Fields of a config, also of its parts, that may differ from one start of a run to the next.
+NOT_DECIDING = {
+    CONFIG_KEY, "architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,18 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def hash_model(model: nn.Module) -> str:
     """[`hash_tensors`] of all weights and buffers that a checkpoint of the model has, wherever they are kept."""
     return hash_tensors(stored_state(model))
+
+
+def deciding_config(model: nn.Module) -> dict[str, Any]:
+    """What the config of a model of transformers says about its function, as plain JSON values: two models with the
+    same weights may have other heads or activations. Not where it is from, and what a forward writes into it."""
+    config = getattr(model, "config", None)
+    return _deciding(json.loads(config.to_json_string())) if isinstance(config, PreTrainedConfig) else {}
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in NOT_DECIDING and not key.startswith("_")}
+    return {key: _deciding(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.metadata import describe, record
 from peft_sparse.pruning.offload import BlockMover
-from peft_sparse.pruning.resume import Checkpoint, hash_model
+from peft_sparse.pruning.resume import Checkpoint, deciding_config, hash_model
 from peft_sparse.pruning.targets import Names, calibrated_targets
 from peft_sparse.sparsity import Pattern
 
@@ -96,7 +96,8 @@ class CalibratedRun:
     def _decisive(self) -> dict[str, Any]:
         """All that the result depends on."""
         facts = {key: value for key, value in self._facts().items() if key not in ("version", "modules")}
-        return facts | {"sparsity": self.sparsities, "model weights": hash_model(self.model)}
+        model = {"model weights": hash_model(self.model), "model config": deciding_config(self.model)}
+        return facts | {"sparsity": self.sparsities} | model
 
 
 def plan_run(

@@ -17,6 +17,7 @@ from peft_sparse.linears import (
     PackedLinear,
     bits,
     block_linears,
+    check_own_weight,
     find_block_lists,
     get_weight,
     in_out_features,
@@ -43,8 +44,9 @@ def find_targets(
         exclude_modules: what to leave out of them, given in the same way.
 
     Raises:
-        ValueError: if there is nothing to prune, or if a target carries an adapter, has no weight in memory, holds NaN
-            or infinity, or is too narrow for the pattern. Nothing is changed by this function.
+        ValueError: if there is nothing to prune, or if a target carries an adapter, computes its weight from other
+            tensors, has no weight in memory, holds NaN or infinity, or is too narrow for the pattern. Nothing is
+            changed by this function.
     """
     candidates = block_linears(model) if target_modules is None else linears_inside(model)
     if target_modules is None and not candidates:
@@ -126,7 +128,7 @@ def _tell_what_stays_dense(model: nn.Module) -> None:
     dense = {
         f"{block_list.name}.{index}.{path}.{last}".replace("..", "."): parameter
         for block_list in find_block_lists(model)
-        for index, block in enumerate(block_list.blocks)
+        for index, block in block_list.blocks.named_children()
         for path, module in block.named_modules()
         for last, parameter in module.named_parameters(recurse=False)
         if _is_fused_weight(module, parameter)
@@ -166,6 +168,7 @@ def _check_plain(name: str, linear: nn.Module) -> None:
             f"A pruner compares weights before they are quantised, got `{name}`, a {type(linear).__name__}; "
             "load the model without `quantization_config`, prune it, and call `quantize_model(model)` then."
         )
+    check_own_weight(name, linear)
 
 
 def _check_finite(name: str, weight: torch.Tensor) -> None:

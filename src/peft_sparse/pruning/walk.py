@@ -23,7 +23,7 @@ from torch import nn
 from peft_sparse.linears import find_block_lists, get_weight, in_out_features, linears_inside
 from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.offload import BlockMover, Weight, execution_device
-from peft_sparse.pruning.padding import TokenMasks, update_hook
+from peft_sparse.pruning.padding import TokenMasks, may_see_text, update_hook
 from peft_sparse.sparsity import ColumnNorms
 
 
@@ -62,7 +62,7 @@ class _Reached(Exception):
 
 @dataclass(eq=False)
 class Step:
-    """One block: its list, its targets by full name, and how often a forward calls it (ALBERT's: once per layer)."""
+    """One block: its list, its targets by full name, and how often a forward calls it (ALBERT's once per layer)."""
 
     list_name: str
     name: str
@@ -111,7 +111,7 @@ class Walk:
         """The blocks in the order in which the first batch runs them, up to the last one that has targets."""
         steps = []
         for block_list in find_block_lists(self.model):
-            for index, block in enumerate(block_list.blocks):
+            for index, block in block_list.blocks.named_children():
                 name = f"{block_list.name}.{index}"
                 linears = {f"{name}.{path}": linear for path, linear in linears_inside(block).items()}
                 linears = {path: linear for path, linear in linears.items() if path in targets}
@@ -222,8 +222,13 @@ class Walk:
                 raise_no_input(name, len(self.batches))
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
+        in_decoder, of_text = (
+            self.has_decoder and step.list_name != self.first_list,
+            may_see_text(self.model, step.name),
+        )
+
         def see(*args: Any, **kwargs: Any) -> Any:
-            self.masks.enter_block(self.has_decoder and step.list_name != self.first_list, args, kwargs)
+            self.masks.enter_block(in_decoder, of_text, args, kwargs)
             return forward(*args, **kwargs)
 
         return see
@@ -254,7 +259,9 @@ class Walk:
     def _forward(self, index: int) -> None:
         self.index, self.spare = index, {}
         self.masks.start(self.batches[index])
-        self.model(**{key: tensor.to(self.device) for key, tensor in self.batches[index].items()})
+        inputs = {key: tensor.to(self.device) for key, tensor in self.batches[index].items()}
+        with torch.compiler.set_stance("force_eager"):  # a compiled graph does not see that forwards are replaced
+            self.model(**inputs)
 
     def _update(self, name: str, statistics: Statistics, x: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         try:

@@ -69,8 +69,8 @@ def prune_wanda(
         progress: show a bar over the blocks.
 
     Returns:
-        `model` itself, in the mode (training or evaluation) in which it came. Its config, if it has one, says in
-        `peft_sparse["pruning"]` how it was pruned and on which data, and takes that along when it is saved.
+        `model` itself, in the mode (training or evaluation) in which it came. The config of a model of transformers
+        says in `peft_sparse["pruning"]` how it was pruned and on which data, and takes that along when it is saved.
 
     Raises:
         ValueError: for a malformed pattern, sparsity or group; for an empty calibration set or one whose activations

@@ -90,7 +90,7 @@ def csr_tensor(weight: Weight) -> torch.Tensor:
         unpack_mask(packed.bitmask[start : start + step], packed.in_features).nonzero()[:, 1].int()
         for start in range(0, packed.shape[0], step)
     ]
-    listed = torch.cat(columns) if columns else torch.empty(0, dtype=torch.int32)
+    listed = torch.cat(columns) if columns else packed.bitmask.new_empty(0, dtype=torch.int32)
     return csr_from_lists(packed.starts.int(), listed, packed.values.detach(), tuple(packed.shape))
 
 
@@ -105,4 +105,6 @@ def csr_from_lists(
     """torch's own sparse tensor of these lists, which it shares."""
     with warnings.catch_warnings():  # torch announces at the first one that they are in beta
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        return torch.sparse_csr_tensor(row_starts, columns, values, shape, check_invariants=False)
+        return torch.sparse_csr_tensor(
+            row_starts, columns, values, shape, device=values.device, check_invariants=False
+        )

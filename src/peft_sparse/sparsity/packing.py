@@ -72,7 +72,8 @@ def unpack_mask(
 @functools.lru_cache(maxsize=16)
 def _byte_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(256, 8): the bits of every byte. One look-up a byte is several times faster than shifting bits out."""
-    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(device=device, dtype=dtype)
+    byte, bit = torch.arange(256, device=device), torch.arange(8, device=device)
+    return ((byte[:, None] >> bit) & 1).to(dtype)
 
 
 def pack_nonzeros(weight: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,8 @@ class OutputSketch:
             x = x[token_mask]
         x = x.detach().reshape(-1, x.shape[-1])
         rows = self.sums.shape[0]
-        signs = torch.randint(0, 2, (x.shape[0], 1), generator=self._generator, dtype=torch.int8).mul_(2).sub_(1)
-        signs = signs.to(device=self.sums.device, dtype=torch.float32)
+        drawn = torch.randint(0, 2, (x.shape[0], 1), generator=self._generator, dtype=torch.int8, device="cpu")
+        signs = drawn.mul_(2).sub_(1).to(device=self.sums.device, dtype=torch.float32)
         done = 0
         while done < x.shape[0]:
             first = self.num_tokens % rows

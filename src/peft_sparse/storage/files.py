@@ -128,7 +128,7 @@ class SafetensorsFile:
         Raises:
             ValueError: if the file ends before it does."""
         begin, end = self.header[key]["data_offsets"]
-        raw = torch.empty(end - begin, dtype=torch.uint8) if into is None else into
+        raw = torch.empty(end - begin, dtype=torch.uint8, device="cpu") if into is None else into
         left = raw.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data_start + begin)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 CONFIG_KEY = "peft_sparse"
 PRUNING, BASE_MODEL, METHOD = "pruning", "base_model", "method"
@@ -27,10 +28,11 @@ def facts_of(entry: Any) -> dict[str, Any]:
 
 
 def record_facts(model: nn.Module, **facts: Any) -> None:
-    """Write facts into the config of a model, if it has one; those that are None are not known. Beside them, what the
-    model was loaded from, if nothing says so yet."""
+    """Write facts into the config of a model of transformers; those that are None are not known. Beside them, what the
+    model was loaded from, if nothing says so yet. The config of another model, a dictionary or a frozen object, is its
+    own business."""
     config = getattr(model, "config", None)
-    if config is None:
+    if not isinstance(config, PreTrainedConfig):
         return
     known = dict(getattr(config, CONFIG_KEY, None) or {})
     base = known.get(BASE_MODEL) or hub_name(getattr(model, "name_or_path", None))

@@ -107,10 +107,10 @@ def _scratch(name: str, nbytes: int) -> torch.Tensor:
     """Memory for one part of a packed tensor, uint8 (nbytes,), good until this thread asks for it again: a load frees
     nothing between the weights that it makes, which would leave holes that take as much room as the parts did."""
     if nbytes > LARGEST_SCRATCH:  # goes back to the system when it is freed, and leaves no hole
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     buffer = getattr(_memory, name, None)
     if buffer is None or buffer.numel() < nbytes:
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         setattr(_memory, name, buffer)
     return buffer[:nbytes]
 

@@ -98,7 +98,7 @@ def check_merge(layer: Any, merged: Weight, support: torch.Tensor, weight: Weigh
             f"{adapter_name}). Nothing was merged; please report this with your config."
         )
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
-    probe = torch.randn(PROBE_ROWS, layer.in_features, generator=generator).to(entries)
+    probe = torch.randn(PROBE_ROWS, layer.in_features, generator=generator, device="cpu").to(entries)
     with torch.autocast(device_type=entries.device.type, enabled=False):
         expected = layer.adapted_linear(probe, weight, None, adapter_name).double()
         difference = (ops.packed_linear(probe, merged, None).double() - expected).norm()

@@ -19,6 +19,7 @@ from peft_sparse.linears import (
     bits,
     block_linear_names,
     check_float,
+    check_own_weight,
     computes_linear,
     dequantize_model,
     is_foreign,
@@ -93,6 +94,8 @@ class SparseTuner(BaseTuner):
                 f"{_odd_about(module)}; take it out of "
                 "`target_modules`, or exclude it with `exclude_modules`."
             )
+        if not isinstance(module, BaseTunerLayer):
+            check_own_weight(name, module)
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
         """What a method wants of its targets, by full name; raises ValueError or warns."""
