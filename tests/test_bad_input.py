@@ -110,6 +110,22 @@ def odd(place: Path) -> World:
     return World(model)
 
 
+def tied(place: Path) -> World:
+    """The head has the weight of the embeddings."""
+    model = tiny_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return World(model)
+
+
+def shared_block(place: Path) -> World:
+    """As in Zamba2: the second block is another module with the parameters of the first."""
+    model = tiny_llama()
+    for name, parameter in model.model.layers[0].named_parameters():
+        path, _, last = name.rpartition(".")
+        setattr(model.model.layers[1].get_submodule(path), last, parameter)
+    return World(model)
+
+
 def attention(place: Path) -> World:
     return World(nn.MultiheadAttention(8, 2))
 
@@ -487,6 +503,17 @@ MODELS = {
         lambda world: get_peft_model(world.model.base_model.model, PstConfig(target_modules=["q_proj"])),
         "adapter of another method .*; merge that",
     ),
+    "a tied head": Case(
+        tied,
+        adapt(lambda: SppConfig(target_modules=["q_proj", "lm_head"])),
+        "got `lm_head`, whose weight is also that of `model.embed_tokens`, .*; exclude it .*or give it one of its own",
+    ),
+    "a weight of two linears": Case(
+        shared_block,
+        adapt(lambda: PstConfig(target_modules=["up_proj"])),
+        r"got `model.layers.0.mlp.up_proj`, whose weight is also that of `model.layers.1.mlp.up_proj`",
+    ),
+    "only weights of two linears": Case(shared_block, adapt(lambda: PstConfig()), "whose weight is also that of"),
     "all excluded": Case(llama, adapt(lambda: SppConfig(exclude_modules=".*")), "excluded"),
     "a rank beyond reason": Case(
         llama, adapt(lambda: PstConfig(r=10**8)), "got rank 100000000 for `model.*smaller `r`"

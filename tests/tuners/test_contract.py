@@ -267,6 +267,29 @@ def test_default_targets_are_the_linears_of_the_blocks():
         assert names == expected and not any(word in n for n in names for word in ("pooler", "head", "embed", "wte"))
 
 
+@each_config
+def test_default_targets_have_a_weight_of_their_own(config):
+    """Two linears with one Parameter would be merged one on top of the other."""
+    model = pruned_model(tiny_llama, config)
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.warns(UserWarning, match=r"2 of 14 get no adapter .*layers.0.mlp.up_proj.*layers.1.mlp.up_proj"):
+        model = get_peft_model(model, config())
+    adapted = sparse_layers(model.base_model.model)
+    assert len(adapted) == 12 and not any(name.endswith("up_proj") for name in adapted)
+    before = logits(model)
+    assert (logits(model.merge_and_unload()) - before).abs().max() <= 1e-4 * before.abs().max()
+
+
+def test_one_module_in_several_places_gets_one_adapter():
+    """As the blocks of ALBERT."""
+    model = prune_magnitude(tiny_llama())
+    model.model.layers[1] = model.model.layers[0]
+    model = get_peft_model(model, SppConfig(init_weights=False))
+    assert len(sparse_layers(model)) == 7
+    before = logits(model)
+    assert (logits(model.merge_and_unload()) - before).abs().max() <= 1e-4 * before.abs().max()
+
+
 def test_layers_to_transform_with_default_targets():
     model = get_peft_model(tiny_bert(), PstConfig(layers_to_transform=[1]))
     names = sparse_layers(model.base_model.model)

@@ -17,13 +17,11 @@ from transformers import PreTrainedModel
 
 from peft_sparse.linears import (
     bits,
-    block_linear_names,
     check_float,
     computes_linear,
     dequantize_model,
     is_foreign,
     is_linear,
-    linears_not_called,
     reshard,
 )
 from peft_sparse.storage import record_facts
@@ -31,6 +29,7 @@ from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state, 
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
+from peft_sparse.tuners.targets import check_alone, default_targets
 
 # What rooms above do with each merged model of transformers before its user gets it.
 AFTER_MERGE: list[Callable[[PreTrainedModel], None]] = []
@@ -51,11 +50,8 @@ class SparseTuner(BaseTuner):
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        not_called = linears_not_called(model)
         if peft_config.target_modules is None:
-            names = block_linear_names(model)
-            called = {name for name in names if not any(f".{full}".endswith(f".{name}") for full in not_called)}
-            peft_config.target_modules = called  # type: ignore[assignment] # PEFT's habit
+            peft_config.target_modules = default_targets(model)  # type: ignore[assignment] # PEFT's habit
         include_all_linear(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -69,11 +65,7 @@ class SparseTuner(BaseTuner):
         }
         for name, module in targets.items():
             self._check_target(name, module)
-            if name in not_called:
-                raise ValueError(
-                    f"An adapter works where its linear is called, got `{name}`, whose weight {not_called[name]} "
-                    "takes without calling it; leave it out of `target_modules`, or exclude it with `exclude_modules`."
-                )
+        check_alone(targets, model)
         check_modules_to_save(peft_config.modules_to_save, model, targets)
         self._check_targets(targets, peft_config)
 
