@@ -6,6 +6,7 @@ is an error and not another model: PEFT and safetensors have none.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
@@ -120,11 +121,17 @@ class SparseConfig(PeftConfig):
             self.checksums = None
 
     def _crc32(self) -> str:
-        fields = {name: value for name, value in self.to_dict().items() if name not in _UNCHECKED}
-        plain = {
-            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()
+        """Of the settings that are not at their default: a field that a later version adds, here or in PEFT, is at its
+        own, so that what was saved before stays as it was saved."""
+        settings = {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if entry.name not in _UNCHECKED and getattr(self, entry.name) != _default(entry)
         }
-        if isinstance(plain["modules_to_save"], list):  # PEFT adds to it, in any order
+        plain = {
+            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in settings.items()
+        }
+        if isinstance(plain.get("modules_to_save"), list):  # PEFT adds to it, in any order
             plain["modules_to_save"] = sorted(plain["modules_to_save"])
         return crc32(json.dumps(plain, sort_keys=True, default=str).encode())
 
@@ -140,8 +147,9 @@ class SparseConfig(PeftConfig):
         expected = self.checksums["config"]
         if expected != self._crc32():
             raise ValueError(
-                f"An adapter_config.json is as it was saved (CRC-32 {expected}), got {self._crc32()}: it is damaged; "
-                "save or download it again, or remove `checksums` from it if you changed it on purpose."
+                f"An adapter_config.json is as it was saved (CRC-32 {expected}), got {self._crc32()}: it is damaged, "
+                "or has a setting that only a later version of peft_sparse or peft knows; save or download it again, "
+                "upgrade, or remove `checksums` from it if you changed it on purpose."
             )
 
     def __post_init__(self) -> None:
@@ -166,6 +174,10 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
+
+
+def _default(entry: Any) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
 def include_all_linear(config: Any, model: nn.Module) -> None:
