@@ -165,6 +165,42 @@ def test_save_and_load(config, low_cpu_mem_usage, tmp_path):
 
 
 @each_config
+@pytest.mark.parametrize("how", ["as ever", "low_cpu_mem_usage", "native"])
+def test_factors_are_not_rounded_when_a_half_precision_base_gets_them(config, how, tmp_path):
+    """They are float32 there, and rounded ones would select another mask."""
+    base = pruned_model(tiny_llama, config).to(torch.bfloat16)
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, config())
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter)  # as training would, with float32's digits
+    model.save_pretrained(tmp_path)
+    if how == "native":
+        fresh.load_adapter(str(tmp_path), adapter_name="default")
+    else:
+        fresh = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=how == "low_cpu_mem_usage")
+    for layer, other in zip(sparse_layers(model).values(), sparse_layers(fresh).values(), strict=True):
+        for kind in layer.adapter_layer_names:
+            for factor, found in zip(getattr(layer, kind).values(), getattr(other, kind).values(), strict=True):
+                assert found.dtype == torch.float32 and torch.equal(found, factor)
+        assert torch.equal(layer.merged_weight(["default"]), other.merged_weight(["default"]))
+
+
+@each_config
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_factors_in_the_dtype_of_the_base(config, low_cpu_mem_usage, tmp_path):
+    """As LoRA's, if that is asked for; double precision needs not be asked for."""
+    base = pruned_model(tiny_llama, config)
+    get_peft_model(copy.deepcopy(base), config()).save_pretrained(tmp_path)
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float64, False), (torch.float64, True)):
+        arguments = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast}
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base).to(dtype), tmp_path, is_trainable=True, **arguments)
+        loaded.add_adapter("b", config(), autocast_adapter_dtype=autocast)
+        factors = {name: p for name, p in loaded.named_parameters() if "pst_" in name or "spp_" in name}
+        assert factors and {p.dtype for p in factors.values()} == {dtype}
+        assert all(p.requires_grad == name.endswith("default") for name, p in factors.items())
+
+
+@each_config
 def test_auto_classes_and_transformers_own_api(config, tmp_path):
     base = pruned_model(tiny_llama, config)
     base.save_pretrained(tmp_path / "base")

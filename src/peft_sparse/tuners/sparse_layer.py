@@ -290,11 +290,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
-    # PEFT looks for `weight`, which a PackedLinear unpacks for each look, and which may be offloaded.
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+        """Where PEFT puts new and loaded adapters; it would read `weight`, which may be packed or offloaded. No dtype,
+        unless it is the wider one: rounded factors may select another mask."""
         parameter = weight_parameter(base_layer)
-        return device_of(parameter, base_layer), parameter.dtype
+        return device_of(parameter, base_layer), torch.float64 if parameter.dtype == torch.float64 else None
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

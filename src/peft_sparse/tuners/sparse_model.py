@@ -25,7 +25,12 @@ from peft_sparse.linears import (
     reshard,
 )
 from peft_sparse.storage import record_facts
-from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state, check_modules_to_save
+from peft_sparse.tuners.adapter_state import (
+    adapter_keys,
+    cast_to_base_dtype,
+    check_adapter_state,
+    check_modules_to_save,
+)
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -132,6 +137,8 @@ class SparseTuner(BaseTuner):
                 layer.keep_adapters_loaded(
                     {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
                 )
+                if not autocast_adapter_dtype:
+                    cast_to_base_dtype(layer, adapter_name)
         super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     # Merging

@@ -114,12 +114,6 @@ class PstLinear(SparseLayer):
         self._driven.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT 0.20 casts this integer to the base weight's dtype, and bfloat16 holds integers up to 256 only.
-        pruned = self.pst_pruned[adapter_name]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        self.pst_pruned[adapter_name] = pruned.to(self.pst_pruned[adapter_name].device)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = weight_parameter(unwrap(self.base_layer))
