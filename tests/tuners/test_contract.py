@@ -201,6 +201,19 @@ def test_factors_in_the_dtype_of_the_base(config, low_cpu_mem_usage, tmp_path):
 
 
 @each_config
+def test_all_of_it_in_inference_mode(config, tmp_path):
+    """Tensors that are made there have no version counter."""
+    base = pruned_model(tiny_llama, config)
+    with torch.inference_mode():
+        model = get_peft_model(copy.deepcopy(base), config())
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        expected = logits(model)
+        assert torch.equal(logits(loaded), expected)
+        assert torch.allclose(logits(loaded.merge_and_unload()), expected, atol=1e-5)
+
+
+@each_config
 def test_auto_classes_and_transformers_own_api(config, tmp_path):
     base = pruned_model(tiny_llama, config)
     base.save_pretrained(tmp_path / "base")

@@ -77,7 +77,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._module_name = name
         self._weight_before_merge: Any = None
         self._bits = bits(base_layer)  # 4 or 8 of a quantised base layer, else None
-        self._first_versions: dict[str, list[int]] = {}
+        self._first_versions: dict[str, list[int | None]] = {}
 
     # What a method defines
 
@@ -103,8 +103,6 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Where f(W) is not zero, bool (out, in); of a packed weight, for each of its values."""
         raise NotImplementedError
 
-    # The rest
-
     def mark_new(self, adapter_name: str) -> None:
         """Remember the adapter's parameters as they are, for [`SparseLayer.is_new`]."""
         self._first_versions[adapter_name] = self._versions(adapter_name)
@@ -118,9 +116,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._first_versions.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def _versions(self, adapter_name: str) -> list[int]:
+    def _versions(self, adapter_name: str) -> list[int | None]:
         containers = (getattr(self, name) for name in self.adapter_layer_names)
-        return [tensors[adapter_name]._version for tensors in containers if adapter_name in tensors]
+        own = (tensors[adapter_name] for tensors in containers if adapter_name in tensors)
+        return [None if factor.is_inference() else factor._version for factor in own]  # which have no versions
 
     @property
     def base_weight(self) -> Any:
