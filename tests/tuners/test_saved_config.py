@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from peft_sparse import PstConfig, SppConfig, prune_magnitude
@@ -72,3 +73,43 @@ def test_what_is_at_its_default_may_be_missing(saved):
     folder, now, _ = saved
     edit(folder, init_weights="gone", layers_pattern="gone")
     assert now.from_pretrained(str(folder)).r == 5
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (SppConfig, {"spp_alpha": 4}),
+        (SppConfig, {"r": 64, "spp_alpha": 64}),
+        (PstConfig, {"beta": 0.1}),
+        (PstConfig, {"alpha1": 2.0, "alpha2": 0.0}),
+        (PstConfig, {"pattern": "2:4"}),
+        (PstConfig, {"importance": "magnitude"}),
+    ],
+    ids=str,
+)
+def test_weights_are_not_loaded_under_settings_that_compute_something_else(cls, settings, tmp_path):
+    """As when a run is resumed after its recipe was edited."""
+    get_peft_model(prune_magnitude(tiny_llama()), cls()).save_pretrained(tmp_path)
+    model = get_peft_model(prune_magnitude(tiny_llama()), cls(**settings))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    with pytest.raises(ValueError, match=rf"got .* and {ours} in the adapter .* Nothing was loaded"):
+        model.load_adapter(str(tmp_path), "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_adapter(str(tmp_path), "other")  # the way out
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (SppConfig, {"spp_dropout": 0.1, "init_weights": "ones"}),
+        (PstConfig, {"sparsity": 0.5, "schedule": "linear", "total_steps": 9, "final_warmup": 0.5}),
+    ],
+)
+def test_what_decides_how_training_goes_on_may_change(cls, settings, tmp_path):
+    saved = get_peft_model(prune_magnitude(tiny_llama()), cls(init_weights=False))
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(prune_magnitude(tiny_llama()), cls(**settings))
+    model.load_adapter(str(tmp_path), "default")
+    expected = {name: tensor for name, tensor in saved.state_dict().items() if cls.__name__[:3].lower() + "_" in name}
+    assert expected and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -73,6 +73,8 @@ class SparseConfig(PeftConfig):
         },
     )
 
+    # The fields that decide what given weights compute; others say how their training starts and goes on.
+    function_fields: ClassVar[tuple[str, ...]] = ()
     # Whether PEFT read this config from a folder and has not loaded the weights beside it yet. Not a field: not saved.
     _awaits_weights = False
 
@@ -94,18 +96,30 @@ class SparseConfig(PeftConfig):
         config._awaits_weights = True
         return config
 
-    @classmethod
-    def check_saved(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
-        """Check a folder, before its weights are read into an adapter that is there already and that has its config.
+    def check_saved(self, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
+        """Check a folder, before its weights are read into an adapter that is there already and has this config.
 
         What comes from the Hub is checked by its client.
 
         Raises:
-            ValueError: see `from_pretrained`.
+            ValueError: see `from_pretrained`; or if the weights would compute something else under this config.
         """
-        if (Path(folder, subfolder or "") / CONFIG).is_file():
-            cls.from_pretrained(os.fspath(folder), subfolder=subfolder)
-        refuse_pickled(Path(folder, subfolder or ""))
+        place = Path(folder, subfolder or "")
+        if (place / CONFIG).is_file():
+            saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder)
+            if isinstance(saved, type(self)):  # else no tensor has its name
+                self._check_same_function(saved, place)
+        refuse_pickled(place)
+
+    def _check_same_function(self, saved: SparseConfig, place: Path) -> None:
+        other = [name for name in self.function_fields if getattr(saved, name) != getattr(self, name)]
+        if other:
+            theirs, ours = (", ".join(f"{name}={getattr(c, name)!r}" for name in other) for c in (saved, self))
+            raise ValueError(
+                f"Weights are loaded under the settings that they were saved with, got {theirs} in {str(place)!r} and "
+                f"{ours} in the adapter that is there, which would compute something else; make that adapter with "
+                f"{theirs}, or load the folder under a new adapter name, which takes its settings. Nothing was loaded."
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, see PEFT's PeftConfig; when PeftModel saves an adapter, with checksums.

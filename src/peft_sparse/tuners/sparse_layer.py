@@ -39,13 +39,7 @@ from peft_sparse.linears import (
     weight_parameter,
     weights_loaded,
 )
-from peft_sparse.sparsity import (
-    Weight,
-    dense_weight,
-    quantize_like,
-    weight_entries,
-    with_entries,
-)
+from peft_sparse.sparsity import Weight, dense_weight, quantize_like, weight_entries, with_entries
 from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
 
 
@@ -102,6 +96,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def support(self, adapter_name: str, weight: Any) -> torch.Tensor:
         """Where f(W) is not zero, bool (out, in); of a packed weight, for each of its values."""
         raise NotImplementedError
+
+    # The rest
 
     def mark_new(self, adapter_name: str) -> None:
         """Remember the adapter's parameters as they are, for [`SparseLayer.is_new`]."""
