@@ -528,6 +528,12 @@ MODELS = {
         pst, method("add_adapter", "default", PstConfig()), "(?i)default.*already|exists"
     ),
     "an adapter that is not there": Case(pst, method("set_adapter", "other"), "(?i)other"),
+    "an adapter for each row": Case(
+        spp, method("forward", **IDS, adapter_names=["default"]), r"got adapter_names=\['default'\]; call `set_adapter"
+    ),
+    "an adapter for each row, generating": Case(
+        pst, method("generate", **IDS, adapter_names=["other"]), r"got adapter_names=\['other'\]; call `set_adapter"
+    ),
     "other method beside": Case(spp, method("add_adapter", "second", PstConfig()), "(?i)different|same|type"),
 }
 

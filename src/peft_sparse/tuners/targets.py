@@ -6,9 +6,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears import block_linear_names, block_linears, linears_not_called, shared_weights, unwrap
+from peft_sparse.linears import (
+    block_linear_names,
+    block_linears,
+    computes_linear,
+    is_foreign,
+    is_linear,
+    linears_not_called,
+    shared_weights,
+    unwrap,
+)
 
 _UNTIE = (
     "give it one of its own, `module.weight = torch.nn.Parameter(module.weight.clone())` (for a head that is tied to "
@@ -41,6 +51,31 @@ def default_targets(model: nn.Module) -> set[str]:
         stacklevel=2,
     )
     return alone
+
+
+def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type) -> None:
+    """Raises:
+    ValueError: if a tuner, whose layers are of this class, cannot adapt a module."""
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
+        raise ValueError(
+            f"{tuner} adapts plain linears, got `{name}`, which carries an adapter of another "
+            f"method ({type(module).__module__}.{type(module).__qualname__}); merge that adapter first."
+        )
+    if not isinstance(module, BaseTunerLayer) and not is_linear(module):
+        raise ValueError(
+            f"{tuner} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
+            "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
+            f"{type(module).__name__} in `{name}`"
+            f"{_odd_about(module)}; take it out of "
+            "`target_modules`, or exclude it with `exclude_modules`."
+        )
+
+
+def _odd_about(module: nn.Module) -> str:
+    if is_foreign(module):
+        return ", quantised in a way that is not read here"
+    odd = isinstance(module, nn.Linear) and not computes_linear(module)
+    return ", whose own forward is not x W^T + b" if odd else ""
 
 
 def check_alone(targets: Mapping[str, nn.Module], model: nn.Module) -> None:
