@@ -185,9 +185,10 @@ class PstLinear(SparseLayer):
 
     def get_scores(self, adapter_name: str) -> torch.Tensor:
         """S of the base weight as it is now, (out, in) in at least float32: what the mask was selected from."""
-        factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
-        updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
-        return ops.reference.pst_scores(updated, factors, scales)
+        with self.weights_loaded():
+            factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
+            updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
+            return ops.reference.pst_scores(updated, factors, scales)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
