@@ -7,8 +7,8 @@ set, so that `list(PeftType)`, `PeftType("PST")`, `in`, pickling and JSON treat 
 Two functions of PEFT are wrapped, for our adapters alone, since both read a folder without asking the method whose it
 is: `PeftModel.load_adapter` the weights of an adapter that is there already (so does Trainer, when it resumes and when
 it takes the best model), and `PeftConfig.from_pretrained`, by which transformers' own `load_adapter` reads a config. A
-bit that has flipped in such a folder would be another model, and a pickle would be opened. Nothing else of PEFT or
-transformers is changed.
+bit that has flipped in such a folder would be another model, as would weights under another config, and a pickle
+would be opened. Nothing else of PEFT or transformers is changed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     Args:
         name: lower case; its upper-cased form becomes the member of `PeftType` and `name + "_"` the parameter prefix,
             which transformers relies on when it loads or deletes an adapter.
-        config_cls: its `from_pretrained` and its `check_saved(folder, subfolder)` raise ValueError if the weights in a
-            folder are not those that were saved with the config.
+        config_cls: its `from_pretrained` raises ValueError if the weights in a folder are not those that were saved
+            with the config in it, and so does a config's `check_saved(folder, subfolder)`, which also does if they
+            compute something else under this config.
 
     Raises:
         ImportError: if PEFT already has another method of this name or prefix.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 
 from peft_sparse import PstConfig, SppConfig, prune_magnitude
@@ -63,3 +64,14 @@ def test_spp_has_sparsity_and_no_churn():
         if "spp_" in name:
             parameter.data += 0.1 * torch.randn(parameter.shape)
     assert log.measure(model) == {"sparsity": 0.5, "mask_churn": 0.0}
+
+
+@pytest.mark.parametrize("config", [PstConfig(sparsity=0.75, schedule="constant"), SppConfig()], ids=["pst", "spp"])
+def test_numbers_of_a_model_whose_weights_accelerate_keeps_elsewhere(config):
+    found = []
+    for offloaded in (False, True):
+        base = prune_magnitude(tiny_llama())
+        torch.manual_seed(0)
+        model = get_peft_model(cpu_offload(base, execution_device="cpu") if offloaded else base, config)
+        found.append(MaskLog(model).measure(model))
+    assert found[0]["sparsity"] in (0.5, 0.75) and found[1] == found[0]

@@ -165,6 +165,55 @@ def test_save_and_load(config, low_cpu_mem_usage, tmp_path):
 
 
 @each_config
+@pytest.mark.parametrize("how", ["as ever", "low_cpu_mem_usage", "native"])
+def test_factors_are_not_rounded_when_a_half_precision_base_gets_them(config, how, tmp_path):
+    """They are float32 there, and rounded ones would select another mask."""
+    base = pruned_model(tiny_llama, config).to(torch.bfloat16)
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, config())
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter)  # as training would, with float32's digits
+    model.save_pretrained(tmp_path)
+    if how == "native":
+        fresh.load_adapter(str(tmp_path), adapter_name="default")
+    else:
+        fresh = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=how == "low_cpu_mem_usage")
+    for layer, other in zip(sparse_layers(model).values(), sparse_layers(fresh).values(), strict=True):
+        for kind in layer.adapter_layer_names:
+            for factor, found in zip(getattr(layer, kind).values(), getattr(other, kind).values(), strict=True):
+                assert found.dtype == torch.float32 and torch.equal(found, factor)
+        assert torch.equal(layer.merged_weight(["default"]), other.merged_weight(["default"]))
+
+
+@each_config
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_factors_in_the_dtype_of_the_base(config, low_cpu_mem_usage, tmp_path):
+    """As LoRA's, if that is asked for; double precision needs not be asked for."""
+    base = pruned_model(tiny_llama, config)
+    get_peft_model(copy.deepcopy(base), config()).save_pretrained(tmp_path)
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float64, False), (torch.float64, True)):
+        arguments = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast}
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base).to(dtype), tmp_path, is_trainable=True, **arguments)
+        loaded.add_adapter("b", config(), autocast_adapter_dtype=autocast)
+        factors = {name: p for name, p in loaded.named_parameters() if "pst_" in name or "spp_" in name}
+        assert factors and {p.dtype for p in factors.values()} == {dtype}
+        assert all(p.requires_grad == name.endswith("default") for name, p in factors.items())
+
+
+@each_config
+def test_all_of_it_in_inference_mode(config, tmp_path):
+    """Tensors that are made there have no version counter."""
+    base = pruned_model(tiny_llama, config)
+    with torch.inference_mode():
+        model = get_peft_model(copy.deepcopy(base), config())
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        expected = logits(model)
+        assert torch.equal(logits(loaded), expected)
+        assert torch.allclose(logits(loaded.merge_and_unload()), expected, atol=1e-5)
+
+
+@each_config
 def test_auto_classes_and_transformers_own_api(config, tmp_path):
     base = pruned_model(tiny_llama, config)
     base.save_pretrained(tmp_path / "base")
@@ -265,6 +314,29 @@ def test_default_targets_are_the_linears_of_the_blocks():
         expected = set(block_linears(model))
         names = set(sparse_layers(get_peft_model(model, PstConfig()).base_model.model))
         assert names == expected and not any(word in n for n in names for word in ("pooler", "head", "embed", "wte"))
+
+
+@each_config
+def test_default_targets_have_a_weight_of_their_own(config):
+    """Two linears with one Parameter would be merged one on top of the other."""
+    model = pruned_model(tiny_llama, config)
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.warns(UserWarning, match=r"2 of 14 get no adapter .*layers.0.mlp.up_proj.*layers.1.mlp.up_proj"):
+        model = get_peft_model(model, config())
+    adapted = sparse_layers(model.base_model.model)
+    assert len(adapted) == 12 and not any(name.endswith("up_proj") for name in adapted)
+    before = logits(model)
+    assert (logits(model.merge_and_unload()) - before).abs().max() <= 1e-4 * before.abs().max()
+
+
+def test_one_module_in_several_places_gets_one_adapter():
+    """As the blocks of ALBERT."""
+    model = prune_magnitude(tiny_llama())
+    model.model.layers[1] = model.model.layers[0]
+    model = get_peft_model(model, SppConfig(init_weights=False))
+    assert len(sparse_layers(model)) == 7
+    before = logits(model)
+    assert (logits(model.merge_and_unload()) - before).abs().max() <= 1e-4 * before.abs().max()
 
 
 def test_layers_to_transform_with_default_targets():

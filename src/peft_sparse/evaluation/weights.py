@@ -16,12 +16,12 @@ from peft_sparse.linears import (
     block_experts,
     block_linears,
     linears_inside,
+    storage_key,
     stored_weight,
     unwrap,
     weight_parameter,
     weights_loaded,
 )
-from peft_sparse.pruning.offload import storage_key
 from peft_sparse.sparsity import dense_weight, pack_mask, unpack_mask
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredLinear, StoredModel, as_in_files, locate, open_model
 from peft_sparse.tuners.sparse_layer import SparseLayer

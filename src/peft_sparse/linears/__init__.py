@@ -46,6 +46,7 @@ from peft_sparse.linears.saving import (
     refuse_save_pretrained,
 )
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
+from peft_sparse.linears.sharing import holder_of, shared_weights, storage_key, unprefixed
 from peft_sparse.linears.weights import (
     as_stored,
     check_own_weight,
@@ -88,6 +89,7 @@ __all__ = [
     "gathered",
     "get_weight",
     "has_hooks",
+    "holder_of",
     "in_out_features",
     "install",
     "is_dtensor",
@@ -112,9 +114,12 @@ __all__ = [
     "reshard",
     "select_linears",
     "set_weight",
+    "shared_weights",
+    "storage_key",
     "stored_weight",
     "uninstall",
     "unpack_model",
+    "unprefixed",
     "unwrap",
     "weight_parameter",
     "weights_loaded",

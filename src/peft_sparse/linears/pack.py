@@ -16,6 +16,7 @@ from peft_sparse.linears.accelerated import plain_class
 from peft_sparse.linears.blocks import Names, select_linears
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.saving import allow_save_pretrained, is_packed, refuse_save_pretrained
+from peft_sparse.linears.sharing import shared_weights
 from peft_sparse.linears.weights import in_out_features, num_zeros, weight_parameter
 
 
@@ -106,18 +107,9 @@ def unpack_model(model: nn.Module) -> nn.Module:
 def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]:
     """The ids of those linears of a model that [`pack_model`] would pack: never the model itself, since who holds it
     would go on with the dense one."""
-    owners = _owners(model)
+    shared = shared_weights(model)
     plain = (linear for linear in linears if linear is not model and _is_plain(linear))
-    return {id(linear) for linear in plain if len(owners[id(linear.weight)]) == 1 and _pays(linear)}
-
-
-def _owners(model: nn.Module) -> dict[int, set[int]]:
-    """By the id of each parameter, the modules that have it."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
-    return owners
+    return {id(linear) for linear in plain if linear not in shared and _pays(linear)}
 
 
 def _is_plain(linear: nn.Module) -> bool:

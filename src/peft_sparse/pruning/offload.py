@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, find_device, send_to_device
+from accelerate.utils import OffloadedWeightsLoader, find_device, send_to_device
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_sparse.linears import get_weight, offload_hook, set_weight
+from peft_sparse.linears import get_weight, holder_of, offload_hook, set_weight, unprefixed
 
 
 def execution_device(model: nn.Module) -> torch.device:
@@ -45,8 +44,8 @@ class Weight:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
         self.linear = model.get_submodule(name)
-        self._hook, self._holder, path = _holder_of(model, name)
-        self._maps: Any = None if self._hook is None else _unprefixed(self._hook.weights_map, f"{path}weight")
+        self._hook, self._holder, path = holder_of(model, name)
+        self._maps: Any = None if self._hook is None else unprefixed(self._hook.weights_map, f"{path}weight")
         self._before: Any = None
 
     @property
@@ -136,24 +135,6 @@ def _folder_of(loader: OffloadedWeightsLoader) -> Path:
     return Path(loader._pruned_folder.name)
 
 
-def _holder_of(model: nn.Module, name: str) -> tuple[AlignDevicesHook | None, nn.Module, str]:
-    """The hook that keeps a linear's parameters, the module that it is attached to, and the path between the two."""
-    parts = name.split(".")
-    for length in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:length]))
-        hook = offload_hook(module)
-        if hook is not None and (length == len(parts) or hook.place_submodules):
-            return hook, module, "".join(f"{part}." for part in parts[length:])
-    return None, model, ""
-
-
-def _unprefixed(mapping: Any, key: str) -> tuple[Any, str]:
-    """The mapping below accelerate's prefixes, and the key in it."""
-    while isinstance(mapping, PrefixedDataset):
-        mapping, key = mapping.dataset, mapping.prefix + key
-    return mapping, key
-
-
 def stored_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The state dict of a model, with the tensors that hooks keep in place of empty ones."""
     for name, tensor in model.state_dict().items():
@@ -161,22 +142,8 @@ def stored_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
             continue
         path, _, last = name.rpartition(".")
-        hook, _, between = _holder_of(model, path)
+        hook, _, between = holder_of(model, path)
         yield name, tensor if hook is None else hook.weights_map[f"{between}{last}"]
-
-
-def storage_key(model: nn.Module, name: str, parameter: nn.Parameter) -> Any:
-    """Equal for two parameters (by full name) that share their numbers. Of what is on disk nothing is known, and all
-    keys differ."""
-    if not parameter.is_meta:
-        return id(parameter)
-    path, _, last = name.rpartition(".")
-    hook, _, between = _holder_of(model, path)
-    if hook is None:
-        return id(parameter)
-    mapping, key = _unprefixed(hook.weights_map, f"{between}{last}")
-    tensors = mapping.state_dict if isinstance(mapping, OffloadedWeightsLoader) else mapping
-    return ("data", tensors[key].data_ptr()) if key in tensors else ("disk", name)
 
 
 class BlockMover:

@@ -23,8 +23,9 @@ from peft_sparse.linears import (
     in_out_features,
     linears_inside,
     matches,
+    shared_weights,
 )
-from peft_sparse.pruning.offload import Weight, storage_key
+from peft_sparse.pruning.offload import Weight
 from peft_sparse.sparsity import Pattern, select_mask
 
 
@@ -108,18 +109,8 @@ def calibrated_targets(
 
 
 def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    target_ids = {id(linear) for linear in targets.values()}
-    elsewhere = {
-        storage_key(model, f"{name}.{last}".lstrip("."), parameter)
-        for name, module in model.named_modules()
-        if id(module) not in target_ids
-        for last, parameter in module.named_parameters(recurse=False)
-    }
-    return {
-        name: linear
-        for name, linear in targets.items()
-        if storage_key(model, f"{name}.weight", linear.get_parameter("weight")) not in elsewhere
-    }
+    shared, pruned = shared_weights(model), set(targets.values())
+    return {name: linear for name, linear in targets.items() if pruned.issuperset(shared.get(linear, {}).values())}
 
 
 def _tell_what_stays_dense(model: nn.Module) -> None:

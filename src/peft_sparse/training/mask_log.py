@@ -116,7 +116,9 @@ def _masks(model: nn.Module) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
             if isinstance(layer, PstLinear):
                 yield (number, adapter_name), layer.get_mask(adapter_name)
             else:
-                yield (number, adapter_name), dense_weight(layer.effective_weight(adapter_name)) != 0
+                with layer.weights_loaded():
+                    mask = dense_weight(layer.effective_weight(adapter_name)) != 0
+                yield (number, adapter_name), mask
 
 
 def _is_whole(layer: SparseLayer) -> bool:

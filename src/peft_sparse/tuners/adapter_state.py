@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sparse.linears import block_linears, is_dtensor
+from peft_sparse.linears import block_linears, is_dtensor, weight_parameter
 
 _WAY_OUT = (
     "load it onto its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
@@ -83,6 +83,19 @@ def _check_tensor(key: str, tensor: torch.Tensor, here: torch.Tensor) -> None:
             f"The tensors of an adapter checkpoint are finite, got {found} NaN or infinite of {tensor.numel()} in "
             f"`{key}`: its training diverged, or {_DAMAGED}"
         )
+
+
+def cast_to_base_dtype(layer: Any, adapter_name: str) -> None:
+    """Give the factors of a SparseLayer's adapter the dtype of the base weight, where that is one of numbers: what
+    PEFT's `autocast_adapter_dtype=False` means."""
+    dtype, new = weight_parameter(layer.base_layer).dtype, layer.is_new(adapter_name)
+    for name in layer.adapter_layer_names:
+        factors = getattr(layer, name)
+        if adapter_name in factors and dtype.is_floating_point and factors[adapter_name].dtype != dtype:
+            factor = factors[adapter_name]
+            factors[adapter_name] = nn.Parameter(factor.detach().to(dtype), requires_grad=factor.requires_grad)
+    if new:
+        layer.mark_new(adapter_name)
 
 
 def check_modules_to_save(names: Sequence[str] | None, model: nn.Module, targets: Container[str]) -> None:

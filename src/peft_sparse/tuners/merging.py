@@ -31,7 +31,7 @@ def merged_into(layer: Any, weight: Weight, adapter_name: str) -> Weight:
     """
     effective, support = layer.effective_weight(adapter_name, weight), layer.support(adapter_name, weight)
     entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-    check_finite(entries, adapter_name, layer._module_name)
+    check_finite(entries, weight, adapter_name, layer._module_name)
     merged = with_entries(effective, entries)
     check_merge(layer, merged, support, weight, adapter_name)
     return merged
@@ -65,17 +65,26 @@ def copy_to_restore(base_layer: nn.Module, own: torch.Tensor) -> Any:
     return (own if own.shape == whole.shape else whole).clone()
 
 
-def check_finite(merged: torch.Tensor, adapter_name: str, module_name: str) -> None:
+def check_finite(merged: torch.Tensor, weight: Weight, adapter_name: str, module_name: str) -> None:
     """Raises:
-    ValueError: if a merged weight holds NaN or infinity."""
+    ValueError: if a merged weight holds NaN or infinity, be it from the adapter or from the weight under it."""
     if merged.isfinite().all():
         return
-    found = int((~merged.isfinite()).sum())
+    before = weight_entries(weight)
+    if not before.isfinite().all():
+        raise ValueError(
+            f"NaNs detected in the base weight. Merging needs finite weights, got {_not_finite(before)} in "
+            f"`{module_name}` without the adapter {adapter_name}; load a sound base model. Nothing was merged."
+        )
     raise ValueError(
         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging needs "
-        f"finite weights, got {found} NaN or infinite ones of {merged.numel()} in `{module_name}`; train "
-        "with a lower learning rate, or load an earlier checkpoint. Nothing was merged."
+        f"finite weights, got {_not_finite(merged)} in `{module_name}`; train with a lower learning rate, or load an "
+        "earlier checkpoint. Nothing was merged."
     )
+
+
+def _not_finite(entries: torch.Tensor) -> str:
+    return f"{int((~entries.isfinite()).sum())} NaN or infinite ones of {entries.numel()}"
 
 
 def check_merge(layer: Any, merged: Weight, support: torch.Tensor, weight: Weight, adapter_name: str) -> None:

@@ -6,11 +6,12 @@ is an error and not another model: PEFT and safetensors have none.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -72,6 +73,8 @@ class SparseConfig(PeftConfig):
         },
     )
 
+    # The fields that decide what given weights compute; others say how their training starts and goes on.
+    function_fields: ClassVar[tuple[str, ...]] = ()
     # Whether PEFT read this config from a folder and has not loaded the weights beside it yet. Not a field: not saved.
     _awaits_weights = False
 
@@ -93,18 +96,30 @@ class SparseConfig(PeftConfig):
         config._awaits_weights = True
         return config
 
-    @classmethod
-    def check_saved(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
-        """Check a folder, before its weights are read into an adapter that is there already and that has its config.
+    def check_saved(self, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
+        """Check a folder, before its weights are read into an adapter that is there already and has this config.
 
         What comes from the Hub is checked by its client.
 
         Raises:
-            ValueError: see `from_pretrained`.
+            ValueError: see `from_pretrained`; or if the weights would compute something else under this config.
         """
-        if (Path(folder, subfolder or "") / CONFIG).is_file():
-            cls.from_pretrained(os.fspath(folder), subfolder=subfolder)
-        refuse_pickled(Path(folder, subfolder or ""))
+        place = Path(folder, subfolder or "")
+        if (place / CONFIG).is_file():
+            saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder)
+            if isinstance(saved, type(self)):  # else no tensor has its name
+                self._check_same_function(saved, place)
+        refuse_pickled(place)
+
+    def _check_same_function(self, saved: SparseConfig, place: Path) -> None:
+        other = [name for name in self.function_fields if getattr(saved, name) != getattr(self, name)]
+        if other:
+            theirs, ours = (", ".join(f"{name}={getattr(c, name)!r}" for name in other) for c in (saved, self))
+            raise ValueError(
+                f"Weights are loaded under the settings that they were saved with, got {theirs} in {str(place)!r} and "
+                f"{ours} in the adapter that is there, which would compute something else; make that adapter with "
+                f"{theirs}, or load the folder under a new adapter name, which takes its settings. Nothing was loaded."
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, see PEFT's PeftConfig; when PeftModel saves an adapter, with checksums.
@@ -120,11 +135,17 @@ class SparseConfig(PeftConfig):
             self.checksums = None
 
     def _crc32(self) -> str:
-        fields = {name: value for name, value in self.to_dict().items() if name not in _UNCHECKED}
-        plain = {
-            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()
+        """Of the settings that are not at their default: a field that a later version adds, here or in PEFT, is at its
+        own, so that what was saved before stays as it was saved."""
+        settings = {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if entry.name not in _UNCHECKED and getattr(self, entry.name) != _default(entry)
         }
-        if isinstance(plain["modules_to_save"], list):  # PEFT adds to it, in any order
+        plain = {
+            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in settings.items()
+        }
+        if isinstance(plain.get("modules_to_save"), list):  # PEFT adds to it, in any order
             plain["modules_to_save"] = sorted(plain["modules_to_save"])
         return crc32(json.dumps(plain, sort_keys=True, default=str).encode())
 
@@ -140,8 +161,9 @@ class SparseConfig(PeftConfig):
         expected = self.checksums["config"]
         if expected != self._crc32():
             raise ValueError(
-                f"An adapter_config.json is as it was saved (CRC-32 {expected}), got {self._crc32()}: it is damaged; "
-                "save or download it again, or remove `checksums` from it if you changed it on purpose."
+                f"An adapter_config.json is as it was saved (CRC-32 {expected}), got {self._crc32()}: it is damaged, "
+                "or has a setting that only a later version of peft_sparse or peft knows; save or download it again, "
+                "upgrade, or remove `checksums` from it if you changed it on purpose."
             )
 
     def __post_init__(self) -> None:
@@ -166,6 +188,10 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
+
+
+def _default(entry: Any) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
 def include_all_linear(config: Any, model: nn.Module) -> None:

@@ -39,13 +39,7 @@ from peft_sparse.linears import (
     weight_parameter,
     weights_loaded,
 )
-from peft_sparse.sparsity import (
-    Weight,
-    dense_weight,
-    quantize_like,
-    weight_entries,
-    with_entries,
-)
+from peft_sparse.sparsity import Weight, dense_weight, quantize_like, weight_entries, with_entries
 from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
 
 
@@ -77,7 +71,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._module_name = name
         self._weight_before_merge: Any = None
         self._bits = bits(base_layer)  # 4 or 8 of a quantised base layer, else None
-        self._first_versions: dict[str, list[int]] = {}
+        self._first_versions: dict[str, list[int | None]] = {}
 
     # What a method defines
 
@@ -118,9 +112,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._first_versions.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def _versions(self, adapter_name: str) -> list[int]:
+    def _versions(self, adapter_name: str) -> list[int | None]:
         containers = (getattr(self, name) for name in self.adapter_layer_names)
-        return [tensors[adapter_name]._version for tensors in containers if adapter_name in tensors]
+        own = (tensors[adapter_name] for tensors in containers if adapter_name in tensors)
+        return [None if factor.is_inference() else factor._version for factor in own]  # which have no versions
 
     @property
     def base_weight(self) -> Any:
@@ -290,11 +285,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
-    # PEFT looks for `weight`, which a PackedLinear unpacks for each look, and which may be offloaded.
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+        """Where PEFT puts new and loaded adapters; it would read `weight`, which may be packed or offloaded. No dtype,
+        unless it is the wider one: rounded factors may select another mask."""
         parameter = weight_parameter(base_layer)
-        return device_of(parameter, base_layer), parameter.dtype
+        return device_of(parameter, base_layer), torch.float64 if parameter.dtype == torch.float64 else None
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

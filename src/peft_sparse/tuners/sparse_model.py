@@ -7,6 +7,7 @@ fails at one layer would leave the others merged. Both loops are therefore run d
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,21 +18,21 @@ from transformers import PreTrainedModel
 
 from peft_sparse.linears import (
     bits,
-    block_linear_names,
     check_float,
-    check_own_weight,
-    computes_linear,
     dequantize_model,
-    is_foreign,
-    is_linear,
-    linears_not_called,
     reshard,
 )
 from peft_sparse.storage import record_facts
-from peft_sparse.tuners.adapter_state import adapter_keys, check_adapter_state, check_modules_to_save
+from peft_sparse.tuners.adapter_state import (
+    adapter_keys,
+    cast_to_base_dtype,
+    check_adapter_state,
+    check_modules_to_save,
+)
 from peft_sparse.tuners.merging import RoundingErrors
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
+from peft_sparse.tuners.targets import check_alone, check_linear, default_targets
 
 # What rooms above do with each merged model of transformers before its user gets it.
 AFTER_MERGE: list[Callable[[PreTrainedModel], None]] = []
@@ -52,11 +53,8 @@ class SparseTuner(BaseTuner):
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        not_called = linears_not_called(model)
         if peft_config.target_modules is None:
-            names = block_linear_names(model)
-            called = {name for name in names if not any(f".{full}".endswith(f".{name}") for full in not_called)}
-            peft_config.target_modules = called  # type: ignore[assignment] # PEFT's habit
+            peft_config.target_modules = default_targets(model)  # type: ignore[assignment] # PEFT's habit
         include_all_linear(peft_config, model)
         inside_tuner_layers = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -70,32 +68,14 @@ class SparseTuner(BaseTuner):
         }
         for name, module in targets.items():
             self._check_target(name, module)
-            if name in not_called:
-                raise ValueError(
-                    f"An adapter works where its linear is called, got `{name}`, whose weight {not_called[name]} "
-                    "takes without calling it; leave it out of `target_modules`, or exclude it with `exclude_modules`."
-                )
+        check_alone(targets, model)
         check_modules_to_save(peft_config.modules_to_save, model, targets)
         self._check_targets(targets, peft_config)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         """Raises:
         ValueError: if the module cannot be adapted."""
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
-            raise ValueError(
-                f"{type(self).__name__} adapts plain linears, got `{name}`, which carries an adapter of another "
-                f"method ({type(module).__module__}.{type(module).__qualname__}); merge that adapter first."
-            )
-        if not isinstance(module, BaseTunerLayer) and not is_linear(module):
-            raise ValueError(
-                f"{type(self).__name__} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
-                "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
-                f"{type(module).__name__} in `{name}`"
-                f"{_odd_about(module)}; take it out of "
-                "`target_modules`, or exclude it with `exclude_modules`."
-            )
-        if not isinstance(module, BaseTunerLayer):
-            check_own_weight(name, module)
+        check_linear(name, module, type(self).__name__, self.tuner_layer_cls)
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
         """What a method wants of its targets, by full name; raises ValueError or warns."""
@@ -143,7 +123,19 @@ class SparseTuner(BaseTuner):
                 layer.keep_adapters_loaded(
                     {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
                 )
+                if not autocast_adapter_dtype:
+                    cast_to_base_dtype(layer, adapter_name)
         super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """What PEFT enters around each forward, with the forward's arguments; it drops `adapter_names` afterwards."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "A forward has the active adapters for its whole batch, since each makes a weight of its own, got "
+                f"adapter_names={kwargs['adapter_names']!r}; call `set_adapter(name)` and give it the rows of one "
+                "adapter at a time."
+            )
+        return nullcontext()
 
     # Merging
 
@@ -264,13 +256,6 @@ class SparseTuner(BaseTuner):
     def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
         """What a method wants of the tensors that are about to be loaded, by their key in the model; raises
         ValueError."""
-
-
-def _odd_about(module: nn.Module) -> str:
-    if is_foreign(module):
-        return ", quantised in a way that is not read here"
-    odd = isinstance(module, nn.Linear) and not computes_linear(module)
-    return ", whose own forward is not x W^T + b" if odd else ""
 
 
 def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:

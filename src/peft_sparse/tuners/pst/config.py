@@ -74,6 +74,8 @@ class PstConfig(SparseConfig):
         0.5
     """
 
+    function_fields = ("r", "score_r", "beta", "alpha1", "alpha2", "importance", "weight_update", "pattern")
+
     r: int = field(default=8, metadata={"help": "Rank of the weight update U V."})
     score_r: int = field(default=8, metadata={"help": "Rank of the importance scores A B."})
     beta: float = field(default=1.0, metadata={"help": "Scale of the weight update U V."})

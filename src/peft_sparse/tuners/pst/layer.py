@@ -114,12 +114,6 @@ class PstLinear(SparseLayer):
         self._driven.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT 0.20 casts this integer to the base weight's dtype, and bfloat16 holds integers up to 256 only.
-        pruned = self.pst_pruned[adapter_name]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        self.pst_pruned[adapter_name] = pruned.to(self.pst_pruned[adapter_name].device)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = weight_parameter(unwrap(self.base_layer))
@@ -191,9 +185,10 @@ class PstLinear(SparseLayer):
 
     def get_scores(self, adapter_name: str) -> torch.Tensor:
         """S of the base weight as it is now, (out, in) in at least float32: what the mask was selected from."""
-        factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
-        updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
-        return ops.reference.pst_scores(updated, factors, scales)
+        with self.weights_loaded():
+            factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
+            updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
+            return ops.reference.pst_scores(updated, factors, scales)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight

@@ -39,6 +39,8 @@ class SppConfig(SparseConfig):
         16
     """
 
+    function_fields = ("r", "spp_alpha")
+
     r: int = field(default=16, metadata={"help": "Number of row groups that share a row of the factor A."})
     spp_alpha: float = field(default=32, metadata={"help": "The update is scaled by spp_alpha / r."})
     spp_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})

@@ -1,0 +1,103 @@
+"""Which linears get adapters by default, and which cannot: an adapter works where its linear is called, and merging
+writes into that linear's weight, so no other module may compute with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_sparse.linears import (
+    block_linear_names,
+    block_linears,
+    check_own_weight,
+    computes_linear,
+    is_foreign,
+    is_linear,
+    linears_not_called,
+    shared_weights,
+    unwrap,
+)
+
+_UNTIE = (
+    "give it one of its own, `module.weight = torch.nn.Parameter(module.weight.clone())` (for a head that is tied to "
+    "the embeddings also `model.config.tie_word_embeddings = False`)"
+)
+
+
+def default_targets(model: nn.Module) -> set[str]:
+    """What `target_modules=None` means: names that match every linear inside the model's repeated blocks, but not
+    those whose weight another module computes with. Warns if a weight is left out because it is shared.
+
+    Raises:
+        ValueError: if the model has no repeated blocks.
+    """
+    not_called, shared = linears_not_called(model), shared_weights(model)
+    names = {name for name in block_linear_names(model) if not any(_ends_with(full, name) for full in not_called)}
+    linears = {
+        full: unwrap(linear)
+        for full, linear in block_linears(model).items()
+        if any(_ends_with(full, name) for name in names)
+    }
+    alone = {full for full, linear in linears.items() if linear not in shared}
+    if not alone or len(alone) == len(linears):  # where all are shared, `check_alone` says so
+        return names
+    first = next(full for full in linears if full not in alone)
+    warnings.warn(
+        f"The default targets are linears with a weight of their own, so {len(linears) - len(alone)} of {len(linears)}"
+        f" get no adapter (the first is `{first}`, whose weight is also that of `{next(iter(shared[linears[first]]))}`"
+        f"): merging would change both. To adapt such a linear, {_UNTIE}.",
+        stacklevel=2,
+    )
+    return alone
+
+
+def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type) -> None:
+    """Raises:
+    ValueError: if a tuner, whose layers are of this class, cannot adapt a module."""
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
+        raise ValueError(
+            f"{tuner} adapts plain linears, got `{name}`, which carries an adapter of another "
+            f"method ({type(module).__module__}.{type(module).__qualname__}); merge that adapter first."
+        )
+    if not isinstance(module, BaseTunerLayer) and not is_linear(module):
+        raise ValueError(
+            f"{tuner} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
+            "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
+            f"{type(module).__name__} in `{name}`"
+            f"{_odd_about(module)}; take it out of "
+            "`target_modules`, or exclude it with `exclude_modules`."
+        )
+    if not isinstance(module, BaseTunerLayer):
+        check_own_weight(name, module)
+
+
+def _odd_about(module: nn.Module) -> str:
+    if is_foreign(module):
+        return ", quantised in a way that is not read here"
+    odd = isinstance(module, nn.Linear) and not computes_linear(module)
+    return ", whose own forward is not x W^T + b" if odd else ""
+
+
+def check_alone(targets: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raises:
+    ValueError: if another module computes with the weight of a target, given by full name."""
+    not_called, shared = linears_not_called(model), shared_weights(model)
+    for name, module in targets.items():
+        if name in not_called:
+            raise ValueError(
+                f"An adapter works where its linear is called, got `{name}`, whose weight {not_called[name]} "
+                "takes without calling it; leave it out of `target_modules`, or exclude it with `exclude_modules`."
+            )
+        if others := shared.get(unwrap(module)):
+            raise ValueError(
+                f"An adapter changes the weight of its linear alone, got `{name}`, whose weight is also that of "
+                f"`{next(iter(others))}`, which merging would change too; exclude it with `exclude_modules`, or "
+                f"{_UNTIE}."
+            )
+
+
+def _ends_with(full: str, name: str) -> bool:
+    return f".{full}".endswith(f".{name}")
