@@ -37,14 +37,13 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
     Examples:
         >>> rows, columns = kept_profile(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]), points=3)
         >>> rows.tolist(), columns.tolist()
-        ([0.5, 0.5, 0.0], [0.6666666865348816, 0.0, 0.0])
+        ([0.5, 0.5, 0.0], [0.6666666865348816, 0.6666666865348816, 0.0])
     """
     kept = (weight != 0).float()
     profiles = []
     for shares in (kept.mean(1), kept.mean(0)):
-        places = (
-            torch.linspace(0, len(shares) - 1, points, device=shares.device).round().long().clamp(max=len(shares) - 1)
-        )
+        last = len(shares) - 1
+        places = torch.linspace(0, last, points, device=shares.device).round().long().clamp(max=last)
         profiles.append(shares.sort(descending=True).values[places].cpu())
     return profiles[0], profiles[1]
 
