@@ -706,6 +706,15 @@ PRUNERS = {
     "magnitude: a mapping with gaps": Case(llama, call(prune_magnitude, sparsity={"q_proj": 0.5}), "(?s)q_proj|every"),
     "magnitude: no blocks": Case(mlp, call(prune_magnitude), "no list of such blocks; name the linears"),
     "magnitude: no such target": Case(llama, call(prune_magnitude, target_modules=["query"]), "got none .*have names"),
+    "magnitude: targets number": Case(llama, call(prune_magnitude, target_modules=5), "is a list of names.*, got 5"),
+    "magnitude: targets of adapters": Case(
+        llama,
+        call(prune_magnitude, target_modules="all-linear"),
+        "got 'all-linear', which is for adapters; leave it out",
+    ),
+    "magnitude: excluded number": Case(
+        llama, call(prune_magnitude, exclude_modules=[5]), r"list of names.* got \[5\]"
+    ),
     "magnitude: all excluded": Case(
         llama, call(prune_magnitude, exclude_modules=".*"), "needs at least one linear, got none"
     ),

@@ -1,5 +1,6 @@
 """Magnitude pruning: exact counts in every layer, the right layers, and errors that leave the model as it was."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,6 +65,13 @@ def test_exclude_modules_that_name_nothing(tiny_llama):
         prune_magnitude(tiny_llama, exclude_modules=["w_proj"])
 
 
+def test_target_modules_of_which_one_names_nothing(tiny_llama):
+    with pytest.warns(UserWarning, match=r"linears to prune, got \['kproj'\], which are none"):
+        prune_magnitude(tiny_llama, target_modules=["q_proj", "kproj"])
+    pruned = {name.split(".")[-1] for name, linear in block_linears(tiny_llama).items() if (linear.weight == 0).any()}
+    assert pruned == {"q_proj"}
+
+
 def test_a_model_without_blocks_needs_target_modules():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     before = state_of(model)
@@ -103,6 +111,7 @@ def test_a_tied_head_is_left_alone(tiny_gpt2):
     [
         ({"sparsity": 1.0}, r"lies in \[0, 1\), got 1.0"),
         ({"sparsity": -0.1}, r"lies in \[0, 1\), got -0.1"),
+        ({"sparsity": np.float32(0.5)}, r"got .*0.5.*; take a Python number"),
         ({"sparsity": "half"}, r"lies in \[0, 1\), got 'half'"),
         ({"pattern": "4:2"}, "0 < N < M, got 4:2"),
         ({"pattern": "two:four"}, "got 'two:four'"),
@@ -110,7 +119,7 @@ def test_a_tied_head_is_left_alone(tiny_gpt2):
         ({"pattern": "1:7"}, "divisible by 7, got 32 in `model.layers.0.self_attn.q_proj`; exclude it"),
         ({"pattern": "2:4", "sparsity": "half"}, "fixes the sparsity at 0.5, got sparsity='half'"),
         ({"exclude_modules": ".*"}, "at least one linear, got none"),
-        ({"target_modules": "(q_proj"}, r"one regex for full names, got '\(q_proj', which is no valid regex"),
+        ({"target_modules": "(q_proj"}, r"a regular expression for full names, got '\(q_proj', which is none"),
     ],
 )
 def test_errors_leave_the_model_untouched(tiny_llama, arguments, message: str):

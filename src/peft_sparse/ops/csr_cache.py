@@ -39,7 +39,9 @@ class use_csr(Switch):
     """Choose yourself whether SPP layers compute with the non-zeros of their weights alone.
 
     It makes no difference to results but the order of sums. It can only be done on the CPU, for weights and inputs in
-    float32 or float64, and not in a compiled graph; other layers go on as they are.
+    float32 or float64, and not in a compiled graph; other layers go on as they are. A change of the weight is
+    noticed, but for one of a few entries through `.data`, which torch does not count as a change: make it in place,
+    under `torch.no_grad()`.
 
     Args:
         enabled: True: wherever it can be done; False: nowhere; None, as it is at the start: where it was measured to

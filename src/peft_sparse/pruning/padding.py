@@ -144,8 +144,8 @@ def _row_hashes(x: torch.Tensor) -> torch.Tensor:
     """int64 (rows,), equal for equal rows (rows, in) and for others with a chance of 2^-64: integer arithmetic, which
     rounds nothing whatever the shape."""
     generator = torch.Generator().manual_seed(0)
-    width = x.shape[-1:]
-    factors = torch.randint(-(2**62), 2**62, width, generator=generator, device="cpu", dtype=torch.int64).to(x.device)
+    low, high, cpu = -(2**62), 2**62, torch.device("cpu")
+    factors = torch.randint(low, high, x.shape[-1:], generator=generator, dtype=torch.int64, device=cpu).to(x.device)
     return (x.detach().contiguous().view(INTEGERS[x.element_size()]).to(torch.int64) * (2 * factors + 1)).sum(-1)
 
 

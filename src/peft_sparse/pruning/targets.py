@@ -27,6 +27,7 @@ from peft_sparse.linears import (
 )
 from peft_sparse.pruning.offload import Weight
 from peft_sparse.sparsity import Pattern, select_mask
+from peft_sparse.tuners.field_checks import check_names
 
 
 def find_targets(
@@ -45,10 +46,11 @@ def find_targets(
         exclude_modules: what to leave out of them, given in the same way.
 
     Raises:
-        ValueError: if there is nothing to prune, or if a target carries an adapter, computes its weight from other
-            tensors, has no weight in memory, holds NaN or infinity, or is too narrow for the pattern. Nothing is
-            changed by this function.
+        ValueError: if what should be names is none, if there is nothing to prune, or if a target carries an adapter,
+            computes its weight from other tensors, has no weight in memory, holds NaN or infinity, or is too narrow
+            for the pattern. Nothing is changed by this function.
     """
+    _check_names(target_modules, exclude_modules)
     candidates = block_linears(model) if target_modules is None else linears_inside(model)
     if target_modules is None and not candidates:
         raise ValueError(
@@ -61,6 +63,12 @@ def find_targets(
     if exclude_modules is not None and not excluded:
         warnings.warn(
             f"`exclude_modules` names linears to leave alone, got {exclude_modules!r}, which is none.", stacklevel=3
+        )
+    unknown = [end for end in _listed(target_modules) if not any(matches([end], name) for name in candidates)]
+    if names and unknown:
+        warnings.warn(
+            f"`target_modules` names linears to prune, got {unknown!r}, which are none; the others are pruned.",
+            stacklevel=3,
         )
     chosen = {name: candidates[name] for name in names if name not in excluded}
     for name, linear in chosen.items():
@@ -106,6 +114,20 @@ def calibrated_targets(
             f"got `{outside[0]}`, {blocks}; take it out of `target_modules`, or prune it with `prune_magnitude`."
         )
     return targets
+
+
+def _check_names(target_modules: Names | None, exclude_modules: Names | None) -> None:
+    check_names("target_modules", target_modules)
+    check_names("exclude_modules", exclude_modules)
+    if target_modules == "all-linear":
+        raise ValueError(
+            "`target_modules` has names of linears or a regex for them, got 'all-linear', which is for adapters; "
+            "leave it out for all linears inside the model's blocks, or name those outside of them, too."
+        )
+
+
+def _listed(names: Names | None) -> list[str]:
+    return [] if names is None or isinstance(names, str) else sorted(names)
 
 
 def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:

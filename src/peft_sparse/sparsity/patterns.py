@@ -193,10 +193,10 @@ def check_sparsity(name: str, sparsity: float) -> None:
     """Raises:
     ValueError: if `sparsity` is not a number in [0, 1)."""
     if not is_finite_number(sparsity) or not 0 <= sparsity < 1:
-        raise ValueError(
-            f"`{name}` is the share of zeros and lies in [0, 1), got {sparsity!r}; 0.9 means that 90% of the weights "
-            "are zero."
-        )
+        way_out = "0.9 means that 90% of the weights are zero"
+        if not isinstance(sparsity, (int, float)) and hasattr(sparsity, "__float__"):  # a number of numpy or torch
+            way_out = "take a Python number, since float32 makes of 0.9 less than that"
+        raise ValueError(f"`{name}` is the share of zeros and lies in [0, 1), got {sparsity!r}; {way_out}.")
 
 
 def find_pattern(weight: torch.Tensor) -> str:
