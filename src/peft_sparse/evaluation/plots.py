@@ -38,7 +38,7 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
     Examples:
         >>> rows, columns = kept_profile(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]), points=3)
         >>> rows.tolist(), columns.tolist()
-        ([0.5, 0.5, 0.0], [0.6666666865348816, 0.6666666865348816, 0.0])
+        ([0.5, 0.5, 0.0], [0.6666666865348816, 0.0, 0.0])
     """
     kept = (weight != 0).float()
     profiles = []
