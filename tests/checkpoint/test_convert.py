@@ -87,6 +87,7 @@ OTHERS = [
     "pytorch_model.bin", "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "model.onnx",
     "pytorch_model.bin.index.json", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "modeling_other.py", "examples.csv",
     "all_results.json", "modules.json", ".gitattributes", "figure.png", "tf_model.h5",
+    "peft_sparse_manifest.json", "peft_sparse_new_modules.json",
 ]  # fmt: skip
 
 

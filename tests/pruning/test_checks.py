@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from peft_sparse import prune_wanda
+from peft_sparse.linears import block_linears, num_zeros
 from peft_sparse.pruning.checks import check_batches, check_positions, context_length, learned_positions
 
 import models
@@ -36,7 +37,8 @@ def test_sequences_beyond_the_context(factory, key):
 
 
 def test_the_whole_context_is_taken(tiny_gpt2):
-    prune_wanda(tiny_gpt2, [{"input_ids": torch.randint(3, 90, (1, models.MAX_LENGTH))}], progress=False)
+    pruned = prune_wanda(tiny_gpt2, [{"input_ids": torch.randint(3, 90, (1, models.MAX_LENGTH))}], progress=False)
+    assert all(num_zeros(linear) == linear.weight.numel() // 2 for linear in block_linears(pruned).values())
 
 
 def test_contexts():

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from peft_sparse.storage import may_be_on_the_hub
 
 # Any of these tells that a folder has a tokenizer.
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.codes")
 PRUNED = "pruned"  # the folder in which `finetune` keeps a base that it pruned, beside adapters and checkpoints
 
 

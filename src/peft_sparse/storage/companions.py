@@ -23,8 +23,9 @@ _DATA = [
 # What no load needs, of a model or of a tokenizer.
 UNWANTED = [*OTHER_WEIGHTS, *_DATA, ".*"]
 
-# The model's own, what is said about it, and what training leaves.
+# The model's own, what is said about it, and what training leaves (our own notes begin with the package's name).
 _OF_THE_MODEL = [
+    "peft_sparse_*",
     "*.safetensors", "*.index.json", "config.json", "generation_config.json", "adapter_config.json", "params.json",
     "quant*_config.json", "modules.json", "*sentence_*.json", "trainer_state.json", "*result.json", "*results.json",
     "*.md", "*.py", "*.sh", "*.yaml", "*.yml", "*.toml", "license*", "licence*", "notice*", "use_policy*",

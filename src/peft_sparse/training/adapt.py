@@ -21,7 +21,7 @@ from peft_sparse.training.recipe import METHODS, Recipe
 
 # What PEFT trains and saves by itself for a task, by the ends of names.
 _HEADS = {"causal_lm": (), "sequence_classification": ("classifier", "score")}
-_FILE = "new_modules.json"  # beside a pruned base, in whose weights new ones look like any others
+_FILE = "peft_sparse_new_modules.json"  # beside a pruned base, in whose weights new ones look like any others
 
 
 def adapter_config(recipe: Recipe, new: list[str] | None = None) -> Any:

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
@@ -182,7 +183,7 @@ def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> E
 def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> tuple[Any, list[str]]:
     """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
     saved."""
-    pruned = recipe.output_dir / "pruned"
+    pruned = recipe.output_dir / PRUNED
     if recipe.pruner is not None and not resumed and arguments.process_index == 0:
         with loaded_whole(arguments):
             model, new = _prune(recipe, tokenizer, pruned)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.models import TASKS
 from peft_sparse.pruning.sources import READERS
 
@@ -151,7 +152,7 @@ def check_output(output: OutputPart, output_dir: Path) -> None:
         return
     folder, run = Path(os.path.abspath(output.folder)), Path(os.path.abspath(output_dir))  # without any ..
     below = folder.parts[len(run.parts)] if folder.is_relative_to(run) and folder != run else ""
-    if run.is_relative_to(folder) or below in ("adapter", "pruned", "result.json") or below.startswith("checkpoint-"):
+    if run.is_relative_to(folder) or below in ("adapter", PRUNED, "result.json") or below.startswith("checkpoint-"):
         raise ValueError(
             f"The merged model has a folder of its own, got `output.folder` {output.folder!r}, where a run in "
             f"{str(output_dir)!r} puts other things; leave it out, for `merged` in there, or choose another folder."
