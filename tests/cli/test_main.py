@@ -325,6 +325,8 @@ def test_evaluate_a_classifier(cli, tmp_path):
     assert status == DONE and result["examples"] == 20 and 0 <= result["accuracy"] <= 1 and "f1" in result
     named = cli(*arguments, "--task", "sequence_classification", "--metric", "accuracy", "f1")
     assert json.loads(named[1]) == result
+    status, _, err = cli("evaluate", bert, "--data", rows, "--text-column", "sentence")
+    assert status == FAILED and "got no column of labels; name it in `label`, on the command line in --label" in err
 
 
 def test_evaluate_takes_the_context_of_the_model_by_itself(cli, text, tmp_path):

@@ -157,10 +157,18 @@ def evaluate_model(
         task: of its model part; None: see [`task_of`].
         **model: of its model part.
         metrics, batch_size, progress: see [`evaluate_recipe`].
+
+    Raises:
+        ValueError: see [`evaluate_recipe`]; or if a classifier is to be measured on rows without a label.
     """
     shorten = data.get("max_length") is None
     data = dict(data) | {"train_split": data.get("validation_split")} | ({"max_length": 512} if shorten else {})
     task = task or task_of(path, bool(model.get("trust_remote_code")))
+    if task == "sequence_classification" and not data.get("label"):
+        raise ValueError(
+            f"A classifier, as {str(path)!r}, is measured on texts with labels, got no column of labels; name it in "
+            "`label`, on the command line in --label-column."
+        )
     given = {"model": {"path": str(path), "task": task} | model, "data": data}
     parts = {part: {k: v for k, v in values.items() if v is not None} for part, values in given.items()}
     # Nothing is trained: the parts that say how have what they need to be a recipe's.
