@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft_sparse.storage.files import SafetensorsFile
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _CHUNK = 1 << 24
-_HEADS = {"classifier", "score"}  # PEFT adds them for a `task_type`, whether a model has them or not
 
 
 def weights_crc32(folder: str | os.PathLike[str]) -> str | None:
@@ -39,22 +37,22 @@ def pickled_weights(folder: str | os.PathLike[str]) -> Path | None:
     return next((file.parent for file in files if not (file.parent / WEIGHTS).is_file()), None)
 
 
-def check_folder(
-    folder: str | os.PathLike[str], subfolder: str | None, expected: str | None, whole: Sequence[str] | None = None
-) -> None:
+def check_folder(folder: str | os.PathLike[str], subfolder: str | None, expected: str | None) -> set[str] | None:
     """Check the weights beside a config, if there are any. Nothing is checked of a repository on the Hub.
 
     Args:
         expected: the CRC-32 that the config has for them; None: it has none.
-        whole: the config's `modules_to_save`.
+
+    Returns:
+        The modules that have weights there besides the adapter's, by full name; None where there is no file here.
 
     Raises:
-        ValueError: if they are pickled, damaged, or those of another save, or without any of `whole`.
+        ValueError: if they are pickled, damaged, or those of another save.
     """
     place = Path(folder) / (subfolder or "")
     path = place / WEIGHTS
     if not (place / CONFIG).is_file():  # it came from the Hub
-        return
+        return None
     refuse_pickled(place)
     if not path.is_file():
         if expected is not None:
@@ -62,15 +60,16 @@ def check_folder(
                 f"The adapter_config.json was saved with {WEIGHTS}, got no such file in {str(place)!r}; save or "
                 "download the adapter again."
             )
-        return
+        return None
     names = SafetensorsFile(path).header  # raises if it is none, or is cut short
-    _check_whole(names, whole, place)
     if expected is not None and (found := weights_crc32(place)) != expected:
         raise ValueError(
             f"{WEIGHTS} is as it was saved (CRC-32 {expected}), got {found} in {str(place)!r}: it is damaged, or of "
             "another save; save or download the adapter again, or remove `checksums` from adapter_config.json if you "
             "changed it on purpose."
         )
+    parts = [name.split(".") for name in names if ".spp_" not in name and ".pst_" not in name]
+    return {".".join(part[:end]) for part in parts for end in range(1, len(part))}
 
 
 def refuse_pickled(place: Path) -> None:
@@ -82,15 +81,4 @@ def refuse_pickled(place: Path) -> None:
             "code when it is read and is not opened here; save the adapter again with `safe_serialization=True`, or, "
             "if you know where it is from, convert it with `safetensors.torch.save_file(torch.load(..., "
             "weights_only=True), ...)`."
-        )
-
-
-def _check_whole(names: Iterable[str], whole: Sequence[str] | None, place: Path) -> None:
-    wanted = sorted(set(whole or ()) - _HEADS)
-    parts = [name.split(".") for name in names if ".spp_" not in name and ".pst_" not in name]
-    modules = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
-    if wanted and not any(module.endswith(tuple(wanted)) for module in modules):
-        raise ValueError(
-            f"An adapter has the weights of its `modules_to_save`, got {wanted} in {CONFIG} and none of them in "
-            f"{WEIGHTS} in {str(place)!r}; save or download the adapter again."
         )

@@ -6,7 +6,8 @@ be taken for numbers, and nothing but a warning would tell.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import difflib
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from peft_sparse.linears import block_linears, is_dtensor, weight_parameter
 
+# PEFT adds these to `modules_to_save` for a `task_type`, whether a model has them or not.
+HEADS = {"classifier", "score", "qa_outputs"}
 _WAY_OUT = (
     "load it onto its base model (see `base_model_name_or_path` in its adapter_config.json), with the config it was "
     "saved with. Nothing was loaded."
@@ -98,20 +101,42 @@ def cast_to_base_dtype(layer: Any, adapter_name: str) -> None:
         layer.mark_new(adapter_name)
 
 
-def check_modules_to_save(names: Sequence[str] | None, model: nn.Module, targets: Container[str]) -> None:
-    """What PEFT would find out when half of the model has adapters.
+def check_modules_to_save(config: Any, model: nn.Module, targets: Container[str]) -> None:
+    """What PEFT would find out when half of the model has adapters, or never: it leaves out what names nothing.
+
+    Args:
+        config: a SparseConfig, which learns which of its names the model has.
 
     Raises:
-        ValueError: if one of the names is that of an adapted linear, or of a part of a block that holds some.
+        ValueError: if one of the names is that of an adapted linear, of a part of a block that holds some, or, unless
+            the adapter was saved so, of nothing; or if the weights that are to be loaded have none for a module.
     """
-    if not names:
-        return
-    adapted = {name for name, _ in model.named_modules() if name in targets}
-    in_blocks = adapted & block_linears(model).keys()
-    for name, _ in model.named_modules():
+    names, modules = config.modules_to_save or (), dict(model.named_modules(remove_duplicate=False))
+    config._names_found = tuple(name for name in names if any(_has_weights(modules, full, name) for full in modules))
+    unknown = [name for name in names if name not in HEADS and not any(full.endswith(name) for full in modules)]
+    if unknown and not config._awaits_weights:
+        raise ValueError(
+            f"`modules_to_save` has names of modules, or how they end, got {unknown[0]!r}, which is none of "
+            f"{type(model).__name__}{_nearest(unknown[0], modules)}; mend it, or leave it out."
+        )
+    if config._awaits_weights:
+        config.check_whole_modules(config._names_found)
+    adapted = {name for name in modules if name in targets}
+    in_blocks = adapted & block_linears(model).keys() if names else set()
+    for name in modules:
         inside = [target for target in in_blocks if target.startswith(f"{name}.")]
         if name.endswith(tuple(names)) and (name in adapted or inside):
             raise ValueError(
                 f"A module is trained whole or its linears get adapters, got `{name}` in `modules_to_save`"
                 f"{f', which holds `{inside[0]}`,' if inside else ''} and in `target_modules`; leave it out of one."
             )
+
+
+def _has_weights(modules: Mapping[str, nn.Module], full: str, name: str) -> bool:
+    return full.endswith(name) and next(modules[full].parameters(), None) is not None
+
+
+def _nearest(name: str, modules: Iterable[str]) -> str:
+    ends = sorted({full.rpartition(".")[2] for full in modules} - {""})
+    near = difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.5)
+    return f" (the nearest name is {near[0]!r})" if near else ""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -75,8 +76,13 @@ class SparseConfig(PeftConfig):
 
     # The fields that decide what given weights compute; others say how their training starts and goes on.
     function_fields: ClassVar[tuple[str, ...]] = ()
-    # Whether PEFT read this config from a folder and has not loaded the weights beside it yet. Not a field: not saved.
+    # Not annotated, so no fields, and not saved: whether PEFT read this config from a folder and has not loaded the
+    # weights beside it yet.
     _awaits_weights = False
+    # The modules besides the adapter that have weights beside a config that was read from a folder.
+    _modules_there = cast("set[str] | None", None)
+    # The entries of `modules_to_save` that name a module of the model which the adapter was added to.
+    _names_found = cast("tuple[str, ...]", ())
 
     @classmethod
     def from_pretrained(
@@ -92,7 +98,7 @@ class SparseConfig(PeftConfig):
         if not isinstance(config, SparseConfig):  # the folder is that of another method's adapter
             return config
         expected, config.checksums = (config.checksums or {}).get("weights"), None
-        check_folder(pretrained_model_name_or_path, subfolder, expected, config.modules_to_save)
+        config._modules_there = check_folder(pretrained_model_name_or_path, subfolder, expected)
         config._awaits_weights = True
         return config
 
@@ -109,6 +115,7 @@ class SparseConfig(PeftConfig):
             saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder)
             if isinstance(saved, type(self)):  # else no tensor has its name
                 self._check_same_function(saved, place)
+                saved.check_whole_modules(self._names_found)
         refuse_pickled(place)
 
     def _check_same_function(self, saved: SparseConfig, place: Path) -> None:
@@ -119,6 +126,19 @@ class SparseConfig(PeftConfig):
                 f"Weights are loaded under the settings that they were saved with, got {theirs} in {str(place)!r} and "
                 f"{ours} in the adapter that is there, which would compute something else; make that adapter with "
                 f"{theirs}, or load the folder under a new adapter name, which takes its settings. Nothing was loaded."
+            )
+
+    def check_whole_modules(self, names: Sequence[str]) -> None:
+        """Raises:
+        ValueError: if the weights beside a config that was read from a folder have none of a module that is trained
+            and saved whole. `names` are the entries of `modules_to_save` that the model has."""
+        there = self._modules_there
+        missing = [name for name in names if there is not None and not any(m.endswith(name) for m in there)]
+        if missing:
+            raise ValueError(
+                f"An adapter has the weights of its `modules_to_save`, got {missing} in the model and none of them in "
+                "the adapter_model.safetensors beside the config; save or download the adapter again. Nothing was "
+                "loaded."
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

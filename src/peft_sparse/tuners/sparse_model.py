@@ -69,7 +69,7 @@ class SparseTuner(BaseTuner):
         for name, module in targets.items():
             self._check_target(name, module)
         check_alone(targets, model)
-        check_modules_to_save(peft_config.modules_to_save, model, targets)
+        check_modules_to_save(peft_config, model, targets)
         self._check_targets(targets, peft_config)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
