@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_sparse import PstConfig
-from peft_sparse.linears import block_linears, get_weight
+from peft_sparse.linears import block_linears, get_weight, num_zeros
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.tuners.pst import PstLinear, set_sparsity_step
 
@@ -203,6 +203,37 @@ def test_only_trainable_adapters_are_driven_when_several_are_active():
     for layer in pst_layers(model):
         assert int(layer.pst_pruned["a"]) == int(0.5 * layer.base_weight.numel())
         assert int(layer.pst_pruned["b"]) == 0
+
+
+def test_a_finished_adapter_keeps_its_sparsity_beside_one_on_other_layers():
+    model = get_peft_model(tiny_llama(), PstConfig(sparsity=0.5, target_modules=["q_proj"]), adapter_name="a")
+    model.base_model.set_sparsity_step(10, 10)
+    model.add_adapter("b", PstConfig(sparsity=0.8, target_modules=["up_proj"]))
+    model.base_model.set_adapter(["a", "b"])
+    model.set_requires_grad("a", False)
+    model.base_model.set_sparsity_step(0, 10)
+    counts = {name: int(count) for layer in pst_layers(model) for name, count in layer.pst_pruned.items()}
+    assert counts == {"a": 32 * 32 // 2, "b": 0}
+    model.set_requires_grad("b", False)
+    with pytest.raises(ValueError, match=r"got \['a', 'b'\], which are all frozen; call `set_adapter`"):
+        model.base_model.set_sparsity_step(10, 10)
+
+
+def test_a_merged_adapter_stays_as_it_was_merged(tmp_path):
+    model = get_peft_model(tiny_llama(), PstConfig(sparsity=0.5))
+    model.base_model.set_sparsity_step(5, 10)
+    model.save_pretrained(tmp_path)
+    counts = [int(layer.pst_pruned["default"]) for layer in pst_layers(model)]
+    with pytest.warns(UserWarning, match="stopped on the way"):
+        model.merge_adapter()
+    for change in (lambda: model.base_model.set_sparsity_step(10, 10), lambda: model.load_adapter(tmp_path, "default")):
+        with pytest.raises(ValueError, match=r"not merged, got 'default' merged into .*`unmerge_adapter\(\)` first"):
+            change()
+    assert counts == [int(layer.pst_pruned["default"]) for layer in pst_layers(model)]
+    model.unmerge_adapter()
+    model.base_model.set_sparsity_step(10, 10)
+    merged = block_linears(model.merge_and_unload())
+    assert all(num_zeros(linear) == linear.weight.numel() // 2 for linear in merged.values())
 
 
 def test_a_frozen_adapter_alone_is_driven(tmp_path):

@@ -67,6 +67,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_out_features(base_layer)
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self.merged_adapters: list[str] = []
         self._module_name = name
         self._weight_before_merge: Any = None
@@ -258,6 +259,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         weight = self.requantized(dense_weight(self.merged_weight(names)), dtype)
         return dequantized_linear(self.base_layer, dense_weight(weight))
+
+    def check_not_merged(self, adapter_name: str, doing: str) -> None:
+        """Raises:
+        ValueError: if the adapter is merged. It starts with `doing`, such as "A sparsity schedule drives"."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"{doing} adapters that are not merged, got '{adapter_name}' merged into `{self._module_name}`, whose "
+                "weight would stay as it is; call `unmerge_adapter()` first."
+            )
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit.

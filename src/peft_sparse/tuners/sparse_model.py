@@ -241,6 +241,9 @@ class SparseTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         current = model.state_dict()
         try:
+            for layer in model.modules():
+                if isinstance(layer, cls.tuner_layer_cls):
+                    layer.check_not_merged(adapter_name, "Weights are loaded into")
             check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:

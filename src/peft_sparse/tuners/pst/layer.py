@@ -122,11 +122,20 @@ class PstLinear(SparseLayer):
     # The schedule
 
     def set_sparsity_step(self, adapter_name: str, step: int, total_steps: int) -> None:
-        """Prune as many weights as the adapter's schedule says after `step` of `total_steps` optimizer steps."""
+        """Prune as many weights as the adapter's schedule says after `step` of `total_steps` optimizer steps.
+
+        Raises:
+            ValueError: if the adapter is merged, so that the base weight has the zeros of another step.
+        """
+        self.check_not_merged(adapter_name, "A sparsity schedule drives")
         sparsity = self._settings[adapter_name].schedule(step, total_steps)
         self.pst_pruned[adapter_name].fill_(self._count(adapter_name, sparsity))
         self._masks[adapter_name].mark_stale()
         self._driven.add(adapter_name)
+
+    def is_trainable(self, adapter_name: str) -> bool:
+        """Whether a factor of the adapter is trained."""
+        return any(factor is not None and factor.requires_grad for factor in self.factors(adapter_name))
 
     def is_driven(self, adapter_name: str) -> bool:
         """Whether `set_sparsity_step` was called for the adapter in this process."""

@@ -27,7 +27,7 @@ WAY_OUT = (
 def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = None) -> None:
     """Set every PST layer of a model to its sparsity after `step` optimizer steps; used by the next forward.
 
-    Active adapters are driven; of several active ones, those that are trainable.
+    Active adapters are driven; of several active ones in the model, those that are trainable.
 
     Args:
         model: any module that holds PST layers: a PeftModel, a PstModel, or a transformers model with `add_adapter`.
@@ -35,8 +35,8 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
         total_steps: steps that the schedule spans; None: `PstConfig.total_steps`.
 
     Raises:
-        ValueError: if the model has no PST layer, for a step that is none, or if no total is known. Nothing is set
-            then.
+        ValueError: if the model has no PST layer, for a step that is none, if no total is known, or if an adapter is
+            merged. Nothing is set then.
     """
     driven = driven_adapters(model)
     for name, value in (("step", step), ("total_steps", total_steps)):
@@ -48,6 +48,8 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
             f"The schedule spans `total_steps` > 0 optimizer steps, got {total_steps}; pass it, or set "
             "`PstConfig(total_steps=...)`."
         )
+    for layer, adapter_name in driven:
+        layer.check_not_merged(adapter_name, "A sparsity schedule drives")
     for (layer, adapter_name), total in zip(driven, totals, strict=True):
         layer.set_sparsity_step(adapter_name, step, total)
 
@@ -57,26 +59,25 @@ def driven_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
     [`set_sparsity_step`].
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or several of which none is trainable.
     """
-    driven = [
-        (layer, adapter_name)
-        for layer in model.modules()
-        if isinstance(layer, PstLinear)
-        for adapter_name in _driven_on(layer)
-    ]
-    if not driven:
+    layers = [layer for layer in model.modules() if isinstance(layer, PstLinear)]
+    active = [(layer, name) for layer in layers for name in layer._present(layer.active_adapters)]
+    if not active:
         raise ValueError(
             f"A sparsity schedule drives PST layers, got {type(model).__name__} without an active one; make them with "
             "`get_peft_model(model, PstConfig(...))`."
         )
-    return driven
-
-
-def _driven_on(layer: PstLinear) -> list[str]:
-    present = layer._present(layer.active_adapters)
-    trainable = [name for name in present if any(t is not None and t.requires_grad for t in layer.factors(name))]
-    return present if len(present) == 1 else trainable
+    names = {name for _, name in active}
+    if len(names) == 1:
+        return active
+    trainable = {name for layer, name in active if layer.is_trainable(name)}
+    if not trainable:
+        raise ValueError(
+            f"Of several active adapters a sparsity schedule drives those that are trained, got {sorted(names)}, which "
+            "are all frozen; call `set_adapter` with the one to drive."
+        )
+    return [(layer, name) for layer, name in active if name in trainable]
 
 
 def warn_about_schedule(model: nn.Module, adapter_name: str, doing: str) -> None:
