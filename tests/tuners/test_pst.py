@@ -215,7 +215,7 @@ def test_a_finished_adapter_keeps_its_sparsity_beside_one_on_other_layers():
     counts = {name: int(count) for layer in pst_layers(model) for name, count in layer.pst_pruned.items()}
     assert counts == {"a": 32 * 32 // 2, "b": 0}
     model.set_requires_grad("b", False)
-    with pytest.raises(ValueError, match=r"got \['a', 'b'\], which are all frozen; call `set_adapter`"):
+    with pytest.raises(ValueError, match=r"got \['a', 'b'\], all of them frozen; call `set_adapter`"):
         model.base_model.set_sparsity_step(10, 10)
 
 
@@ -226,7 +226,13 @@ def test_a_merged_adapter_stays_as_it_was_merged(tmp_path):
     counts = [int(layer.pst_pruned["default"]) for layer in pst_layers(model)]
     with pytest.warns(UserWarning, match="stopped on the way"):
         model.merge_adapter()
-    for change in (lambda: model.base_model.set_sparsity_step(10, 10), lambda: model.load_adapter(tmp_path, "default")):
+    layers = pst_layers(model)
+    changes = (
+        lambda: model.base_model.set_sparsity_step(10, 10),
+        lambda: layers[0].set_sparsity_step("default", 10, 10),
+        lambda: model.load_adapter(tmp_path, "default"),
+    )
+    for change in changes:
         with pytest.raises(ValueError, match=r"not merged, got 'default' merged into .*`unmerge_adapter\(\)` first"):
             change()
     assert counts == [int(layer.pst_pruned["default"]) for layer in pst_layers(model)]

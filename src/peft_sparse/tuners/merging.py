@@ -120,6 +120,16 @@ def check_merge(layer: Any, merged: Weight, support: torch.Tensor, weight: Weigh
         )
 
 
+def check_not_merged(layer: Any, adapter_name: str, doing: str) -> None:
+    """Raises:
+    ValueError: if the adapter is merged into a layer. It starts with `doing`, such as "A sparsity schedule drives"."""
+    if adapter_name in layer.merged_adapters:
+        raise ValueError(
+            f"{doing} adapters that are not merged, got '{adapter_name}' merged into `{layer._module_name}`, whose "
+            "weight would stay as it is; call `unmerge_adapter()` first."
+        )
+
+
 class RoundingErrors:
     """||W_kept - W|| / ||W|| and max |W_kept - W| of merged weights W, of each layer and of all together."""
 

@@ -118,6 +118,15 @@ class SparseConfig(PeftConfig):
                 saved.check_whole_modules(self._names_found)
         refuse_pickled(place)
 
+    def check_again(self) -> None:
+        """Check the fields as they are now: they may have been changed since the config was made.
+
+        Raises:
+            ValueError: as when it is made.
+        """
+        self.checksums = None  # they are of the fields as they were in a file
+        self.__post_init__()
+
     def _check_same_function(self, saved: SparseConfig, place: Path) -> None:
         other = [name for name in self.function_fields if getattr(saved, name) != getattr(self, name)]
         if other:

@@ -260,15 +260,6 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         weight = self.requantized(dense_weight(self.merged_weight(names)), dtype)
         return dequantized_linear(self.base_layer, dense_weight(weight))
 
-    def check_not_merged(self, adapter_name: str, doing: str) -> None:
-        """Raises:
-        ValueError: if the adapter is merged. It starts with `doing`, such as "A sparsity schedule drives"."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"{doing} adapters that are not merged, got '{adapter_name}' merged into `{self._module_name}`, whose "
-                "weight would stay as it is; call `unmerge_adapter()` first."
-            )
-
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit.
 

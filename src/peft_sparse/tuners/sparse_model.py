@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,7 +28,8 @@ from peft_sparse.tuners.adapter_state import (
     check_adapter_state,
     check_modules_to_save,
 )
-from peft_sparse.tuners.merging import RoundingErrors
+from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
+from peft_sparse.tuners.merging import RoundingErrors, check_not_merged
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.targets import check_alone, check_linear, default_targets
@@ -49,7 +49,18 @@ class SparseTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
         return peft_config
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See PEFT; a model to which an adapter cannot be added is as it was."""
+        check_adapter_name(adapter_name, self.tuner_layer_cls)
+        before = BeforeAdding(model, self.tuner_layer_cls)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            before.restore(adapter_name)
+            raise
+
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
+        peft_config.check_again()
         if not hasattr(self, "trainable_before"):  # PEFT freezes the base model with its first adapter
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -239,18 +250,18 @@ class SparseTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """PEFT's remapping, with all tensors checked before the first one is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        current = model.state_dict()
+        current, tuner = model.state_dict(), getattr(model, "base_model", None)
         try:
             for layer in model.modules():
                 if isinstance(layer, cls.tuner_layer_cls):
-                    layer.check_not_merged(adapter_name, "Weights are loaded into")
+                    check_not_merged(layer, adapter_name, "Weights are loaded into")
             check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
-            _take_back(model, config, adapter_name)
+            if isinstance(tuner, SparseTuner) and config._awaits_weights:
+                take_back(model, tuner, adapter_name)
             raise
         config._awaits_weights = False
-        tuner = getattr(model, "base_model", None)
         if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
             tuner._just_loaded = remapped  # see `_cast_adapter_dtype`
         return remapped
@@ -259,25 +270,3 @@ class SparseTuner(BaseTuner):
     def _check_loaded(cls, model: nn.Module, adapter_name: str, loaded: dict[str, torch.Tensor]) -> None:
         """What a method wants of the tensors that are about to be loaded, by their key in the model; raises
         ValueError."""
-
-
-def _take_back(model: Any, config: SparseConfig, adapter_name: str) -> None:
-    """Remove an adapter that PEFT added only to load it, so that a checkpoint that does not fit leaves no trace.
-
-    An adapter that the user made, or that was trained or loaded before, stays.
-    """
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, SparseTuner) or not config._awaits_weights:
-        return
-    if not all(layer.is_new(adapter_name) for layer in tuner.sparse_layers() if adapter_name in layer._first_versions):
-        return
-    if len(tuner.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-        return
-    for name, module in list(tuner.model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):  # unloading would put its copy in place
-            parent, _, child = name.rpartition(".")
-            setattr(tuner.model.get_submodule(parent), child, module.original_module)
-    tuner.unload()
-    for name, parameter in tuner.model.named_parameters():
-        parameter.requires_grad_(name in tuner.trainable_before)

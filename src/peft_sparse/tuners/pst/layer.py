@@ -19,6 +19,7 @@ from torch import nn
 from peft_sparse import ops
 from peft_sparse.linears import is_dtensor, unwrap, weight_parameter
 from peft_sparse.sparsity import Pattern, parse_pattern, sparsity_at, unpack_mask
+from peft_sparse.tuners.merging import check_not_merged
 from peft_sparse.tuners.pst.config import UNIT, PstConfig
 from peft_sparse.tuners.pst.counts import PrunedCounts
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -127,7 +128,7 @@ class PstLinear(SparseLayer):
         Raises:
             ValueError: if the adapter is merged, so that the base weight has the zeros of another step.
         """
-        self.check_not_merged(adapter_name, "A sparsity schedule drives")
+        check_not_merged(self, adapter_name, "A sparsity schedule drives")
         sparsity = self._settings[adapter_name].schedule(step, total_steps)
         self.pst_pruned[adapter_name].fill_(self._count(adapter_name, sparsity))
         self._masks[adapter_name].mark_stale()

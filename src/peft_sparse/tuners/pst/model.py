@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_sparse.linears import PackedLinear, bits, in_out_features, unwrap
 from peft_sparse.sparsity import parse_pattern, sparsities_by_name
+from peft_sparse.tuners.merging import check_not_merged
 from peft_sparse.tuners.pst.config import PstConfig
 from peft_sparse.tuners.pst.layer import PstLinear
 from peft_sparse.tuners.sparse_model import SparseTuner
@@ -49,7 +50,7 @@ def set_sparsity_step(model: nn.Module, step: int, total_steps: int | None = Non
             "`PstConfig(total_steps=...)`."
         )
     for layer, adapter_name in driven:
-        layer.check_not_merged(adapter_name, "A sparsity schedule drives")
+        check_not_merged(layer, adapter_name, "A sparsity schedule drives")
     for (layer, adapter_name), total in zip(driven, totals, strict=True):
         layer.set_sparsity_step(adapter_name, step, total)
 
@@ -74,8 +75,8 @@ def driven_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
     trainable = {name for layer, name in active if layer.is_trainable(name)}
     if not trainable:
         raise ValueError(
-            f"Of several active adapters a sparsity schedule drives those that are trained, got {sorted(names)}, which "
-            "are all frozen; call `set_adapter` with the one to drive."
+            f"Of several active adapters a sparsity schedule drives those that are trained, got {sorted(names)}, all "
+            "of them frozen; call `set_adapter` with the one to drive."
         )
     return [(layer, name) for layer, name in active if name in trainable]
 

@@ -1,0 +1,86 @@
+"""Adding an adapter, wholly or not at all: what is asked of its name, and the way back when adding or loading fails.
+
+PEFT adds an adapter layer by layer, and keeps its parameters as attributes of containers, by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def check_adapter_name(name: Any, layer_cls: Any) -> None:
+    """Raises:
+    ValueError: if parameters cannot have this name in the containers of a method's tuner layers."""
+    layer = layer_cls(nn.Linear(1, 1, device=torch.device("meta")), "")
+    containers = [nn.ModuleDict(), *(child for key, child in layer.named_children() if key != "base_layer")]
+    if isinstance(name, str) and name and "." not in name and not any(hasattr(c, name) for c in containers):
+        return
+    raise ValueError(
+        "The name of an adapter is a key of torch's ParameterDict and ModuleDict: not empty, without a dot, and no "
+        f"attribute of theirs such as 'train' or 'keys', got {name!r}; take another, such as 'my_adapter'."
+    )
+
+
+class BeforeAdding:
+    """A model as it is before an adapter is added.
+
+    Args:
+        layer_cls: the method's tuner layer.
+    """
+
+    def __init__(self, model: nn.Module, layer_cls: Any) -> None:
+        self._model, self._kinds = model, (layer_cls, AuxiliaryTrainingWrapper)
+        self._before = {name for name, _ in self._wrappers()}
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self, adapter_name: str) -> None:
+        """Take the adapter out of the layers that have got it."""
+        for name, module in reversed(self._wrappers()):  # what is inside of another one comes first
+            if name not in self._before:
+                parent, _, child = name.rpartition(".")
+                setattr(self._model.get_submodule(parent), child, _unwrapped(module))
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=_others(module.active_adapters, adapter_name))
+            else:
+                module.delete_adapter(adapter_name)
+        for parameter, requires_grad in self._trainable:
+            parameter.requires_grad_(requires_grad)
+
+    def _wrappers(self) -> list[tuple[str, Any]]:
+        modules = self._model.named_modules(remove_duplicate=False)
+        return [(name, module) for name, module in modules if isinstance(module, self._kinds)]
+
+
+def take_back(model: Any, tuner: Any, adapter_name: str) -> None:
+    """Remove an adapter that PEFT added only to load it, so that a checkpoint that does not fit leaves no trace.
+
+    An adapter that the user made, or that was trained or loaded before, stays.
+
+    Args:
+        model: with PEFT's functions, and the tuner as its base model.
+    """
+    if not all(layer.is_new(adapter_name) for layer in tuner.sparse_layers() if adapter_name in layer._first_versions):
+        return
+    if len(tuner.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+        return
+    for name, module in list(tuner.model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # unloading would put its copy in place
+            parent, _, child = name.rpartition(".")
+            setattr(tuner.model.get_submodule(parent), child, module.original_module)
+    tuner.unload()
+    for name, parameter in tuner.model.named_parameters():
+        parameter.requires_grad_(name in tuner.trainable_before)
+
+
+def _unwrapped(module: Any) -> nn.Module:
+    """What a tuner layer, or PEFT's wrapper of a module that is trained whole, was put around."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
+
+
+def _others(names: list[str], name: str) -> list[str]:
+    return [other for other in names if other != name]

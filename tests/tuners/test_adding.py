@@ -1,0 +1,130 @@
+"""An adapter is added wholly or not at all: after a refusal the model is as it was, and goes on working."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+
+from peft_sparse import PstConfig, SppConfig, prune_magnitude
+from peft_sparse.tuners.pst import PstLinear
+from peft_sparse.tuners.spp import SppLinear
+
+from models import tiny_llama
+
+CONFIGS = {"pst": (PstConfig, PstLinear), "spp": (SppConfig, SppLinear)}
+each_method = pytest.mark.parametrize("config, layer", CONFIGS.values(), ids=CONFIGS)
+
+
+def plain(config) -> nn.Module:
+    return prune_magnitude(tiny_llama())
+
+
+def adapted(config) -> nn.Module:
+    """With a trained adapter on some layers, and a frozen one."""
+    model = get_peft_model(plain(config), config(init_weights=False, target_modules=["q_proj"]))
+    model.add_adapter("frozen", config(target_modules=["q_proj", "k_proj"], modules_to_save=["norm"]))
+    return model
+
+
+each_start = pytest.mark.parametrize("start", [plain, adapted])
+
+
+def add(model: nn.Module, name: str, config) -> None:
+    if hasattr(model, "peft_config"):
+        model.add_adapter(name, config)
+    else:
+        get_peft_model(model, config, adapter_name=name)
+
+
+def state(model: nn.Module) -> dict:
+    """All modules, and all tensors with whether they are trained."""
+    tensors = model.state_dict(keep_vars=True)
+    return {name: type(module) for name, module in model.named_modules()} | {
+        name: (tensor.tolist(), tensor.requires_grad) for name, tensor in tensors.items()
+    }
+
+
+def refuses(model: nn.Module, name: str, config, error: type[Exception], words: str) -> None:
+    before = state(model)
+    with pytest.raises(error, match=words):
+        add(model, name, config)
+    assert state(model) == before
+    if hasattr(model, "peft_config"):
+        assert list(model.peft_config) == ["default", "frozen"] and model.active_adapters == ["default"]
+        model.set_adapter("frozen")
+        model.get_model_status()
+        with model.disable_adapter():
+            model(input_ids=torch.arange(4)[None])
+        model.delete_adapter("frozen")
+    add(model, "good", type(config)())
+
+
+@each_method
+@each_start
+@pytest.mark.parametrize("name", ["v1.0", "train", "keys", "_apply", "training", ""])
+def test_names_that_no_parameter_can_have(config, layer, start, name):
+    words = rf"not empty, without a dot, and no attribute .* got '{name}'; take another"
+    refuses(start(config), name, config(), ValueError, words)
+
+
+def test_names_of_what_the_counts_know():
+    refuses(adapted(PstConfig), "withheld", PstConfig(), ValueError, "got 'withheld'; take another")
+
+
+@each_method
+@each_start
+@pytest.mark.parametrize("place", [0, 3, 13])
+def test_a_failure_half_way(config, layer, start, place, monkeypatch):
+    update_layer, done = layer.update_layer, []
+
+    def fails(self, *args, **kwargs):
+        done.append(update_layer(self, *args, **kwargs))
+        if len(done) == place + 1:
+            raise MemoryError("no room for a factor")
+
+    model = start(config)
+    monkeypatch.setattr(layer, "update_layer", fails)
+    refuses(model, "other", config(), MemoryError, "no room")
+
+
+@each_method
+@each_start
+def test_a_module_that_cannot_be_trained_whole(config, layer, start):
+    """PEFT finds that out when all layers have got their adapters."""
+    model = start(config)
+    (model if start is plain else model.base_model.model).more = nn.ModuleList([nn.Linear(2, 2)])
+    refuses(
+        model, "other", config(modules_to_save=["norm", "more"]), TypeError, "cannot be applied to modules of type"
+    )
+
+
+# What else is asked of a config, and of PEFT's helpers
+
+
+@each_start
+@pytest.mark.parametrize(
+    "config, field, value, words",
+    [
+        (PstConfig, "pattern", "2:4", "fixes the sparsity at 0.5, got sparsity=0.9"),
+        (PstConfig, "sparsity", 50, r"lies in \[0, 1\), got 50"),
+        (PstConfig, "score_r", 0, "`score_r` should be a positive integer, got 0"),
+        (SppConfig, "r", 0, "`r` should be a positive integer, got 0"),
+        (SppConfig, "spp_dropout", 1.5, r"a probability in \[0, 1\), got 1.5"),
+        (SppConfig, "target_modules", [], "got an empty one"),
+    ],
+)
+def test_a_field_that_was_changed_after_the_config_was_made(config, field, value, words, start):
+    changed = config()
+    setattr(changed, field, value)
+    refuses(start(config), "other", changed, ValueError, words)
+
+
+@each_method
+def test_inputs_are_not_cast_where_peft_switches_it_off(config, layer):
+    model = get_peft_model(prune_magnitude(tiny_llama()).bfloat16(), config(init_weights=False))
+    layer = model.base_model.sparse_layers()[0]
+    x = torch.randn(2, 32)
+    with disable_input_dtype_casting(model):
+        assert layer(x).dtype == torch.float32 and layer(x.bfloat16()).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.bfloat16
