@@ -25,11 +25,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.ops.reference import transformed
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 REMEMBERED = 256  # shapes of inputs
@@ -90,11 +90,6 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _records(linear: nn.Module, x: torch.Tensor) -> bool:
     tensors = (x, linear._parameters.get("bias"), *_tensors(linear))
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _transformed() -> bool:
-    """Inside of `torch.func` or forward-mode differentiation, which the kernels know nothing of."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
@@ -170,7 +165,7 @@ class Acceleration:
             found = self._by_shape[x.shape] = self._for_shape(x.shape)
             if found is None:
                 return None
-        if x.dtype != self._dtype or x.device != self._device or _transformed():
+        if x.dtype != self._dtype or x.device != self._device or transformed():
             return None
         if torch.is_autocast_enabled(self._autocast) or (torch.is_grad_enabled() and _records(linear, x)):
             return None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from peft_sparse._switch import Switch
 from peft_sparse.sparsity import (
@@ -29,7 +30,8 @@ from peft_sparse.sparsity.importance import score_dtype
 
 class use_reference(Switch):
     """Compute every layer with the functions of this module instead of the fused ones, to tell whether those are to
-    blame for a result. Slower, and memory of the weight's size is kept for each layer.
+    blame for a result, or for derivatives of derivatives, which the fused ones do not have. Slower, and memory of the
+    weight's size is kept for each layer. Inside of `torch.func` and forward-mode differentiation it is always so.
 
     Args:
         enabled: False goes back to the fused ones.
@@ -44,8 +46,15 @@ class use_reference(Switch):
 
 
 def reference_in_use() -> bool:
-    """Whether [`use_reference`] is on."""
-    return use_reference._enabled
+    """Whether [`use_reference`] is on, or the fused functions cannot be differentiated, see [`transformed`]."""
+    return use_reference._enabled or transformed()
+
+
+def transformed() -> bool:
+    """Inside of `torch.func` or forward-mode differentiation, which fused functions and kernels know nothing of."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def row_groups(out_features: int, num_groups: int, device: torch.device | None = None) -> torch.Tensor:

@@ -1,0 +1,79 @@
+"""`torch.func`, forward-mode differentiation and second derivatives go through a layer as through any other."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from peft_sparse import PstConfig, SppConfig, ops, prune_magnitude
+from peft_sparse.linears import pack_model
+
+TARGETS = {"target_modules": ["0"], "init_weights": False}
+CONFIGS = {
+    "spp": lambda: SppConfig(r=4, **TARGETS),
+    "spp packed": lambda: SppConfig(r=4, **TARGETS),
+    "pst": lambda: PstConfig(sparsity=0.5, r=4, schedule="constant", **TARGETS),
+    "movement": lambda: PstConfig(
+        pattern="2:4", importance="movement", weight_update="full", schedule="constant", **TARGETS
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def adapted(request):
+    """A small network, a function of its trained parameters and of inputs, and values for these."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    if "spp" in request.param:
+        prune_magnitude(base, sparsity=0.5, target_modules=["0"])
+    if "packed" in request.param:
+        pack_model(base, target_modules=["0"])
+    model = get_peft_model(base, CONFIGS[request.param]())
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (x,)).square().mean()
+
+    return model, loss, parameters, torch.randn(5, 12, dtype=torch.float64)
+
+
+def backward(model: nn.Module, x: torch.Tensor, **settings) -> dict[str, torch.Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(
+        zip(trained, torch.autograd.grad(model(x).square().mean(), list(trained.values()), **settings), strict=True)
+    )
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.allclose(found[name], expected[name]) for name in found)
+
+
+def test_gradients(adapted):
+    model, loss, parameters, x = adapted
+    expected = backward(model, x)
+    assert close(grad(loss)(parameters, x), expected)
+    of_each = vmap(grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+    assert close({name: found.mean(0) for name, found in of_each.items()}, expected)
+
+
+def test_forward_mode(adapted):
+    model, loss, parameters, x = adapted
+    directions = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, found = jvp(lambda parameters: loss(parameters, x), (parameters,), (directions,))
+    expected = sum((directions[name] * gradient).sum() for name, gradient in backward(model, x).items())
+    torch.testing.assert_close(found, expected)
+
+
+def test_second_derivatives(adapted):
+    """Of plain autograd the reference has them."""
+    model, loss, parameters, x = adapted
+
+    def norm(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(gradient.square().sum() for gradient in grad(loss)(parameters, x).values())
+
+    expected = grad(norm)(parameters)
+    with ops.use_reference():
+        total = sum(gradient.square().sum() for gradient in backward(model, x, create_graph=True).values())
+        total.backward()
+    assert close({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
