@@ -417,7 +417,7 @@ def blocks() -> list[str]:
         (7, "several batches, got one int"),
         ([{"inputs_embeds": torch.tensor([[[float("nan")]]])}], "NaN or infinity in `inputs_embeds` of batch 0"),
         ([{"input_ids": torch.tensor([3, 4])}], r"shape \(sequences, tokens\), got \(2,\) for `input_ids`"),
-        ([{"input_ids": torch.rand(1, 4)}], "integers, got torch.float32 for `input_ids` of batch 0"),
+        ([{"input_ids": torch.rand(1, 4)}], "int64 or int32, got torch.float32 for `input_ids` of batch 0"),
         ([{"input_ids": torch.ones(0, 4, dtype=torch.int64)}], r"got \(0, 4\) for `input_ids` of batch 0"),
         ([{"input_ids": torch.tensor([[3, 96]])}], "vocabulary, from 0 to 95, got 96 in `input_ids` of batch 0"),
         ([{"input_ids": torch.tensor([[-100, 3]])}], "from 0 to 95, got -100 in `input_ids` of batch 0"),

@@ -1,7 +1,10 @@
 """What a pruner asks of its calibration data: nothing beyond the model's context."""
 
+import inspect
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -78,3 +81,66 @@ def test_a_decoder_has_a_context_too():
         check_batches([{"input_ids": ids[:, :8], "decoder_input_ids": ids}], model)
     with pytest.raises(ValueError, match="context of 16 tokens, got 17 in `labels` of batch 0"):
         check_batches([{"input_ids": ids[:, :8], "labels": ids}], model)
+
+
+# Names of inputs
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("attn_mask", r"the nearest name is `attention_mask`\); mend it, or leave it out"),
+        ("atention_mask", r"the nearest name is `attention_mask`"),
+        ("position_id", r"the nearest name is `position_ids`"),
+        ("pad_mask", "does not know; mend it, or leave it out"),
+    ],
+)
+def test_a_mistyped_input(key, words):
+    """Models of transformers leave it out, so that padding would count as text."""
+    model = models.tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(3, 90, (2, 8))
+    batches = [{"input_ids": ids}, {"input_ids": ids, key: torch.ones_like(ids)}]
+    with pytest.raises(ValueError, match=rf"got `{key}` in batch 1, which .*{words}"):
+        prune_wanda(model, batches, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match=rf"got `{key}` in batch 1, which PeftModel .*{words}"):
+        check_batches(batches, get_peft_model(model, LoraConfig()))
+
+
+@pytest.mark.parametrize("factory", [models.tiny_llama, models.tiny_gpt2, models.tiny_bert])
+def test_inputs_that_are_meant(factory):
+    """What models take, and what tokenizers, collators and datasets have beside that."""
+    ids = torch.randint(3, 90, (2, 8))
+    same = ("attention_mask", "token_type_ids", "position_ids", "labels", "special_tokens_mask", "completion_mask")
+    others = {"label": ids[:, 0], "idx": ids[:, 0], "length": ids[:, 0], "num_items_in_batch": ids[0, 0]}
+    batch = {"input_ids": ids, **dict.fromkeys(same, torch.ones_like(ids)), **others}
+    taken = batch if takes_any(factory()) else {key: batch[key] for key in ("input_ids", *same[:3])}
+    assert check_batches([taken], factory()) == [taken]
+
+
+def takes_any(model) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+
+
+def test_inputs_of_a_model_of_one_s_own():
+    class Strict(torch.nn.Module):
+        def forward(self, tokens, mask=None):
+            return tokens
+
+    class Open(torch.nn.Module):
+        def forward(self, tokens, **kwargs):
+            return tokens + kwargs["tokenz"]
+
+    batch = {"tokens": torch.ones(1, 2), "tokenz": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match=r"got `tokenz` in batch 0, which Strict does not know; mend it"):
+        check_batches([batch], Strict())
+    with pytest.raises(ValueError, match=r"which Strict does not know \(the nearest name is `tokens`\)"):
+        check_batches([{"tokenz": torch.ones(1, 2)}], Strict())
+    assert check_batches([batch], Open()) == [batch]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
+def test_token_ids_of_a_type_that_no_embedding_takes(tiny_llama, dtype):
+    with pytest.raises(ValueError, match=rf"int64 or int32, got {dtype} for `input_ids` of batch 0; take what"):
+        prune_wanda(tiny_llama, [{"input_ids": torch.ones(1, 8, dtype=dtype)}], progress=False)

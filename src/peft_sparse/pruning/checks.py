@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_sparse.pruning.data import Batch, collate, sequences_of
-from peft_sparse.pruning.token_inputs import check_token_inputs
+from peft_sparse.pruning.token_inputs import check_keys, check_token_inputs
 
 # What models call their embeddings of positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
@@ -29,9 +29,10 @@ def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Modul
         The batches as plain dicts.
 
     Raises:
-        ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, if its mask is
-            not of the shape of its tokens, or if its sequences are longer than the model takes or have tokens that it
-            has not. In an additive attention mask infinity is meant, so tensors whose name ends in "mask" may hold it.
+        ValueError: if there are none, if one is not a dict of tensors, if one holds NaN or infinity, if a key looks
+            like a mistyped one, if its mask is not of the shape of its tokens, or if its sequences are longer than the
+            model takes or have tokens that it has not. In an additive attention mask infinity is meant, so tensors
+            whose name ends in "mask" may hold it.
     """
     if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
         raise ValueError(f"Calibration takes several batches, got one {type(batches).__name__}; {WAY_OUT}.")
@@ -59,6 +60,7 @@ def check_batches(batches: Iterable[Mapping[str, torch.Tensor]], model: nn.Modul
         )
     if model is not None:
         _check_lengths(model, checked)
+        check_keys(model, checked)
         check_token_inputs(model, checked)
     return checked
 
