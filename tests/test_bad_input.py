@@ -788,6 +788,20 @@ DATA = {
 }
 
 STORED = {
+    "load: None": Case(nothing, lambda _: load_sparse(None), "is a folder, got NoneType, which names none; pass a"),
+    "load: a class by its name": Case(
+        saved_sparse, read_sparse(model_cls="LlamaForCausalLM"), "is a class, .*got 'LlamaForCausalLM'; pass the class"
+    ),
+    "pack: no model": Case(nothing, lambda _: pack_model(5), r"in memory \(an nn.Module\), got 5; load it first"),
+    "unpack: no model": Case(nothing, lambda _: unpack_model("a"), r"\(an nn.Module\), got 'a'; load it first"),
+    "prune: no model": Case(nothing, lambda _: prune_magnitude("a"), r"\(an nn.Module\), got 'a'; load it first"),
+    "prune: no model to calibrate": Case(
+        nothing, lambda _: prune_wanda(None, [IDS]), r"\(an nn.Module\), got None; load it first"
+    ),
+    "report: None": Case(nothing, lambda _: sparsity_report(None), "is a folder, got NoneType, which names none"),
+    "verify: a state dict": Case(
+        llama, lambda world: verify_sparsity(world.model.state_dict()), "got OrderedDict, .*or the model itself"
+    ),
     "load: nothing there": Case(
         nothing, lambda _: load_sparse("nowhere/at-all"), "got 'nowhere/at-all', which is no folder here .*check the"
     ),

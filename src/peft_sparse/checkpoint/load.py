@@ -172,6 +172,11 @@ def _of_auto_class(
     model_cls: Any, config: PreTrainedConfig, stored: StoredModel, trust_remote_code: bool
 ) -> type[PreTrainedModel]:
     """The class that an Auto class of transformers stands for; any other is itself."""
+    if not isinstance(model_cls, type):
+        raise ValueError(
+            f"`model_cls` is a class, such as transformers.AutoModelForCausalLM, got {model_cls!r}; pass the class "
+            "itself, or None for the one that was saved."
+        )
     mapping = getattr(model_cls, "_model_mapping", None)
     if mapping is not None and type(config) in mapping:
         found = mapping[type(config)]

@@ -24,6 +24,7 @@ from peft_sparse.linears import (
     acceleration_of,
     allow_save_pretrained,
     block_linears,
+    check_model,
     in_out_features,
     install,
     is_linear,
@@ -135,7 +136,7 @@ def remove_acceleration(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     """
-    _check_model(model)
+    check_model(model)
     for module in list(model.modules()):
         acceleration = acceleration_of(module)
         if acceleration is None:
@@ -160,13 +161,8 @@ def _check_tokens(tokens: int | Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(counts)))
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"`model` is a model in memory (an nn.Module), got {model!r}; load it first.")
-
-
 def _check(model: nn.Module, kernel: str | None) -> None:
-    _check_model(model)
+    check_model(model)
     if kernel is not None and kernel not in list(OPERANDS):
         raise ValueError(f"`kernel` is one of {sorted(OPERANDS)}, or None to have them timed, got {kernel!r}.")
     for name, module in model.named_modules():

@@ -30,8 +30,20 @@ class BlockList:
     blocks: nn.ModuleList
 
 
+def check_model(model: nn.Module) -> None:
+    """Raises:
+    ValueError: if this is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a model in memory (an nn.Module), got {model!r}; load it first.")
+
+
 def find_block_lists(model: nn.Module) -> list[BlockList]:
-    """All outermost lists of repeated blocks, in the order of `model.named_modules()`; empty if there are none."""
+    """All outermost lists of repeated blocks, in the order of `model.named_modules()`; empty if there are none.
+
+    Raises:
+        ValueError: if `model` is no module.
+    """
+    check_model(model)
     found: list[BlockList] = []
     for name, module in model.named_modules():
         inside_another = any(name.startswith(other.name + ".") for other in found)
@@ -173,8 +185,9 @@ def select_linears(
         doing: what is done with them, to begin the message of an error with.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or `model` is no module.
     """
+    check_model(model)
     candidates = default(model) if wanted is None else linears_inside(model)
     targets = {
         name: linear

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.accelerated import plain_class
-from peft_sparse.linears.blocks import Names, select_linears
+from peft_sparse.linears.blocks import Names, check_model, select_linears
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.saving import allow_save_pretrained, is_packed, refuse_save_pretrained
 from peft_sparse.linears.sharing import shared_weights
@@ -90,8 +90,9 @@ def unpack_model(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: if a packed linear carries an adapter. Nothing is changed then.
+        ValueError: if a packed linear carries an adapter, or `model` is no module. Nothing is changed then.
     """
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedLinear):
             raise ValueError(

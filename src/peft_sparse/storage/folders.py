@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def locate_companions(source: str | Path) -> Path:
 
 
 def _locate(source: str | Path, unwanted: list[str], download: dict[str, Any]) -> Path:
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"A stored model is a folder, got {type(source).__name__}, which names none; {_WAY_OUT}.")
     path = Path(source)
     if path.is_dir():
         return path
