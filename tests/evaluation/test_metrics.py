@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 pytest.importorskip("evaluate")
 
 from peft_sparse.evaluation.metrics import BUNDLED, load_metric
-from peft_sparse.training.build import Metrics
+from peft_sparse.training.metrics import Metrics
 
 labels = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30)
 METRICS = {name: load_metric(name) for name in BUNDLED}

@@ -1,7 +1,7 @@
 """What happens as training steps go by: recipes, the sparsity schedule, learning rates of their own for scores, and
 checkpoints that a killed run can trust."""
 
-from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.callbacks import SparsityCallback, log_before_reporters
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.checkpoints import last_complete_checkpoint
 from peft_sparse.training.evaluate import evaluate_model, evaluate_recipe
@@ -12,7 +12,6 @@ from peft_sparse.training.recipe import Recipe, load_recipe, make_recipe
 __all__ = [
     "CheckpointCallback",
     "FinetuneResult",
-    "PerplexityCallback",
     "Recipe",
     "SparsityCallback",
     "evaluate_model",

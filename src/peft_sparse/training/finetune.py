@@ -41,6 +41,7 @@ from peft_sparse.training.build import (
 )
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
+from peft_sparse.training.metrics import other_outputs
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.start import where_to_start
 
@@ -113,10 +114,10 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
     model = adapt(recipe, model, new)
     trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    trained = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=other_outputs())
     measured = {key: value for key, value in trained.metrics.items() if key == "train_loss"}
     if examples.validation is not None and recipe.evaluation.at_end:
-        measured |= _numbers(trainer.evaluate())
+        measured |= _numbers(trainer.evaluate(ignore_keys=other_outputs()))
     result = FinetuneResult(
         method=recipe.method,
         steps=trainer.state.global_step,
