@@ -179,6 +179,7 @@ def test_what_the_base_lacks_beside_the_head_is_trained_and_saved_too(tmp_path, 
     assert "bert.pooler.dense" in model.peft_config["default"].modules_to_save
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
     (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
+    (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(result.merged)
     again = finetune(asked, resume=True)
     torch.testing.assert_close(load_model(again.merged).eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -5,9 +5,10 @@ from peft_sparse.training.callbacks import SparsityCallback, log_before_reporter
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.checkpoints import last_complete_checkpoint
 from peft_sparse.training.evaluate import evaluate_model, evaluate_recipe
-from peft_sparse.training.finetune import FinetuneResult, finetune, plan_finetune
+from peft_sparse.training.finetune import finetune, plan_finetune
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.recipe import Recipe, load_recipe, make_recipe
+from peft_sparse.training.result import FinetuneResult
 
 __all__ = [
     "CheckpointCallback",
