@@ -232,8 +232,12 @@ def test_a_number_as_the_target(tmp_path, sentences):
     )  # fmt: skip
     with pytest.raises(ValueError, match="another number of labels"):
         finetune(replace(asked, model=replace(asked.model, new_head=False)))
-    metrics = finetune(asked).metrics
-    assert metrics["eval_mse"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    result = finetune(asked)
+    assert result.metrics["eval_mse"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
+    (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")
+    labels = replace(asked, evaluation=replace(asked.evaluation, metrics=["accuracy"]))
+    with pytest.raises(ValueError, match=r"is measured by metrics of numbers, .*got 'accuracy'"):
+        evaluate_recipe(labels, tmp_path / "adapter", progress=False)
 
 
 def test_merging_is_refused_where_no_process_has_whole_weights(tmp_path, monkeypatch):

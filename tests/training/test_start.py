@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
 from peft_sparse.evaluation.metrics import BUNDLED
-from peft_sparse.training import finetune, plan_finetune
+from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
 from peft_sparse.training.checkpoints import checkpoint_fault
 
-from models import tiny_llama
+from models import WORDS, tiny_llama
 from recipes import classifier, language_model
 
 pytest.importorskip("datasets")
@@ -186,6 +189,54 @@ def test_a_plan_finds_what_a_run_would_find(tmp_path, sentences, parts, message)
         with pytest.raises(ValueError, match=message):
             start(asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_does_not_answer_is_asked_before_pruning(tmp_path, sentences, monkeypatch):
+    asked = language_model(tmp_path, sentences, training={"push_to_hub": True, "hub_model_id": "me/x"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for start in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"`training.push_to_hub` takes a Hub that answers .* log in with"):
+            start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def tokenizer_of(folder, *special, words=WORDS):
+    vocabulary = {token: index for index, token in enumerate([*special, *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special[0] if special else None))
+    tokenizer.pre_tokenizer = Whitespace()
+    names = {"unk_token": special[0]} if special else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return {"tokenizer": str(folder)}
+
+
+@pytest.mark.parametrize("make", [language_model, classifier])
+def test_a_tokenizer_that_does_not_fit(tmp_path, sentences, make):
+    """That cannot pad, and with more tokens than the model; nothing is pruned first."""
+    prune = {"method": "magnitude"}
+    cannot_pad = make(tmp_path, sentences, model=tokenizer_of(tmp_path / "no_pad"), prune=prune)
+    words = [f"x{number}" for number in range(95)] + WORDS
+    too_many = make(tmp_path, sentences, model=tokenizer_of(tmp_path / "many", "<unk>", words=words), prune=prune)
+    for asked, message in [
+        (cannot_pad, r"padded with a tokenizer's pad, eos or unk token, got one without any of them in '.*no_pad'"),
+        (too_many, r"from 0 to 95, got 18\d in the training examples, of the tokenizer in '.*many'; name"),
+    ]:
+        starts = [plan_finetune, finetune]
+        for start in (*starts, evaluate_recipe) if make is classifier else starts:
+            with pytest.raises(ValueError, match=message.replace("training", "(training|validation)")):
+                start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_padding_token_that_the_model_has_not(tmp_path, sentences):
+    """As of a tokenizer to which one was added, and no row to the model's embeddings. Windows are not padded."""
+    asked = classifier(tmp_path, sentences)
+    added = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    added.add_special_tokens({"pad_token": "[new]"})
+    added.save_pretrained(tmp_path / "added")
+    with pytest.raises(ValueError, match="from 0 to 95, got 96 in a padded batch"):
+        plan_finetune(replace(asked, model=replace(asked.model, tokenizer=str(tmp_path / "added"))))
+    windows = language_model(tmp_path, sentences, model={"tokenizer": str(tmp_path / "added")})
+    assert plan_finetune(windows)["trainable"] > 0
 
 
 def test_a_field_that_the_models_config_has_not(tmp_path, sentences):

@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+_LESS_IS_BETTER = ("perplexity", "mse")
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Raises:
     ValueError: if transformers does not take them."""
     settings = dict(recipe.training)
     if recipe.data.validation_split is not None:
         settings.setdefault("label_names", ["labels"])  # PEFT's wrapper hides the forward's signature
+    if str(settings.get("metric_for_best_model")).removeprefix("eval_") in _LESS_IS_BETTER:
+        settings.setdefault("greater_is_better", False)  # Trainer knows this of losses only
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # warns where there is nothing to pin for
     try:
         arguments = TrainingArguments(**settings)

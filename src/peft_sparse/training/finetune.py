@@ -40,6 +40,7 @@ from peft_sparse.training.build import (
 )
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
+from peft_sparse.training.fit import check_fit, check_hub, check_padding
 from peft_sparse.training.metrics import other_outputs
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import FinetuneResult
@@ -67,11 +68,12 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
         return start.finished
     if recipe.output.merge:
         check_merge_in_one_process(arguments)
+    check_hub(arguments)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     examples = _examples(recipe, tokenizer, arguments)
-    model, new = _start_model(recipe, tokenizer, arguments, resumed=start.checkpoint is not None)
+    model, new = _start_model(recipe, tokenizer, arguments, examples, resumed=start.checkpoint is not None)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
     model = adapt(recipe, model, new)
     if start.trained:
@@ -114,6 +116,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     if start.finished is not None:
         _say_finished(recipe)
         return {"method": recipe.method, "model": recipe.model.path, "steps left": 0}
+    check_hub(arguments)
     tokenizer = load_tokenizer(recipe.model)
     for name in recipe.evaluation.metrics:
         load_metric(name)
@@ -121,7 +124,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model, new = _model(recipe)
+        model, new = _model(recipe, tokenizer, examples)
         if recipe.pruner is not None:
             _plan_prune(recipe, model, tokenizer)
         model = adapt(recipe, model, new)
@@ -159,20 +162,24 @@ def _without_a_step(arguments: TrainingArguments, examples: Examples, steps: int
 
 
 def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
-    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
+    found = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
+    check_padding(tokenizer)
+    return found
 
 
-def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> tuple[Any, list[str]]:
+def _start_model(
+    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
+) -> tuple[Any, list[str]]:
     """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
     saved."""
     pruned = recipe.output_dir / PRUNED
     if recipe.pruner is not None and not resumed and arguments.process_index == 0:
         with loaded_whole(arguments):
-            model, new = _prune(recipe, tokenizer, pruned)
+            model, new = _prune(recipe, tokenizer, examples, pruned)
     if recipe.pruner is not None and not resumed:
         PartialState().wait_for_everyone()
     if recipe.pruner is None:
-        model, new = _model(recipe)
+        model, new = _model(recipe, tokenizer, examples)
     elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
         model, new = model_of(recipe, pruned), noted_new_modules(pruned)
     if getattr(model.config, "pad_token_id", None) is None:
@@ -180,16 +187,17 @@ def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, r
     return model, new
 
 
-def _model(recipe: Recipe) -> tuple[Any, list[str]]:
+def _model(recipe: Recipe, tokenizer: Any, examples: Examples) -> tuple[Any, list[str]]:
     """[`model_of`] and its new modules, and it takes the recipe's examples."""
     missing: list[str] = []
     model = model_of(recipe, on_missing=missing.extend)
     check_positions(model, "data.max_length", recipe.data.max_length)
+    check_fit(recipe, model, tokenizer, examples)
     return model, new_modules(recipe, model, missing)
 
 
-def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> tuple[Any, list[str]]:
-    model, new = _model(recipe)
+def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, folder: Path) -> tuple[Any, list[str]]:
+    model, new = _model(recipe, tokenizer, examples)
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)
