@@ -19,7 +19,7 @@ from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning.checks import check_positions, context_length
 from peft_sparse.training.build import load_tokenizer, model_of
 from peft_sparse.training.data import Examples, make_examples, token_stream
-from peft_sparse.training.fit import check_fit, check_padding
+from peft_sparse.training.fit import check_fit
 from peft_sparse.training.metrics import Metrics, other_outputs
 from peft_sparse.training.recipe import Recipe, make_recipe
 
@@ -87,11 +87,10 @@ def _evaluate(
         part = replace(part, num_labels=model.config.num_labels)
         _check_label_order(model.config.label2id, data.labels)
     examples = make_examples(data, part, tokenizer, seed=0, train=False, label2id=model.config.label2id)
-    check_padding(tokenizer)
-    check_fit(recipe, model, tokenizer, examples)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
+    check_fit(recipe, model, tokenizer, examples)
     size = batch_size or recipe.training.get("per_device_eval_batch_size", 8)
     return found | _by_trainer(model, examples, tokenizer, metrics, size, progress, part.task == "causal_lm")
 

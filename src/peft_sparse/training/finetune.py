@@ -40,7 +40,7 @@ from peft_sparse.training.build import (
 )
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
-from peft_sparse.training.fit import check_fit, check_hub, check_padding
+from peft_sparse.training.fit import check_fit, check_hub
 from peft_sparse.training.metrics import other_outputs
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import FinetuneResult
@@ -162,9 +162,7 @@ def _without_a_step(arguments: TrainingArguments, examples: Examples, steps: int
 
 
 def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
-    found = make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
-    check_padding(tokenizer)
-    return found
+    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
 
 
 def _start_model(

@@ -29,19 +29,15 @@ def check_hub(arguments: TrainingArguments) -> None:
         ) from error
 
 
-def check_padding(tokenizer: Any) -> None:
+def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) -> None:
     """Raises:
-    ValueError: if a tokenizer, which `make_examples` has seen, cannot pad a batch."""
+    ValueError: if the tokenizer, which `make_examples` has seen, cannot pad a batch, the model does not take the
+        examples, or it gives nothing that the recipe's metrics compare."""
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "A batch is padded with a tokenizer's pad, eos or unk token, got one without any of them in "
             f"{tokenizer.name_or_path!r}; add a `pad_token` of its vocabulary to the tokenizer_config.json there."
         )
-
-
-def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) -> None:
-    """Raises:
-    ValueError: if the model does not take the examples, or gives nothing that the recipe's metrics compare."""
     if recipe.model.task == "sequence_classification" and model.config.num_labels == 1:
         check_metrics_of_numbers(recipe.evaluation.metrics)
     size = vocabulary_size(model)

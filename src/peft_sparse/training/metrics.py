@@ -91,7 +91,7 @@ def other_outputs() -> list[str]:
     return sorted({name for output in _subclasses(ModelOutput) for name in _fields(output)} - {"loss", "logits"})
 
 
-def _subclasses(parent: type) -> Iterator[type]:
+def _subclasses(parent: type[Any]) -> Iterator[type[Any]]:
     for child in parent.__subclasses__():
         yield child
         yield from _subclasses(child)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from peft_sparse.checkpoint.models import TASKS
-from peft_sparse.evaluation.metrics import check_metrics_of_numbers
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
 from peft_sparse.training.parts import (
@@ -192,8 +191,6 @@ def _names(function: Callable[..., Any]) -> set[str]:
 
 
 def _check_num_labels(recipe: Recipe) -> None:
-    if recipe.model.num_labels == 1:
-        check_metrics_of_numbers(recipe.evaluation.metrics)
     labels, number = recipe.data.labels, recipe.model.num_labels
     if labels is not None and number is not None and number != len(labels):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-from peft_sparse.evaluation.metrics import BUNDLED
+from peft_sparse.evaluation.metrics import BUNDLED, check_metrics_of_numbers
 from peft_sparse.training.values import check_keys, check_type
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def _check_evaluation(recipe: Recipe) -> None:
             "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
             "`training.eval_strategy`."
         )
+    if recipe.model.num_labels == 1:
+        check_metrics_of_numbers(metrics)
     language_model = recipe.model.task == "causal_lm"
     for name, value in _AGAINST_METRICS.items():
         if training.get(name) is value and (metrics or language_model):
