@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 pytest.importorskip("evaluate")
 
 from peft_sparse.evaluation.metrics import BUNDLED, load_metric
-from peft_sparse.training.build import Metrics
+from peft_sparse.training.metrics import Metrics
 
 labels = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30)
 METRICS = {name: load_metric(name) for name in BUNDLED}
@@ -44,6 +44,15 @@ def test_f1_is_decided_by_the_labels_that_the_model_has():
     assert f1(EvalPrediction(logits[:, :2], references))["f1"] == pytest.approx(4 / 5)
     with pytest.raises(ValueError, match="'binary' or 'macro', got 'weighted'"):
         METRICS["f1"].compute(predictions=[0], references=[0], average="weighted")
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews_correlation"])
+def test_labels_are_whole_numbers(name):
+    for found, meant in ([0.7, 1.9], [0, 1]), ([0, 1], [0.2, 1.0]), ([math.nan, 1], [0, 1]):
+        with pytest.raises(ValueError, match=rf"'{name}' compares labels, whole numbers, got (0.7|0.2|nan); take"):
+            METRICS[name].compute(predictions=found, references=meant)
+    expected = METRICS[name].compute(predictions=[0, 1, 1], references=[0, 1, 0])
+    assert METRICS[name].compute(predictions=[0.0, 1.0, 1.0], references=[False, True, False]) == expected
 
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=20))

@@ -179,6 +179,7 @@ def test_what_the_base_lacks_beside_the_head_is_trained_and_saved_too(tmp_path, 
     assert "bert.pooler.dense" in model.peft_config["default"].modules_to_save
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
     (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
+    (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(result.merged)
     again = finetune(asked, resume=True)
     torch.testing.assert_close(load_model(again.merged).eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
@@ -231,8 +232,12 @@ def test_a_number_as_the_target(tmp_path, sentences):
     )  # fmt: skip
     with pytest.raises(ValueError, match="another number of labels"):
         finetune(replace(asked, model=replace(asked.model, new_head=False)))
-    metrics = finetune(asked).metrics
-    assert metrics["eval_mse"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    result = finetune(asked)
+    assert result.metrics["eval_mse"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
+    (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")
+    labels = replace(asked, evaluation=replace(asked.evaluation, metrics=["accuracy"]))
+    with pytest.raises(ValueError, match=r"is measured by metrics of numbers, .*got 'accuracy'"):
+        evaluate_recipe(labels, tmp_path / "adapter", progress=False)
 
 
 def test_merging_is_refused_where_no_process_has_whole_weights(tmp_path, monkeypatch):

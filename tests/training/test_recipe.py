@@ -101,6 +101,7 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("training", {"gradient_accumulation_steps": 0}, r"accumulation_steps` is a whole number from 1 up, got 0"),
         ("training", {"per_device_train_batch_size": 1.5}, r"train_batch_size` is a whole number from 1 up, got 1.5"),
         ("training", {"learning_rate": -1}, r"`training.learning_rate` is from 0 up, got -1"),
+        ("training", {"num_train_epochs": 0}, r"`training.num_train_epochs` is above 0, got 0, .*such as 0.5, may"),
         ("training", {"bf16": "no"}, r"`training.bf16` is bool, got 'no'"),
         ("training", {"seed": "x"}, r"`training.seed` is int or float, got 'x'"),
         ("training", {"learning_rate": "fast"}, r"`training.learning_rate` is int or float, got 'fast'"),
@@ -143,6 +144,52 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
 def test_what_is_refused(part, values, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(changed(part, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"metric_for_best_model": "f1"}, "one that the run has, accuracy, loss, got 'f1'; name one of them, or add"),
+        ({"metric_for_best_model": "eval_perplexity"}, "accuracy, loss, got 'eval_perplexity'"),
+        ({"metric_for_best_model": "eval_accuracy"}, None),
+        ({"prediction_loss_only": True}, "got `training.prediction_loss_only: true`, which keeps them back; leave"),
+        ({"batch_eval_metrics": True}, "got `training.batch_eval_metrics: true`"),
+        ({"eval_do_concat_batches": False}, "got `training.eval_do_concat_batches: false`"),
+        ({"eval_do_concat_batches": True}, None),
+    ],
+)
+def test_settings_that_metrics_do_not_go_with(values, message):
+    data = {"path": "org/rows", "text": "a", "label": "b", "validation_split": "dev"}
+    recipe = VALUES | CLASSIFIER | {"data": data, "evaluation": {"metrics": ["accuracy"]}}
+    recipe |= {"training": VALUES["training"] | {"eval_strategy": "steps"} | values}
+    if message is None:
+        assert make_recipe(recipe).training.items() >= values.items()
+        return
+    with pytest.raises(ValueError, match=message):
+        make_recipe(recipe)
+    other = recipe | {"evaluation": {"metrics": ["accuracy", "of_the_hub/f1_and_perplexity"]}}
+    if "metric_for_best_model" in values:  # whose keys are not known before it is loaded
+        assert make_recipe(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "greater"), [("perplexity", False), ("eval_mse", False), ("eval_accuracy", True), ("loss", False)]
+)
+def test_which_of_two_values_is_better(name, greater):
+    training = {"output_dir": "out", "report_to": "none", "metric_for_best_model": name, "use_cpu": True}
+    values = {"data": VALUES["data"] | {"validation_split": "dev"}, "training": training}
+    recipe = make_recipe(VALUES | values | {"evaluation": {"metrics": ["accuracy", "mse"]}})
+    assert training_arguments(recipe).greater_is_better is greater
+    opposite = dataclasses.replace(recipe, training=training | {"greater_is_better": not greater})
+    assert training_arguments(opposite).greater_is_better is not greater
+
+
+def test_metrics_of_labels_for_a_number():
+    model, data = CLASSIFIER["model"] | {"num_labels": 1}, {"path": "org/rows", "text": "a", "label": "b"}
+    values = VALUES | CLASSIFIER | {"model": model, "data": data | {"validation_split": "dev"}}
+    with pytest.raises(ValueError, match=r"metrics of numbers, pearsonr, spearmanr, mse, got 'f1', which compares"):
+        make_recipe(values | {"evaluation": {"metrics": ["mse", "f1"]}})
+    assert make_recipe(values | {"evaluation": {"metrics": ["mse", "of_the_hub"]}})
 
 
 def test_words_that_are_no_booleans(tmp_path):

@@ -1,16 +1,24 @@
 """What `finetune` does before it trains: it goes on from a checkpoint, or finds what does not fit, as a plan does."""
 
+import json
+import math
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
-from peft_sparse.training import finetune, plan_finetune
+from peft_sparse.evaluation.metrics import BUNDLED
+from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
 from peft_sparse.training.checkpoints import checkpoint_fault
 
-from models import tiny_llama
+from models import WORDS, tiny_llama
 from recipes import classifier, language_model
 
 pytest.importorskip("datasets")
@@ -68,10 +76,11 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path, sentences):
     assert (run / "incomplete-checkpoint-6").is_dir() and checkpoint_fault(run / "checkpoint-6") is None
     for number in (3, 6):
         (run / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    longer = classifier(tmp_path, sentences, training={"max_steps": 9})
     with pytest.raises(
         ValueError, match=r"got only checkpoint-6 \(it has no .*; choose another `training.output_dir`"
     ):
-        finetune(asked, resume=True)
+        finetune(longer, resume=True)
     with pytest.raises(ValueError, match="an earlier run in it; choose another"):
         finetune(asked)
     (run / "result.json").unlink()
@@ -83,10 +92,78 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path, sentences):
 def test_resuming_takes_the_pruned_model_that_is_there(tmp_path, sentences):
     asked = language_model(tmp_path, sentences)
     finetune(asked)
+    (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / "gone")
     before = (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns
     assert finetune(asked, resume=True).resumed_from.endswith("checkpoint-3")
     assert (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns == before
+
+
+LENGTHS = [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 0.55}]  # of 10 steps an epoch
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_finished_run_stays_as_it_is(tmp_path, sentences, length):
+    asked, run = classifier(tmp_path, sentences, output={"merge": True}, training=length), tmp_path / "run"
+    first = finetune(asked)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    shown = r"The run in '.*run' is finished; nothing is left to do"
+    with pytest.warns(UserWarning, match=shown):
+        assert finetune(asked, resume=True) == first
+    with pytest.warns(UserWarning, match=shown):
+        assert plan_finetune(asked, resume=True)["steps left"] == 0
+    for folder in run.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+        before = {path: time for path, time in before.items() if not path.is_relative_to(folder)}
+    with pytest.warns(UserWarning, match=shown):
+        assert finetune(asked, resume=True).metrics == first.metrics
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_run_that_was_stopped_behind_its_last_step_trains_no_step(tmp_path, sentences, length, streaming):
+    if streaming and "num_train_epochs" in length:
+        return  # a stream has no epochs
+    training = length | {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    parts = {"data": {"text": "text", "label": "label", "streaming": streaming}, "training": training}
+    asked, run = classifier(tmp_path, sentences, **parts), tmp_path / "run"
+    first = finetune(asked)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "adapter")
+    again = finetune(classifier(tmp_path, sentences, **parts, output={"merge": True}), resume=True)
+    assert (again.steps, again.sparsity) == (first.steps, first.sparsity) and Path(again.merged).is_dir()
+    assert again.metrics.items() == {k: v for k, v in first.metrics.items() if k != "train_loss"}.items()
+    assert not (run / "checkpoint-7").exists() and not any("train_loss" in entry for entry in again.log)
+
+
+def test_a_finished_run_is_merged_or_trained_on_where_more_is_asked_for(tmp_path, sentences):
+    first = finetune(classifier(tmp_path, sentences))
+    merged = finetune(classifier(tmp_path, sentences, output={"merge": True}), resume=True)
+    assert merged.steps == 6 and merged.metrics["eval_loss"] == first.metrics["eval_loss"]
+    longer = finetune(classifier(tmp_path, sentences, training={"max_steps": 9}), resume=True)
+    assert longer.steps == 9 and longer.resumed_from.endswith("checkpoint-6")
+    (tmp_path / "run" / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result.json is what a run writes at its end, .*; remove it to go on"):
+        finetune(longer_still := classifier(tmp_path, sentences, training={"max_steps": 10}), resume=True)
+    (tmp_path / "run" / "result.json").unlink()
+    assert finetune(longer_still, resume=True).steps == 10
+
+
+def test_a_number_that_is_none_is_null_in_the_result(tmp_path, sentences):
+    """The correlation with a constant; strict readers of JSON take no NaN."""
+    asked = classifier(
+        tmp_path, sentences, model={"num_labels": 1, "new_head": True}, data={"text": "text", "label": "score"},
+        evaluation={"metrics": ["pearsonr"]},
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUNDLED, "pearsonr", (lambda *_: {"pearsonr": math.nan}, True))
+        assert math.isnan(finetune(asked).metrics["eval_pearsonr"])
+    strict = {"parse_constant": lambda name: pytest.fail(name)}
+    written = json.loads((tmp_path / "run" / "result.json").read_text(), **strict)
+    assert written["metrics"]["eval_pearsonr"] is None and written["log"][-1]["eval_pearsonr"] is None
+    with pytest.warns(UserWarning, match="is finished"):
+        assert "nan" in str(finetune(asked, resume=True))
 
 
 def test_a_plan_trains_and_writes_nothing(tmp_path, sentences):
@@ -112,6 +189,54 @@ def test_a_plan_finds_what_a_run_would_find(tmp_path, sentences, parts, message)
         with pytest.raises(ValueError, match=message):
             start(asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_does_not_answer_is_asked_before_pruning(tmp_path, sentences, monkeypatch):
+    asked = language_model(tmp_path, sentences, training={"push_to_hub": True, "hub_model_id": "me/x"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for start in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"`training.push_to_hub` takes a Hub that answers .* log in with"):
+            start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def tokenizer_of(folder, *special, words=WORDS):
+    vocabulary = {token: index for index, token in enumerate([*special, *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special[0] if special else None))
+    tokenizer.pre_tokenizer = Whitespace()
+    names = {"unk_token": special[0]} if special else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return {"tokenizer": str(folder)}
+
+
+@pytest.mark.parametrize("make", [language_model, classifier])
+def test_a_tokenizer_that_does_not_fit(tmp_path, sentences, make):
+    """That cannot pad, and with more tokens than the model; nothing is pruned first."""
+    prune = {"method": "magnitude"}
+    cannot_pad = make(tmp_path, sentences, model=tokenizer_of(tmp_path / "no_pad"), prune=prune)
+    words = [f"x{number}" for number in range(95)] + WORDS
+    too_many = make(tmp_path, sentences, model=tokenizer_of(tmp_path / "many", "<unk>", words=words), prune=prune)
+    for asked, message in [
+        (cannot_pad, r"padded with a tokenizer's pad, eos or unk token, got one without any of them in '.*no_pad'"),
+        (too_many, r"from 0 to 95, got 18\d in the training examples, of the tokenizer in '.*many'; name"),
+    ]:
+        starts = [plan_finetune, finetune]
+        for start in (*starts, evaluate_recipe) if make is classifier else starts:
+            with pytest.raises(ValueError, match=message.replace("training", "(training|validation)")):
+                start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_padding_token_that_the_model_has_not(tmp_path, sentences):
+    """As of a tokenizer to which one was added, and no row to the model's embeddings. Windows are not padded."""
+    asked = classifier(tmp_path, sentences)
+    added = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    added.add_special_tokens({"pad_token": "[new]"})
+    added.save_pretrained(tmp_path / "added")
+    with pytest.raises(ValueError, match="from 0 to 95, got 96 in a padded batch"):
+        plan_finetune(replace(asked, model=replace(asked.model, tokenizer=str(tmp_path / "added"))))
+    windows = language_model(tmp_path, sentences, model={"tokenizer": str(tmp_path / "added")})
+    assert plan_finetune(windows)["trainable"] > 0
 
 
 def test_a_field_that_the_models_config_has_not(tmp_path, sentences):

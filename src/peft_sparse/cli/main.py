@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
 import os
 import signal
 import sys
@@ -140,16 +138,9 @@ def _message(error: Exception) -> str:
 
 
 def _print(outcome: shared.Outcome, as_json: bool) -> None:
-    print(json.dumps(_finite(outcome.data), indent=2) if as_json else outcome.text, flush=True)
+    from peft_sparse.evaluation.strict_json import strict_json
 
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(strict_json(outcome.data) if as_json else outcome.text, flush=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ runs what it downloads. The few that GLUE needs are here under the same names, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,9 @@ BUNDLED: dict[str, tuple[Compute, bool]] = {
 }
 
 
+_NUMBERS = [name for name, (_, numbers) in BUNDLED.items() if numbers]
+
+
 def load_metric(name: str) -> Any:
     """A metric of the package `evaluate`.
 
@@ -116,7 +119,7 @@ def _bundled(name: str) -> Any:
     import evaluate
 
     compute, numbers = BUNDLED[name]
-    value = datasets.Value("float64" if numbers else "int64")
+    value = datasets.Value("float64")  # "int64" would cut fractions off labels
 
     class Bundled(evaluate.Metric):
         def _info(self) -> Any:
@@ -126,9 +129,30 @@ def _bundled(name: str) -> Any:
             )
 
         def _compute(self, predictions: Any, references: Any, **settings: Any) -> dict[str, float]:
-            return compute(np.asarray(predictions), np.asarray(references), **settings)
+            given = [np.asarray(predictions), np.asarray(references)]
+            return compute(*(given if numbers else [_labels(name, values) for values in given]), **settings)
 
     return Bundled(keep_in_memory=True, experiment_id=name)
+
+
+def _labels(name: str, values: np.ndarray) -> np.ndarray:
+    odd = values[~(values == np.floor(values))]
+    if len(odd):
+        raise ValueError(
+            f"{name!r} compares labels, whole numbers, got {odd[0]}; take a metric of numbers: {', '.join(_NUMBERS)}."
+        )
+    return values.astype(np.int64)
+
+
+def check_metrics_of_numbers(names: Iterable[str]) -> None:
+    """Raises:
+    ValueError: if a metric of ours is of labels; what it is to measure is a model that gives one number."""
+    for name in names:
+        if name in BUNDLED and not compares_numbers(name):
+            raise ValueError(
+                f"A number as the target is measured by metrics of numbers, {', '.join(_NUMBERS)}, got {name!r}, "
+                "which compares labels; take one of them."
+            )
 
 
 def compares_numbers(name: str) -> bool:

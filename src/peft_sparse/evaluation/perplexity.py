@@ -71,5 +71,10 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
             logits = model(input_ids=piece[None]).logits[0, :-1].float()  # (window - 1, vocabulary)
             total += F.cross_entropy(logits, piece[1:].to(logits.device), reduction="sum").item()
             predicted += len(piece) - 1
-    mean = total / predicted
-    return math.exp(mean) if mean < 700 else math.inf
+    return perplexity_of(total, predicted)
+
+
+def perplexity_of(total: float, predicted: float) -> float:
+    """exp of the mean of a negative log-likelihood summed over tokens; NaN of none."""
+    mean = total / predicted if predicted else math.nan
+    return math.inf if mean >= 700 else math.exp(mean)

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers import AutoConfig, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
 from peft_sparse.checkpoint.models import load_model
-from peft_sparse.evaluation.metrics import compares_numbers
-from peft_sparse.training.callbacks import PerplexityCallback, SparsityCallback, log_before_reporters
+from peft_sparse.training.callbacks import SparsityCallback, log_before_reporters
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples
+from peft_sparse.training.metrics import Metrics
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.parts import ModelPart
 from peft_sparse.training.recipe import Recipe
@@ -25,12 +24,17 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+_LESS_IS_BETTER = ("perplexity", "mse")
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Raises:
     ValueError: if transformers does not take them."""
     settings = dict(recipe.training)
     if recipe.data.validation_split is not None:
         settings.setdefault("label_names", ["labels"])  # PEFT's wrapper hides the forward's signature
+    if str(settings.get("metric_for_best_model")).removeprefix("eval_") in _LESS_IS_BETTER:
+        settings.setdefault("greater_is_better", False)  # Trainer knows this of losses only
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # warns where there is nothing to pin for
     try:
         arguments = TrainingArguments(**settings)
@@ -108,8 +112,7 @@ def make_trainer(
         # Its loss is a mean over examples. Trainer takes it for a sum over `num_items_in_batch`, since the forward has
         # `**kwargs`, and would multiply it by the processes and by the accumulated batches.
         model.get_base_model().accepts_loss_kwargs = False
-    callbacks: list[TrainerCallback] = [SparsityCallback(best_at_final_sparsity=recipe.method == "pst")]
-    callbacks += [PerplexityCallback()] if language_model else []
+    schedule = SparsityCallback(best_at_final_sparsity=recipe.method == "pst")
     from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
 
     trainer = Trainer(
@@ -119,12 +122,11 @@ def make_trainer(
         eval_dataset=examples.validation,
         data_collator=examples.collator,
         processing_class=tokenizer,
-        compute_metrics=Metrics(metrics, language_model) if metrics else None,
-        preprocess_logits_for_metrics=most_likely if language_model and metrics else None,
-        callbacks=[*callbacks, CheckpointCallback()],
+        callbacks=[schedule, CheckpointCallback()],
         optimizers=(make_optimizer(recipe, arguments, model), None),
+        **Metrics(metrics, language_model).for_trainer(),
     )
-    log_before_reporters(trainer, *callbacks)
+    log_before_reporters(trainer, schedule)
     return trainer
 
 
@@ -161,34 +163,3 @@ def model_of(
         config=config,
         on_missing=on_missing,
     )
-
-
-class Metrics:
-    """`compute_metrics` of a Trainer: labels, numbers, or the next tokens of a language model."""
-
-    def __init__(self, metrics: dict[str, Any], language_model: bool) -> None:
-        self.metrics, self.language_model = metrics, language_model
-
-    def __call__(self, prediction: Any) -> dict[str, float]:
-        predictions, references = prediction.predictions, prediction.label_ids
-        predictions = predictions[0] if isinstance(predictions, tuple) else predictions
-        average = "macro"  # of F1: also where no more than two of the classes occur
-        if self.language_model:
-            predictions, references = predictions[:, :-1].reshape(-1), references[:, 1:].reshape(-1)
-            predictions, references = predictions[references != -100], references[references != -100]
-        elif predictions.ndim > 1 and predictions.shape[-1] > 1:
-            average = "binary" if predictions.shape[-1] == 2 else "macro"
-            predictions = predictions.argmax(-1)
-        else:
-            predictions = predictions.reshape(-1)
-        found: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            kind = np.float64 if compares_numbers(name) or predictions.dtype.kind == "f" else np.int64
-            own = {"average": average} if name == "f1" else {}
-            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind), **own)
-        return found
-
-
-def most_likely(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Tokens, and not a number for each entry of the vocabulary, are what evaluation keeps."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -65,18 +64,6 @@ class SparsityCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         if logs is not None and "loss" in logs and self._masks is not None:
             _add_to_log(state, logs, self._masks.measure(model))
-
-
-class PerplexityCallback(TrainerCallback):
-    """Adds `eval_perplexity`, exp of the evaluation loss, of a language model; it can choose the best model too."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-        logs: dict[str, Any] | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        if logs is not None and "eval_loss" in logs:
-            loss = logs["eval_loss"]
-            _add_to_log(state, logs, {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf})
 
 
 def log_before_reporters(trainer: Trainer, *callbacks: TrainerCallback) -> None:

@@ -17,8 +17,10 @@ from peft_sparse.checkpoint.models import task_of
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning.checks import check_positions, context_length
-from peft_sparse.training.build import Metrics, load_tokenizer, model_of, most_likely
+from peft_sparse.training.build import load_tokenizer, model_of
 from peft_sparse.training.data import Examples, make_examples, token_stream
+from peft_sparse.training.fit import check_fit
+from peft_sparse.training.metrics import Metrics, other_outputs
 from peft_sparse.training.recipe import Recipe, make_recipe
 
 
@@ -32,7 +34,8 @@ def evaluate_recipe(
     """The numbers of a model on `data.validation_split`.
 
     Text of a causal language model is measured as a whole, in windows of `data.max_length` tokens that do not overlap,
-    see [`perplexity`]; anything else by Trainer. All weights have to be in the model's files, or in the adapter's.
+    see [`perplexity`]; anything else by Trainer, prompts and completions with the loss and the perplexity of all
+    tokens that are learned, whatever the batch size. All weights have to be in the model's files, or in the adapter's.
 
     Args:
         recipe: its model, data and evaluation parts are used.
@@ -87,6 +90,7 @@ def _evaluate(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
+    check_fit(recipe, model, tokenizer, examples)
     size = batch_size or recipe.training.get("per_device_eval_batch_size", 8)
     return found | _by_trainer(model, examples, tokenizer, metrics, size, progress, part.task == "causal_lm")
 
@@ -115,15 +119,11 @@ def _by_trainer(
             eval_dataset=examples.validation,
             data_collator=examples.collator,
             processing_class=tokenizer,
-            compute_metrics=Metrics(metrics, language_model) if metrics else None,
-            preprocess_logits_for_metrics=most_likely if language_model and metrics else None,
+            **Metrics(metrics, language_model).for_trainer(),
         )
-        measured = trainer.evaluate()
+        measured = trainer.evaluate(ignore_keys=other_outputs())
     times = ("_runtime", "_per_second", "preparation_time", "epoch")
-    found = {key.removeprefix("eval_"): value for key, value in measured.items() if not key.endswith(times)}
-    if language_model:
-        found["perplexity"] = float(torch.tensor(found["loss"], dtype=torch.float64).exp())
-    return found
+    return {key.removeprefix("eval_"): value for key, value in measured.items() if not key.endswith(times)}
 
 
 def _check_label_order(label2id: Mapping[str, int], labels: Sequence[Any] | None) -> None:

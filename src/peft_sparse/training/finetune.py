@@ -7,15 +7,14 @@ after merging. Results go below `training.output_dir`:
     pruned/           the model that was tuned, where the recipe prunes
     adapter/          the adapter at the end
     merged/           the merged model, where the recipe asks for it
-    result.json       what this function returns
+    result.json       what this function returns; a run that has one is finished
 """
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,52 +40,11 @@ from peft_sparse.training.build import (
 )
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
+from peft_sparse.training.fit import check_fit, check_hub
+from peft_sparse.training.metrics import other_outputs
 from peft_sparse.training.recipe import Recipe
+from peft_sparse.training.result import FinetuneResult
 from peft_sparse.training.start import where_to_start
-
-
-@dataclass
-class FinetuneResult:
-    """What a run did; `to_dict()` is in result.json.
-
-    Attributes:
-        steps: optimizer steps in all, those before a resumption too.
-        resumed_from: a checkpoint, or None.
-        metrics: of the last evaluation and of training, as Trainer names them.
-        sparsity: share of zeros in the weights of the adapted model, as the forward uses them.
-        trainable: parameters.
-        adapter, merged: folders; None for no merge.
-        zeros_lost: of the model that SPP tuned, after merging; None where nothing was merged, and for PST, which
-            starts from a dense model.
-        seconds: in all.
-    """
-
-    method: str
-    steps: int
-    resumed_from: str | None
-    metrics: dict[str, float]
-    sparsity: float
-    trainable: int
-    adapter: str
-    merged: str | None = None
-    zeros_lost: int | None = None
-    seconds: float = 0.0
-    log: list[dict[str, float]] = field(default_factory=list, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        shown = {"method": self.method, "steps": f"{self.steps:,}", "trainable": f"{self.trainable:,} parameters"}
-        shown |= {name: f"{value:.4f}" for name, value in sorted(self.metrics.items())}
-        shown |= {"sparsity": f"{self.sparsity:.2%}", "adapter": self.adapter}
-        if self.merged is not None:
-            shown["merged"] = self.merged
-        if self.zeros_lost is not None:
-            shown["zeros lost"] = f"{self.zeros_lost:,}"
-        width = max(map(len, shown))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
 def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
@@ -94,38 +52,46 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
 
     Args:
         recipe: from [`load_recipe`].
-        resume: go on from the last complete checkpoint in `training.output_dir`, or from the one that is named.
+        resume: go on from the last complete checkpoint in `training.output_dir`, or from the one that is named. A run
+            that is finished stays as it is, and its result is returned again; one that has all its steps, but was
+            stopped before its end, is evaluated, saved and merged.
 
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
             an earlier run in the folder and `resume` is not asked for, or none to resume.
     """
-    start = time.perf_counter()
-    checkpoint = where_to_start(recipe, resume)
+    begin = time.perf_counter()
     arguments = training_arguments(recipe)
+    start = where_to_start(recipe, arguments, resume)
+    if start.finished is not None:
+        _say_finished(recipe)
+        return start.finished
     if recipe.output.merge:
         check_merge_in_one_process(arguments)
+    check_hub(arguments)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     examples = _examples(recipe, tokenizer, arguments)
-    model, new = _start_model(recipe, tokenizer, arguments, resumed=checkpoint is not None)
+    model, new = _start_model(recipe, tokenizer, arguments, examples, resumed=start.checkpoint is not None)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
     model = adapt(recipe, model, new)
+    if start.trained:
+        examples = _without_a_step(arguments, examples, start.steps)
     trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
-    measured = {key: value for key, value in trained.metrics.items() if key == "train_loss"}
+    trained = trainer.train(resume_from_checkpoint=start.checkpoint, ignore_keys_for_eval=other_outputs())
+    measured = {} if start.trained else {"train_loss": trained.metrics["train_loss"]}
     if examples.validation is not None and recipe.evaluation.at_end:
-        measured |= _numbers(trainer.evaluate())
+        measured |= _numbers(trainer.evaluate(ignore_keys=other_outputs()))
     result = FinetuneResult(
         method=recipe.method,
         steps=trainer.state.global_step,
-        resumed_from=checkpoint,
+        resumed_from=start.checkpoint,
         metrics=measured,
         sparsity=sparsity_report(model).total_sparsity,
         trainable=model.get_nb_trainable_parameters()[0],
         adapter=str(recipe.output_dir / "adapter"),
-        log=trainer.state.log_history,
+        log=[entry for entry in trainer.state.log_history if not (start.trained and "train_loss" in entry)],
     )
     save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
@@ -133,9 +99,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
             if recipe.output.merge:
                 _merge(recipe, model, result)
         finally:  # the training is done, whatever merging says
-            result.seconds = time.perf_counter() - start
-            written = json.dumps(result.to_dict(), indent=2, default=str)
-            (recipe.output_dir / "result.json").write_text(written + "\n", encoding="utf-8")
+            result.seconds = time.perf_counter() - begin
+            result.write(recipe.output_dir)
     return result
 
 
@@ -146,8 +111,12 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     Returns:
         What would be run, plain values.
     """
-    checkpoint = where_to_start(recipe, resume)
     arguments = training_arguments(recipe)
+    start = where_to_start(recipe, arguments, resume)
+    if start.finished is not None:
+        _say_finished(recipe)
+        return {"method": recipe.method, "model": recipe.model.path, "steps left": 0}
+    check_hub(arguments)
     tokenizer = load_tokenizer(recipe.model)
     for name in recipe.evaluation.metrics:
         load_metric(name)
@@ -155,7 +124,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model, new = _model(recipe)
+        model, new = _model(recipe, tokenizer, examples)
         if recipe.pruner is not None:
             _plan_prune(recipe, model, tokenizer)
         model = adapt(recipe, model, new)
@@ -170,27 +139,45 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         "new modules": ", ".join(new) or None,
         "training examples": "a stream" if recipe.data.streaming else len(examples.train),
         "validation examples": 0 if examples.validation is None else len(examples.validation),
-        "resumed from": checkpoint,
+        "resumed from": start.checkpoint,
         "writes to": str(recipe.output_dir),
         "merges to": str(recipe.merged_folder) if recipe.output.merge else None,
     }
+
+
+def _say_finished(recipe: Recipe) -> None:
+    warnings.warn(
+        f"The run in {str(recipe.output_dir)!r} is finished; nothing is left to do, and all stays as it is.",
+        stacklevel=3,
+    )
+
+
+def _without_a_step(arguments: TrainingArguments, examples: Examples, steps: int) -> Examples:
+    """For a Trainer that loads a checkpoint of so many steps, and the best model, and trains no step: an epoch has one
+    step, and all are done. Of a run's own epochs the last one may be begun, and it would train a step more."""
+    import datasets
+
+    arguments.max_steps, arguments.dataloader_drop_last = steps, False
+    return replace(examples, train=datasets.Dataset.from_list([next(iter(examples.train))]))
 
 
 def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
     return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
 
 
-def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> tuple[Any, list[str]]:
+def _start_model(
+    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
+) -> tuple[Any, list[str]]:
     """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
     saved."""
     pruned = recipe.output_dir / PRUNED
     if recipe.pruner is not None and not resumed and arguments.process_index == 0:
         with loaded_whole(arguments):
-            model, new = _prune(recipe, tokenizer, pruned)
+            model, new = _prune(recipe, tokenizer, examples, pruned)
     if recipe.pruner is not None and not resumed:
         PartialState().wait_for_everyone()
     if recipe.pruner is None:
-        model, new = _model(recipe)
+        model, new = _model(recipe, tokenizer, examples)
     elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
         model, new = model_of(recipe, pruned), noted_new_modules(pruned)
     if getattr(model.config, "pad_token_id", None) is None:
@@ -198,16 +185,17 @@ def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, r
     return model, new
 
 
-def _model(recipe: Recipe) -> tuple[Any, list[str]]:
+def _model(recipe: Recipe, tokenizer: Any, examples: Examples) -> tuple[Any, list[str]]:
     """[`model_of`] and its new modules, and it takes the recipe's examples."""
     missing: list[str] = []
     model = model_of(recipe, on_missing=missing.extend)
     check_positions(model, "data.max_length", recipe.data.max_length)
+    check_fit(recipe, model, tokenizer, examples)
     return model, new_modules(recipe, model, missing)
 
 
-def _prune(recipe: Recipe, tokenizer: Any, folder: Path) -> tuple[Any, list[str]]:
-    model, new = _model(recipe)
+def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, folder: Path) -> tuple[Any, list[str]]:
+    model, new = _model(recipe, tokenizer, examples)
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)

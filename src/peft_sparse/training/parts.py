@@ -64,7 +64,9 @@ class DataPart:
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """Metrics, ours or those of the package `evaluate`, computed whenever Trainer evaluates and at the end."""
+    """Metrics, ours or those of the package `evaluate`, computed whenever Trainer evaluates and at the end. A
+    language model has `loss` and `perplexity` besides: exp of the loss, which is the mean over all tokens that are
+    learned, without label smoothing and without what a router adds."""
 
     metrics: list[str] = field(default_factory=list)
     at_end: bool = True

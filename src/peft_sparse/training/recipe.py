@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from peft_sparse.checkpoint.models import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
@@ -35,15 +33,13 @@ from peft_sparse.training.parts import (
     check_model,
     check_output,
 )
+from peft_sparse.training.trainer_options import OWN_RATES, check_training
 from peft_sparse.training.values import check_keys, check_type, read_yaml, with_environment, with_overrides
 from peft_sparse.tuners.pst import PstConfig
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.spp import SppConfig
 
 METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
-_COUNTS = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-# Learning rates beside transformers' own, which is that of the weights.
-OWN_RATES = {"score_learning_rate": "PST's scores", "head_learning_rate": "a head that is trained beside PST"}
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
 
@@ -137,7 +133,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     check_data(recipe.data, recipe.model.task)
     _check_num_labels(recipe)
     _check_adapter(recipe)
-    _check_training(recipe)
+    check_training(recipe)
     check_output(recipe.output, recipe.output_dir)
     return recipe
 
@@ -212,39 +208,3 @@ def _check_adapter(recipe: Recipe) -> None:
         )
     if recipe.adapter.get("inference_mode"):
         raise ValueError("A recipe trains its adapter, got `adapter.inference_mode: true`; leave it out.")
-
-
-def _check_training(recipe: Recipe) -> None:
-    hints = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
-    check_keys("training", recipe.training, {*hints, *OWN_RATES})
-    if not isinstance(recipe.training.get("output_dir"), str):
-        raise ValueError("`training` needs `output_dir`, the folder for checkpoints and results.")
-    for name, whose in OWN_RATES.items():
-        rate = getattr(recipe, name)
-        check_type(f"training.{name}", rate, float | None)
-        if rate is not None and recipe.method != "pst":
-            raise ValueError(f"`training.{name}` is for {whose}, got it with method {recipe.method!r}; leave it out.")
-    _check_numbers(recipe.training)
-    if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
-        raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
-    evaluates = recipe.training.get("eval_strategy", "no") not in ("no", False) or recipe.evaluation.metrics
-    if evaluates and recipe.data.validation_split is None:
-        raise ValueError(
-            "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
-            "`training.eval_strategy`."
-        )
-
-
-def _check_numbers(training: Mapping[str, Any]) -> None:
-    """What transformers takes as it comes, and then trains with, or fails on in the first step."""
-    hints = typing.get_type_hints(TrainingArguments)
-    for name, value in training.items():
-        kinds = set(typing.get_args(hints[name]) or [hints[name]]) - {type(None)}
-        if value is not None and kinds and kinds <= {bool, int, float}:  # a string such as "no" is true in Python
-            check_type(f"training.{name}", value, bool if kinds == {bool} else int | float)
-    for name in _COUNTS:
-        value = training.get(name)
-        if value is not None and (value < 1 or value != int(value)) and (name, value) != ("max_steps", -1):
-            raise ValueError(f"`training.{name}` is a whole number from 1 up, got {value}; or leave it out.")
-    if training.get("learning_rate", 0) < 0:
-        raise ValueError(f"`training.learning_rate` is from 0 up, got {training['learning_rate']}.")

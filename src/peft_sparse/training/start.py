@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import TrainerState, TrainingArguments
+
 from peft_sparse.checkpoint.convert import check_new_folder, check_writable
-from peft_sparse.training.checkpoints import checkpoint_fault, checkpoints, last_complete_checkpoint
+from peft_sparse.training.checkpoints import STATE, checkpoint_fault, checkpoints, last_complete_checkpoint
 from peft_sparse.training.recipe import Recipe
+from peft_sparse.training.result import RESULT, FinetuneResult, read_result
 
 
-def where_to_start(recipe: Recipe, resume: bool | str) -> str | None:
-    """The checkpoint to go on from; None for the beginning.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from; None for the beginning.
+        steps: that the checkpoint has.
+        trained: no step is left.
+        finished: the result of a run of which nothing is left to do.
+    """
+
+    checkpoint: str | None = None
+    steps: int = 0
+    trained: bool = False
+    finished: FinetuneResult | None = None
+
+
+def where_to_start(recipe: Recipe, arguments: TrainingArguments, resume: bool | str) -> Start:
+    """Where a run begins, or that it is finished.
 
     Unfinished checkpoints alone, as a run that was killed in its first save leaves them, are no run that could be
     resumed, and in nobody's way: `CheckpointCallback` sets them aside.
@@ -19,18 +41,42 @@ def where_to_start(recipe: Recipe, resume: bool | str) -> str | None:
         ValueError: if there is none to resume, or there is something in the way.
     """
     _refuse_adapter(recipe.model.path)
-    folder = recipe.output_dir
+    folder, start = recipe.output_dir, Start()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`training.output_dir` is a folder, got {str(folder)!r}, which is a file.")
+    if resume is True and _is_done(folder):
+        result = read_result(folder)
+        if _is_finished(recipe, arguments, result):
+            return Start(steps=result.steps, finished=result)
     if resume:
-        found = _checked(resume) if isinstance(resume, str) else _last(folder)
+        start = _from(_checked(resume) if isinstance(resume, str) else _last(folder), arguments)
     else:
-        found = None
         _check_own_folder(folder)
     check_writable(folder)
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)
-    return found
+    return start
+
+
+def _is_finished(recipe: Recipe, arguments: TrainingArguments, result: FinetuneResult) -> bool:
+    """Whether what a recipe asks for is there. It may ask for more than when the run ended: steps, or a merge."""
+    merged = not recipe.output.merge or (result.merged is not None and Path(result.merged).is_dir())
+    epochs = max((entry.get("epoch") or 0 for entry in result.log), default=0)
+    return merged and Path(result.adapter).is_dir() and _no_step_left(arguments, result.steps, epochs)
+
+
+def _from(checkpoint: str, arguments: TrainingArguments) -> Start:
+    state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+    # By the epochs alone, a fraction of one with accumulated batches could seem done a step before its end.
+    of_epochs = arguments.max_steps <= 0 and state.global_step < state.max_steps
+    trained = not of_epochs and _no_step_left(arguments, state.global_step, state.epoch or 0)
+    return Start(checkpoint, state.global_step, trained)
+
+
+def _no_step_left(arguments: TrainingArguments, steps: int, epochs: float) -> bool:
+    if arguments.max_steps > 0:
+        return steps >= arguments.max_steps
+    return epochs >= arguments.num_train_epochs - 1e-6
 
 
 def _checked(named: str) -> str:
@@ -70,7 +116,7 @@ def _check_own_folder(folder: Path) -> None:
 
 
 def _is_done(folder: Path) -> bool:
-    return (folder / "result.json").is_file()
+    return (folder / RESULT).is_file()
 
 
 def _refuse_adapter(path: str) -> None:

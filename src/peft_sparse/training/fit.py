@@ -1,0 +1,68 @@
+"""Whether model, tokenizer, examples and Hub fit each other: found before anything is pruned or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub import whoami
+from transformers import TrainingArguments
+
+from peft_sparse.evaluation.metrics import check_metrics_of_numbers
+from peft_sparse.pruning.token_inputs import vocabulary_size
+from peft_sparse.training.data import Examples
+from peft_sparse.training.recipe import Recipe
+
+
+def check_hub(arguments: TrainingArguments) -> None:
+    """Raises:
+    ValueError: if a run is to be pushed to the Hub, and the Hub does not answer or does not know who asks."""
+    if not arguments.push_to_hub:
+        return
+    try:
+        whoami(token=arguments.hub_token)
+    except Exception as error:  # those of the client behind huggingface_hub depend on its version
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            "`training.push_to_hub` takes a Hub that answers and a token that it knows, got none of that "
+            f"({type(error).__name__}: {reason}); log in with `hf auth login`, or leave it out."
+        ) from error
+
+
+def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) -> None:
+    """Raises:
+    ValueError: if the tokenizer, which `make_examples` has seen, cannot pad a batch, the model does not take the
+        examples, or it gives nothing that the recipe's metrics compare."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "A batch is padded with a tokenizer's pad, eos or unk token, got one without any of them in "
+            f"{tokenizer.name_or_path!r}; add a `pad_token` of its vocabulary to the tokenizer_config.json there."
+        )
+    if recipe.model.task == "sequence_classification" and model.config.num_labels == 1:
+        check_metrics_of_numbers(recipe.evaluation.metrics)
+    size = vocabulary_size(model)
+    if size is None:
+        return
+    highest = {"the training examples": _highest_id(examples.train)}
+    highest["the validation examples"] = _highest_id(examples.validation)
+    if recipe.model.task != "causal_lm" or recipe.data.text is None:  # windows are of one length
+        highest["a padded batch"] = tokenizer.pad_token_id
+    for where, index in highest.items():
+        if index >= size:
+            raise ValueError(
+                f"Token ids are those of the model's vocabulary, from 0 to {size - 1}, got {index} in {where}, of the "
+                f"tokenizer in {tokenizer.name_or_path!r}; name the one that the model came with in `model.tokenizer`."
+            )
+
+
+def _highest_id(examples: Any) -> int:
+    """Of all examples; of a stream's first one; -1 for none."""
+    import datasets
+    from pyarrow import compute
+
+    if examples is None:
+        return -1
+    if not isinstance(examples, datasets.Dataset):
+        return max(next(iter(examples))["input_ids"])
+    tables: Iterable[Any] = examples.with_format("arrow").iter(1000)
+    return max(compute.max(compute.list_flatten(table["input_ids"])).as_py() for table in tables)

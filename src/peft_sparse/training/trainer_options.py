@@ -1,0 +1,88 @@
+"""What a recipe's `training` may say: transformers' TrainingArguments, and two learning rates beside its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+from peft_sparse.evaluation.metrics import BUNDLED, check_metrics_of_numbers
+from peft_sparse.training.values import check_keys, check_type
+
+if TYPE_CHECKING:
+    from peft_sparse.training.recipe import Recipe
+
+# Learning rates beside transformers' own, which is that of the weights.
+OWN_RATES = {"score_learning_rate": "PST's scores", "head_learning_rate": "a head that is trained beside PST"}
+_COUNTS = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# Settings with which Trainer gives metrics no predictions of the whole split.
+_AGAINST_METRICS = {"prediction_loss_only": True, "batch_eval_metrics": True, "eval_do_concat_batches": False}
+
+
+def check_training(recipe: Recipe) -> None:
+    """Raises:
+    ValueError: for a key that there is not, a value out of its range, or an evaluation without data or metrics."""
+    hints = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
+    check_keys("training", recipe.training, {*hints, *OWN_RATES})
+    if not isinstance(recipe.training.get("output_dir"), str):
+        raise ValueError("`training` needs `output_dir`, the folder for checkpoints and results.")
+    for name, whose in OWN_RATES.items():
+        rate = getattr(recipe, name)
+        check_type(f"training.{name}", rate, float | None)
+        if rate is not None and recipe.method != "pst":
+            raise ValueError(f"`training.{name}` is for {whose}, got it with method {recipe.method!r}; leave it out.")
+    _check_numbers(recipe.training)
+    if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
+        raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
+    _check_evaluation(recipe)
+
+
+def _check_numbers(training: Mapping[str, Any]) -> None:
+    """What transformers takes as it comes, and then trains with, or fails on in the first step."""
+    hints = typing.get_type_hints(TrainingArguments)
+    for name, value in training.items():
+        kinds = set(typing.get_args(hints[name]) or [hints[name]]) - {type(None)}
+        if value is not None and kinds and kinds <= {bool, int, float}:  # a string such as "no" is true in Python
+            check_type(f"training.{name}", value, bool if kinds == {bool} else int | float)
+    for name in _COUNTS:
+        value = training.get(name)
+        if value is not None and (value < 1 or value != int(value)) and (name, value) != ("max_steps", -1):
+            raise ValueError(f"`training.{name}` is a whole number from 1 up, got {value}; or leave it out.")
+    if not training.get("num_train_epochs", 1) > 0:
+        raise ValueError(
+            f"`training.num_train_epochs` is above 0, got {training['num_train_epochs']}, with which nothing is "
+            "trained; a part of one, such as 0.5, may be meant, or `max_steps`."
+        )
+    if training.get("learning_rate", 0) < 0:
+        raise ValueError(f"`training.learning_rate` is from 0 up, got {training['learning_rate']}.")
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    training, metrics = recipe.training, recipe.evaluation.metrics
+    evaluates = training.get("eval_strategy", "no") not in ("no", False) or metrics
+    if evaluates and recipe.data.validation_split is None:
+        raise ValueError(
+            "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
+            "`training.eval_strategy`."
+        )
+    if recipe.model.num_labels == 1:
+        check_metrics_of_numbers(metrics)
+    language_model = recipe.model.task == "causal_lm"
+    for name, value in _AGAINST_METRICS.items():
+        if training.get(name) is value and (metrics or language_model):
+            raise ValueError(
+                f"Metrics, and a language model's perplexity, are made of the predictions of a whole split, got "
+                f"`training.{name}: {str(value).lower()}`, which keeps them back; leave it out."
+            )
+    best, known = (
+        training.get("metric_for_best_model"),
+        {"loss", *metrics, *(["perplexity"] if language_model else [])},
+    )
+    if best is not None and known <= {"loss", "perplexity", *BUNDLED} and str(best).removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`training.metric_for_best_model` is one that the run has, {', '.join(sorted(known))}, got {best!r}; "
+            "name one of them, or add it to `evaluation.metrics`."
+        )

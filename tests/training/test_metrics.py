@@ -1,0 +1,114 @@
+"""Metrics of a run: a language model's loss and perplexity are those of its tokens, however rows share batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import EvalPrediction, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from peft_sparse.training import evaluate_recipe, finetune
+from peft_sparse.training.metrics import IGNORED, Metrics, other_outputs, row_sums
+
+from models import VOCAB_SIZE, WORDS, tiny_llama
+from recipes import language_model, write_rows
+
+pytest.importorskip("datasets")
+pytest.importorskip("evaluate")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+DATA = {"prompt": "{prompt}", "completion": "{completion}"}
+
+
+@pytest.fixture
+def completions(tmp_path):
+    """Of 1 to 9 words."""
+    rows = [{"prompt": WORDS[n], "completion": " ".join(WORDS[n + 1 : n + 2 + n % 9])} for n in range(20)]
+    return write_rows(tmp_path / "completions.jsonl", rows)
+
+
+def mean_loss(model, rows):
+    """Token by token."""
+    losses = []
+    for ids, labels in rows:
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-logits[t - 1, labels[t]].item() for t in range(1, len(ids)) if labels[t] != IGNORED]
+    return sum(losses) / len(losses)
+
+
+rows_of_labels = st.lists(
+    st.lists(st.integers(0, 4) | st.just(IGNORED), min_size=5, max_size=5), min_size=1, max_size=6
+)
+
+
+@given(rows_of_labels, st.integers(1, 5))
+def test_batches_do_not_matter(rows, size):
+    labels = torch.tensor(rows)
+    logits = torch.randn(*labels.shape, 5, generator=torch.Generator().manual_seed(0))
+    metrics, found = Metrics({}, language_model=True), []
+    for batch in (size, len(rows)):
+        pieces = zip(logits.split(batch), labels.split(batch), strict=True)
+        sums = torch.cat([metrics.kept(*piece) for piece in pieces]).numpy()
+        found.append(metrics(EvalPrediction(sums, labels.numpy())))
+    assert found[0] == pytest.approx(found[1], nan_ok=True)
+    targets = labels[:, 1:].reshape(-1)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 5), targets, ignore_index=IGNORED).item()
+    assert found[0]["loss"] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    assert found[0]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4, nan_ok=True)
+
+
+def test_a_perplexity_beyond_all_numbers():
+    labels = torch.tensor([[0, 1]])
+    sums = row_sums(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), labels).numpy()
+    assert Metrics({}, language_model=True)(EvalPrediction(sums, labels.numpy()))["perplexity"] == math.inf
+
+
+def test_perplexity_of_completions_of_unlike_lengths(tmp_path, completions):
+    asked = language_model(tmp_path, completions, prune=None, data=DATA)
+    number = {word: index + 4 for index, word in enumerate(WORDS)}
+    rows = []
+    for n in range(20):
+        ids = [number[WORDS[n]], *(number[word] for word in WORDS[n + 1 : n + 2 + n % 9]), 2]
+        rows.append((ids, [IGNORED, *ids[1:]]))
+    expected = mean_loss(tiny_llama(), rows)
+    for size in (1, 3, 64):
+        found = evaluate_recipe(asked, batch_size=size, progress=False)
+        assert found["loss"] == pytest.approx(expected, rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_a_run_reports_and_chooses_by_the_same_numbers(tmp_path, completions):
+    training = {
+        "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 3, "load_best_model_at_end": True,
+        "metric_for_best_model": "perplexity", "label_smoothing_factor": 0.1,
+    }  # fmt: skip
+    asked = language_model(
+        tmp_path, completions, adapter={"method": "pst"}, prune=None, data=DATA, training=training,
+        evaluation={"metrics": ["accuracy"]},
+    )  # fmt: skip
+    metrics = finetune(asked).metrics
+    measured = evaluate_recipe(asked, tmp_path / "run" / "adapter", batch_size=20, progress=False)
+    assert metrics["eval_loss"] == pytest.approx(measured["loss"], rel=1e-4)
+    assert metrics["eval_perplexity"] == pytest.approx(measured["perplexity"], rel=1e-4)
+    assert metrics["eval_accuracy"] == measured["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mixtral"])
+def test_what_a_model_returns_beside_its_logits_is_not_kept(tmp_path, completions, kind):
+    """A cache that is no tensor; a router's loss, which comes before the logits and is no part of a perplexity."""
+    if kind == "mamba":
+        base = MambaForCausalLM(
+            MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=2)
+        )
+    else:
+        config = MixtralConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2, output_router_logits=True, router_aux_loss_coef=0.5,
+        )  # fmt: skip
+        base = MixtralForCausalLM(config)
+    asked = language_model(tmp_path, completions, base=base, prune=None, data=DATA)
+    whole = [evaluate_recipe(asked, batch_size=size, progress=False)["perplexity"] for size in (1, 20)]
+    assert whole[0] == pytest.approx(whole[1], rel=1e-4) and whole[0] < 2 * VOCAB_SIZE
+    assert {"cache_params", "aux_loss", "router_logits", "past_key_values"} <= set(other_outputs())
+    assert not {"logits", "loss"} & set(other_outputs())
