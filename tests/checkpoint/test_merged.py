@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_sparse import PstConfig, SppConfig
-from peft_sparse.checkpoint import load_sparse, save_sparse
+from peft_sparse.checkpoint import load_sparse, merge_checkpoint, pack_checkpoint, save_sparse, unpack_checkpoint
 from peft_sparse.checkpoint.card import MARK
 from peft_sparse.checkpoint.convert import save_model
 from peft_sparse.evaluation import sparsity_report
@@ -79,10 +79,9 @@ def test_a_card_of_ones_own_stays(tmp_path):
 
 def test_an_empty_form_is_nobodys_own(tmp_path):
     """PEFT leaves one beside an adapter, and people save the merged model there."""
-    adapted = get_peft_model(pruned(), SppConfig(r=4))
-    adapted.save_pretrained(tmp_path)
+    get_peft_model(pruned(), LoraConfig()).save_pretrained(tmp_path)
     assert MARK not in (tmp_path / "README.md").read_text()
-    adapted.merge_and_unload().save_pretrained(tmp_path)
+    merge(pruned()).save_pretrained(tmp_path)
     assert MARK in (tmp_path / "README.md").read_text()
 
 
@@ -120,6 +119,20 @@ def test_what_was_tuned_packed_is_saved_as_asked(packed, tmp_path):
     save_model(merged, tmp_path / "saved", packed, tokenizer_from=tmp_path)
     again = (load_sparse if packed else AutoModelForCausalLM.from_pretrained)(tmp_path / "saved")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in expected.items())
+    assert "spp" in card_of(tmp_path / "saved")[1].tags
+
+
+@pytest.mark.parametrize("config", [SppConfig(r=4), LoraConfig(r=4)], ids=["spp", "lora"])
+def test_a_conversion_to_dense_weights_writes_the_card(config, tmp_path):
+    pruned().save_pretrained(tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "a")
+    merge_checkpoint(tmp_path / "a", tmp_path / "merged")
+    pack_checkpoint(tmp_path / "base", tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    for name in ("merged", "unpacked"):
+        text, data = card_of(tmp_path / name)
+        assert MARK in text and "pruned" in data.tags and data.library_name == "transformers"
+        assert f"{sparsity_report(tmp_path / name).total_sparsity:.2%} of the weights" in text
 
 
 def test_copies_and_pickles_save_themselves(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import prune_magnitude
@@ -76,6 +77,30 @@ def test_a_deep_model_makes_no_taller_and_no_heavier_a_picture(tmp_path):
     assert (tmp_path / "sparsity.png").stat().st_size < 150_000
 
 
+def boxes(figure, *texts):
+    figure.draw_without_rendering()
+    return [text.get_window_extent() for text in texts]
+
+
+NAMES = ("q", "decoder.layer.EncDecAttention.o", "a_linear_whose_name_is_longer_than_that_of_any_model_known_so_far")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("title", [None, "runs/a-model-of-some-owner/" * 12, "word " * 60])
+def test_no_text_is_cut_or_runs_into_another(name, title):
+    model = nn.Module()
+    model.add_module(name.replace(".", "_"), nn.Linear(4, 4))
+    figure = plot_sparsity(model, title=title)
+    rows, columns, bars, _ = figure.axes
+    first, second, third = boxes(figure, rows.title, columns.title, bars.title)
+    assert first.x1 < second.x0 and second.x1 < third.x0
+    label, above = boxes(figure, rows.get_yticklabels()[0], figure._suptitle)
+    assert label.x0 >= 0 and above.x0 >= 0 and above.x1 <= figure.bbox.x1
+    assert first.y1 <= above.y0 and above.y1 <= figure.bbox.y1
+    assert rows.get_window_extent().width == pytest.approx(225, abs=20)  # whatever the names
+    assert rows.get_window_extent().height > 20
+
+
 def test_kinds_of_two_stacks_stay_apart():
     names = ["encoder.layers.0.fc1", "encoder.layers.1.fc1", "decoder.layers.0.fc1", "h.0.experts.3.w1", "head"]
     assert _by_kind(names[:2]) == {"fc1": names[:2]}
@@ -90,6 +115,19 @@ def test_plot_schedule(tmp_path):
     figure.savefig(tmp_path / "schedule.png")
     with pytest.raises(ValueError, match="SparsityCallback"):
         plot_schedule([{"step": 1, "loss": 2.0}])
+
+
+@pytest.mark.parametrize("steps", [[7], [1, 20, 40, 41], range(1, 3001)])
+def test_a_schedule_of_any_length_is_seen(steps):
+    figure = plot_schedule([{"step": s, "sparsity": 0.5, "mask_churn": 0.01} for s in steps], title="word " * 40)
+    left, right = figure.axes
+    assert (left.lines[0].get_marker() == "o") == (len(steps) == 1)
+    (churn,) = right.patches  # one area from log to log, and no bars with gaps
+    values, edges, _ = churn.get_data()
+    assert values.tolist() == pytest.approx([1] * len(steps)) and edges[1:].tolist() == list(steps)
+    assert 0 <= edges[0] < edges[1]
+    (title,) = boxes(figure, figure._suptitle)
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1
 
 
 def test_plot_schedule_of_a_file(tmp_path):

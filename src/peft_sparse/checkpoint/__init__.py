@@ -1,5 +1,6 @@
 """Models to files and back: packed checkpoints, as small as the weights that are not zero, and their cards."""
 
+from peft_sparse.checkpoint.adapter_card import write_adapter_card
 from peft_sparse.checkpoint.card import write_model_card
 from peft_sparse.checkpoint.convert import Converted, merge_checkpoint, pack_checkpoint, unpack_checkpoint
 from peft_sparse.checkpoint.hub import push_sparse_to_hub
@@ -19,6 +20,7 @@ __all__ = [
     "push_sparse_to_hub",
     "save_sparse",
     "unpack_checkpoint",
+    "write_adapter_card",
     "write_card_when_saved",
     "write_model_card",
 ]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from peft_sparse.checkpoint.load import load_sparse, load_stored
+from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import auto_class, load_model
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
@@ -129,13 +130,13 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path, **card: Any) -> None:
-    """Save a merged model, dense or packed, with the tokenizer files of a folder. One that is packed in memory is
-    unpacked in place to be saved dense."""
+def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path) -> None:
+    """Save a whole model, dense or packed, with a model card and the tokenizer files of a folder. One that is packed
+    in memory is unpacked in place to be saved dense."""
     if packed:
-        save_sparse(model, folder, **card)
+        save_sparse(model, folder)
     else:
-        type(model).save_pretrained(unpack_model(model), folder)
+        save_with_card(unpack_model(model), folder)
     copy_tokenizer(tokenizer_from, folder)
 
 

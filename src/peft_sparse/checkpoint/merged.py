@@ -1,4 +1,4 @@
-"""A merged model's `save_pretrained` writes its model card beside the weights.
+"""A merged model's `save_pretrained` writes its model card beside the weights, and so do conversions.
 
 What merging gives is a plain transformers model, whose `save_pretrained` writes none. So a merged model gets one that
 does, for itself alone: classes are left as they are.
@@ -21,13 +21,14 @@ from peft_sparse.tuners.sparse_model import AFTER_MERGE
 
 def write_card_when_saved(model: PreTrainedModel) -> None:
     """Make the `save_pretrained` of this model write a card too."""
-    model.save_pretrained = partial(_save_with_card, model)
+    model.save_pretrained = partial(save_with_card, model)
 
 
 AFTER_MERGE.append(write_card_when_saved)
 
 
-def _save_with_card(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+def save_with_card(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """transformers' `save_pretrained`, whatever the model has in its place, and a model card."""
     check_saves_unpacked(model)
     save = type(model).save_pretrained
     given = inspect.signature(save).bind(model, *args, **kwargs).arguments

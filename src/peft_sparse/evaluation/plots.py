@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from peft_sparse.evaluation.weights import linear_weights
 
 POINTS = 100  # along the sorted rows or columns of a layer
 MAX_LABELS = 42
-MAX_INCHES = 7
+MAX_INCHES = 7  # of height
+STRIPS_INCHES = 6.8  # of width, beside the names of layers
+TITLE_INCHES = 0.17  # of a line's height
+TITLE_LETTERS = 11  # for each inch, of average width
 MIN_SPREAD = 0.1  # around the mean, so that rounding does not look like structure
 
 
@@ -64,7 +68,8 @@ def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = Non
         title: of the picture; None: the total sparsity.
 
     Returns:
-        A matplotlib Figure, at most 7 inches high however deep the model; `figure.savefig("sparsity.png")` writes it.
+        A matplotlib Figure, at most 7 inches high however deep the model (and a line's height for each further line of
+        the title), and as wide as the names of layers need; `figure.savefig("sparsity.png")` writes it.
 
     Raises:
         ValueError: as [`sparsity_report`] does.
@@ -84,14 +89,16 @@ def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = Non
         sparsity.append(1 - kept / weight.numel())
         zeros, numel = zeros + weight.numel() - kept, numel + weight.numel()
     inches = min(1.6 + max(0.2 * len(kinds), 0.1 * len(rows)), MAX_INCHES)
-    figure = figure_cls(figsize=(8, inches), dpi=100, layout="constrained")
+    figure = figure_cls(figsize=(STRIPS_INCHES, inches), dpi=100, layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 1.2])
     _draw_strips(figure, axes, torch.stack(rows), torch.stack(columns))
     axes[2].barh(range(len(sparsity)), sparsity, color="#555555", height=1)
     axes[2].set(xlim=(0, 1))
     axes[2].set_title("share of zeros", fontsize=9)
     _label_kinds(axes, kinds)
-    figure.suptitle(title or f"{zeros / max(numel, 1):.1%} of {numel:,} weights are zero", fontsize=10)
+    names = max(label.get_window_extent().width for label in axes[0].get_yticklabels())
+    figure.set_figwidth(STRIPS_INCHES + names / figure.dpi)  # so that long names leave the strips as they are
+    _set_title(figure, title or f"{zeros / max(numel, 1):.1%} of {numel:,} weights are zero")
     return figure
 
 
@@ -110,8 +117,8 @@ def _draw_strips(figure: Any, axes: Any, rows: torch.Tensor, columns: torch.Tens
             profiles.numpy(), aspect="auto", cmap="PuOr_r", norm=norm, interpolation="nearest",
             extent=(0, 100, len(profiles) - 0.5, -0.5),
         )  # fmt: skip
-        axis.set_title(f"{what}, fullest to emptiest", fontsize=9)
-        axis.set_xlabel("% of them", fontsize=8)
+        axis.set_title(what, fontsize=9)
+        axis.set_xlabel("% of them, fullest to emptiest", fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01, extend="both")
     bar.set_label("share kept / the layer's mean", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -156,11 +163,12 @@ def plot_schedule(log: Sequence[Mapping[str, Any]] | str | Path, title: str | No
     left = figure.subplots()
     right = left.twinx()
     steps = [entry["step"] for entry in entries]
-    left.plot(steps, [100 * entry["sparsity"] for entry in entries], color="#0072b2", linewidth=2)
-    right.bar(
-        steps, [100 * entry.get("mask_churn", 0.0) for entry in entries], color="#e69f00", alpha=0.6,
-        width=0.8 * min((b - a for a, b in pairwise(steps)), default=1),
-    )  # fmt: skip
+    alone = "o" if len(steps) == 1 else None  # a line needs two points
+    left.plot(steps, [100 * entry["sparsity"] for entry in entries], color="#0072b2", linewidth=2, marker=alone)
+    # From one log to the next, in one piece: gaps and seams of thousands of bars would be stripes.
+    churn = [100 * entry.get("mask_churn", 0.0) for entry in entries]
+    start = max(steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), 0)
+    right.stairs(churn, [start, *steps], fill=True, color="#e69f00", alpha=0.6)
     left.set_zorder(right.get_zorder() + 1)  # the line in front of the bars
     left.patch.set_visible(False)
     left.set(xlabel="optimizer step", ylim=(0, 100))
@@ -168,8 +176,16 @@ def plot_schedule(log: Sequence[Mapping[str, Any]] | str | Path, title: str | No
     right.set_ylabel("mask churn since the last log, %", color="#9c6b00")
     right.set_ylim(bottom=0)
     if title:
-        figure.suptitle(title, fontsize=10)
+        _set_title(figure, title)
     return figure
+
+
+def _set_title(figure: Any, title: str) -> None:
+    """Above all panels, in as many lines as it needs, for which the figure grows."""
+    letters = int(TITLE_LETTERS * figure.get_figwidth())
+    lines = list(chain.from_iterable(textwrap.wrap(line, letters) for line in title.splitlines()))
+    figure.set_figheight(figure.get_figheight() + TITLE_INCHES * max(len(lines) - 1, 0))
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def _stored_log(path: Path) -> list[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -35,6 +35,9 @@ _UNCHECKED = {
     "revision",
     "task_type",
 }
+
+# What rooms above do with the folder of each adapter that a PeftModel has saved.
+AFTER_SAVE: list[Callable[[Path], None]] = []
 
 
 @dataclass
@@ -162,6 +165,9 @@ class SparseConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.checksums = None
+        if weights:
+            for action in AFTER_SAVE:
+                action(Path(save_directory))
 
     def _crc32(self) -> str:
         """Of the settings that are not at their default: a field that a later version adds, here or in PEFT, is at its
