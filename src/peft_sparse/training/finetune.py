@@ -177,7 +177,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
 
 
 def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
-    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
+    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, own_labels=own_labels(recipe.model))
 
 
 def _start_model(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, resumed: bool) -> tuple[Any, list[str]]:

@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 from peft_sparse.checkpoint.models import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
+from peft_sparse.training.labels import check_labels
 from peft_sparse.training.parts import (
     DataPart,
     EvaluationPart,
@@ -135,7 +136,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     )
     check_model(recipe.model)
     check_data(recipe.data, recipe.model.task)
-    _check_num_labels(recipe)
+    check_labels(recipe.data, recipe.model)
     _check_adapter(recipe)
     _check_training(recipe)
     check_output(recipe.output, recipe.output_dir)
@@ -194,15 +195,6 @@ def _names(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters) - _OF_FINETUNE
 
 
-def _check_num_labels(recipe: Recipe) -> None:
-    labels, number = recipe.data.labels, recipe.model.num_labels
-    if labels is not None and number is not None and number != len(labels):
-        raise ValueError(
-            f"`model.num_labels` is the number of `data.labels`, got {number} and {len(labels)} of them ({labels}); "
-            "leave `model.num_labels` out, or `data.labels` where a number is the target (1)."
-        )
-
-
 def _check_adapter(recipe: Recipe) -> None:
     expected = TASKS[recipe.model.task][1]
     if recipe.adapter.get("task_type", expected) != expected:
@@ -227,6 +219,11 @@ def _check_training(recipe: Recipe) -> None:
     _check_numbers(recipe.training)
     if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
         raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
+    if recipe.data.streaming and recipe.training.get("dataloader_num_workers", 0) > 1:  # each would read some files
+        raise ValueError(
+            "A stream is read by one process, got `training.dataloader_num_workers` "
+            f"{recipe.training['dataloader_num_workers']}; set it to 1, or leave it out."
+        )
     evaluates = recipe.training.get("eval_strategy", "no") not in ("no", False) or recipe.evaluation.metrics
     if evaluates and recipe.data.validation_split is None:
         raise ValueError(
