@@ -2,19 +2,22 @@
 
 import json
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from peft_sparse.pruning import load_rows
 from peft_sparse.training import finetune, plan_finetune
 from peft_sparse.training.build import load_tokenizer
-from peft_sparse.training.data import calibration_texts, make_examples
+from peft_sparse.training.data import calibration_texts, make_examples, read_split
 from peft_sparse.training.parts import DataPart, ModelPart
+from peft_sparse.training.texts import pair
 
-from models import save_with_tokenizer, tiny_gpt2, tiny_llama
+from models import save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 from recipes import classifier, language_model, write_rows
 
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -62,7 +65,8 @@ def test_windows_have_every_token_in_order(tmp_path, sentences):
     expected = [i for text in rows for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
     for streaming in (False, True):
         data = DataPart(path=sentences, text="text", max_length=7, streaming=streaming, shuffle_buffer=1)
-        found = [i for row in make_examples(data, model, tokenizer, seed=0).train for i in row["input_ids"]]
+        one_pass = islice(make_examples(data, model, tokenizer, seed=0).train, len(expected) // 7)
+        found = [i for row in one_pass for i in row["input_ids"]]
         assert found == expected[: len(found)] and len(expected) - len(found) < 7
 
 
@@ -84,9 +88,20 @@ def test_only_the_completion_is_learned(tmp_path, sentences):
         ({"prompt": "{question}", "completion": "{answer}"}, {"question": "w1", "answer": None}, "None for 'answer'"),
         ({"template": "alpaca"}, {"instruction": None, "input": "w1", "output": "w2"}, "None for 'instruction'"),
         ({"template": "alpaca"}, {"instruction": "w1", "input": None, "output": None}, "None for 'output'"),
+        (
+            {"prompt": "{question}", "completion": "{answer}"},
+            {"question": "w1", "answer": {"text": ["w2"]}},
+            "got dict",
+        ),
+        (
+            {"prompt": "{question}", "completion": "{answer}"},
+            {"question": ["w1"], "answer": "w2"},
+            "got list for 'que",
+        ),
+        ({"template": "alpaca"}, {"instruction": "w1", "input": ["w1"], "output": "w2"}, "got list for 'input'"),
     ],
 )
-def test_nothing_is_not_learned_as_the_word_none(tmp_path, data, row, message):
+def test_nothing_and_no_structure_is_learned_as_python_writes_it(tmp_path, data, row, message):
     whole = {key: value or "w3" for key, value in row.items()}
     rows = write_rows(tmp_path / "rows.jsonl", [whole, row])
     with pytest.raises(ValueError, match=message):
@@ -147,3 +162,69 @@ def test_a_part_of_a_text_file_is_held_out_as_a_file(tmp_path):
     data = {"text": "text", "validation_split": "validation", "files": files}
     plan = plan_finetune(language_model(tmp_path, "text", data=data, prune=None))
     assert plan["training examples"] == plan["validation examples"] == 3
+
+
+CSV = """question,answer,label,other
+w1,00730,001,1
+w2,1.50,None,
+w3,true,NA,3
+w4,NA,001,4
+"""
+
+
+@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "stream"])
+def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
+    """pandas would make 730, 1.5, True and nothing of these answers."""
+    (tmp_path / "rows").mkdir()
+    file = tmp_path / "rows" / ("train.tsv" if way == "tsv" else "train.csv")
+    file.write_text(CSV.replace(",", "\t") if way == "tsv" else CSV)
+    source = {"path": str(tmp_path / "rows" if way == "folder" else file)}
+    if way == "files":
+        source = {"path": "csv", "files": {"train": str(file)}}
+    data = DataPart(**source, prompt="{question}", completion="{answer}", streaming=way == "stream")
+    rows = list(read_split(data, "train", data.streaming))
+    answers = ["00730", "1.50", "true", "NA"]
+    assert [pair(row, data)[1] for row in rows] == answers and rows[0]["other"] == 1
+    assert [text[2:] for text in calibration_texts(data)] == answers
+    data = DataPart(**source, text="answer", label="label", labels=["001", "None", "NA"], max_length=8)
+    save_with_tokenizer(tiny_bert(), tmp_path / "bert")
+    model = ModelPart(path=str(tmp_path / "bert"), task="sequence_classification")
+    assert make_examples(data, model, load_tokenizer(model), seed=0).train["labels"] == [0, 1, 2, 0]
+
+
+def test_gaps_in_a_csv_file_and_options_for_pandas(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nw1,1\n-,\n,0\n")
+    columns = {"path": str(tmp_path / "rows.csv"), "text": "text", "label": "label"}
+
+    def texts(**options):
+        return [row["text"] for row in read_split(DataPart(**columns, options=options), "train")]
+
+    assert texts() == ["w1", "-", None] and texts(keep_default_na=False) == ["w1", "-", ""]
+    assert texts(na_filter=False) == ["w1", "-", ""]
+    assert texts(na_values="-") == texts(na_values=["-"]) == ["w1", None, None]
+    number = DataPart(**columns, labels=None)
+    assert [row["label"] for row in read_split(number, "train")] == [1, None, 0]
+    with pytest.raises(
+        ValueError, match=r"got None in 'text' of the row {'text': None, 'label': '0'}; leave out such"
+    ):
+        plan_finetune(classifier(tmp_path, columns["path"], data={"text": "text", "label": "label"}))
+    (tmp_path / "rows.csv").write_text("text,label\nw1,1\nw2,\n")
+    with pytest.raises(
+        ValueError, match=r"got None in column 'label' of the row {'text': 'w2', 'label': None}; leave"
+    ):
+        plan_finetune(classifier(tmp_path, columns["path"], data={"text": "text", "label": "label"}))
+
+
+def test_one_data_set_of_save_to_disk_is_a_split(tmp_path, sentences):
+    rows = datasets.load_dataset("json", data_files=sentences, split="train")
+    rows.save_to_disk(tmp_path / "saved", num_shards=3)
+    data = {"text": "text", "label": "label"}
+    asked = data | {"train_split": "train[:75%]", "validation_split": "train[75%:]"}
+    plan = plan_finetune(classifier(tmp_path, tmp_path / "saved", data=asked))
+    assert (plan["training examples"], plan["validation examples"]) == (30, 10)
+    assert load_rows(tmp_path / "saved", "validation")[:] == rows[:]
+    with pytest.raises(ValueError, match=r"A file is one split, got .*saved"):
+        classifier(tmp_path, tmp_path / "saved", data=data | {"validation_split": "validation"})
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "splits")
+    asked = data | {"validation_split": "validation"}
+    assert plan_finetune(classifier(tmp_path, tmp_path / "splits", data=asked))["validation examples"] == 40

@@ -136,18 +136,23 @@ def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
     except (OSError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
-    name = (config.architectures or [""])[0]
-    for task, (auto, _) in TASKS.items():
-        found = auto_class(task)._model_mapping.get(type(config), ())
-        names = {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
-        its_own_code = (getattr(config, "auto_map", None) or {}).get(auto, "")
-        names.add(its_own_code.rpartition(".")[2])
-        if name and name in names:
+    for task in TASKS:
+        if is_for(task, config):
             return task
     raise ValueError(
-        f"A model without a task is of a class for one of {', '.join(TASKS)}, got {name or 'none'} in config.json of "
-        f"{str(source)!r}; name the task."
+        f"A model without a task is of a class for one of {', '.join(TASKS)}, got "
+        f"{(config.architectures or ['none'])[0]} in config.json of {str(source)!r}; name the task."
     )
+
+
+def is_for(task: str, config: Any) -> bool:
+    """Whether the class that a model's config names is one for a task."""
+    name = (config.architectures or [""])[0]
+    found = auto_class(task)._model_mapping.get(type(config), ())
+    names = {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
+    its_own_code = (getattr(config, "auto_map", None) or {}).get(TASKS[task][0], "")
+    names.add(its_own_code.rpartition(".")[2])
+    return bool(name) and name in names
 
 
 def auto_class(task: str) -> Any:

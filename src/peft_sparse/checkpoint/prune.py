@@ -66,7 +66,8 @@ def prune_checkpoint(
         rule = "prunes by weights alone and takes no data" if method == "magnitude" else "calibrates on data"
         raise ValueError(f"{method} {rule}, got {data!r}; {'leave it out' if data else 'name a file or a data set'}.")
     parsed = pruning_pattern(method, pattern, group, sparsity)
-    rows = None if data is None else load_rows(**data)
+    column = (calibration or {}).get("text_column", "text")
+    rows = None if data is None else load_rows(**{"texts": [column], **data})
     tokenizer_from = source if tokenizer is None else tokenizer
     if rows is not None or tokenizer is not None:  # before the model, since that may take long
         loaded = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
@@ -74,7 +75,7 @@ def prune_checkpoint(
     beside = locate_companions(tokenizer_from)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
-        documents = _whole(rows, settings.get("text_column", "text"))
+        documents = _whole(rows, column)
         arguments["batches"] = calibration_batches(documents, loaded, **settings)
     if dry_run:
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import glob
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ READERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_STATE = "state.json"  # what `save_to_disk` writes beside the files of one data set
 
 
 def load_rows(
@@ -28,6 +31,7 @@ def load_rows(
     name: str | None = None,
     files: dict[str, Any] | None = None,
     streaming: bool = False,
+    texts: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Rows, as a `datasets.Dataset` or, if they are streamed, an `IterableDataset`.
@@ -35,11 +39,15 @@ def load_rows(
     Args:
         path: a file (its ending tells the format; it is the whole split whatever its name, and a .txt one document);
             the name of a reader ("json", "csv", "parquet"; "text", a row for each line) together with `files`; or a
-            data set on the Hub or in a folder.
+            data set on the Hub or in a folder, also one that `save_to_disk` wrote.
         split: such as "train", or "validation[:100]" where rows are not streamed.
         name: the data set's configuration, such as "wikitext-2-raw-v1".
         files: split to file or files.
         streaming: read rows as they are needed, and keep none.
+        texts: columns of CSV files here that are text as it is written, where pandas would see a number (in 00730) or
+            a truth value. Then only an empty field is None, in all columns, where pandas would take the words NA and
+            None for it, unless `options` say so (`keep_default_na`, `na_values`). A data set on the Hub has types of
+            its own.
         **options: for `load_dataset`.
 
     Raises:
@@ -56,13 +64,12 @@ def load_rows(
             f"A file's ending tells its format, one of {', '.join(READERS)}, got {asked!r}; rename it, or name a "
             "reader and `files`."
         )
-    if files is None and file.suffix.lower() in READERS and (file.is_file() or not file.is_dir()):
-        reader = READERS[file.suffix.lower()]
+    if files is None and (reader := reader_of(file)) is not None:
         if file.suffix.lower() == ".tsv":
             options = {"sep": "\t"} | options
         elif reader == "text":
             options = {"sample_by": "document"} | options
-        files, path = {split.partition("[")[0]: str(file)}, reader
+        files, path = {split.partition("[")[0]: _files_of(file)}, reader
     for listed in _flat(files):
         if "://" not in listed and not any(sign in listed for sign in "*?[") and not Path(listed).is_file():
             raise ValueError(f"Data is in files that are there, got {listed!r}, which is none; check the path.")
@@ -72,6 +79,8 @@ def load_rows(
             )
     patterns = None if files is None else {key: _as_patterns(listed, str(path)) for key, listed in files.items()}
     try:
+        if texts and _reads_csv(str(path), name, patterns):
+            options = _as_written(texts, options)
         return datasets.load_dataset(str(path), name, data_files=patterns, split=split, streaming=streaming, **options)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # `datasets` wraps what a reader says of a file into "an error occurred"
@@ -86,6 +95,39 @@ def load_rows(
             f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
             f"{'what is in it' if files is not None else 'the names and the connection'}."
         ) from error
+
+
+def reader_of(path: str | Path) -> str | None:
+    """The reader of what is one split: a file of its ending, or a folder to which `save_to_disk` wrote one data set
+    (None for several splits, whose files `datasets` finds by itself)."""
+    path = Path(path)
+    if path.is_dir():
+        return "arrow" if (path / _STATE).is_file() else None
+    return READERS.get(path.suffix.lower())
+
+
+def _files_of(path: Path) -> str | list[str]:
+    if not path.is_dir():
+        return str(path)
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return [str(path / file["filename"]) for file in state["_data_files"]]
+
+
+def _reads_csv(path: str, name: str | None, files: dict[str, Any] | None) -> bool:
+    if files is not None or not Path(path).is_dir():
+        return path == "csv"
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
+
+    return isinstance(load_dataset_builder(path, name), Csv)
+
+
+def _as_written(texts: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """pandas' options that keep the fields of these columns as they are; a user's own count."""
+    gaps = {"keep_default_na": False, "na_values": [""]}
+    if options.keys() & {"na_filter", *gaps}:
+        gaps = {}
+    return {"converters": dict.fromkeys(texts, str)} | gaps | options
 
 
 def _as_patterns(files: Any, reader: str) -> Any:

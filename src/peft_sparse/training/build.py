@@ -11,10 +11,12 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
-from peft_sparse.checkpoint.models import load_model
+from peft_sparse.checkpoint.lookup import is_adapter
+from peft_sparse.checkpoint.models import is_for, load_model
 from peft_sparse.training.callbacks import SparsityCallback, log_before_reporters
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples
+from peft_sparse.training.labels import Labels
 from peft_sparse.training.metrics import Metrics
 from peft_sparse.training.param_groups import pst_param_groups
 from peft_sparse.training.parts import ModelPart
@@ -55,7 +57,8 @@ def load_tokenizer(model: ModelPart) -> Any:
 
 
 def own_labels(model: ModelPart) -> dict[str, int]:
-    """The numbers of a classifier's labels by name, as its config.json has them; empty for another task.
+    """The numbers of a classifier's labels by name, as its config.json has them; empty for another task, and for a
+    model without a classifier's head that names none: what its config has then is a default.
 
     Raises:
         ValueError: if there is no such model."""
@@ -68,7 +71,14 @@ def own_labels(model: ModelPart) -> dict[str, int]:
         raise ValueError(
             f"A model is a folder or a name on the Hub, got {model.path!r}: {' '.join(str(error).split())}"
         ) from error
-    return dict(config.label2id or {})
+    names = names_of(config)
+    unnamed = all(name == f"LABEL_{number}" for name, number in names.items())
+    return {} if unnamed and not is_for(model.task, config) else names
+
+
+def names_of(config: Any) -> dict[str, int]:
+    """The numbers of a model's labels by name."""
+    return {str(name): number for number, name in sorted((config.id2label or {}).items())}
 
 
 def make_optimizer(recipe: Recipe, arguments: TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
@@ -130,11 +140,6 @@ def make_trainer(
     return trainer
 
 
-def num_labels(recipe: Recipe) -> int:
-    """Classes of a classifier, 1 for a number."""
-    return recipe.model.num_labels or (len(recipe.data.labels) if recipe.data.labels else 2)
-
-
 def model_of(
     recipe: Recipe, path: str | Path | None = None, on_missing: Callable[[list[str]], Any] | None = None
 ) -> Any:
@@ -142,15 +147,17 @@ def model_of(
     [`load_model`]."""
     part = recipe.model
     config = dict(part.config)
-    known = part.num_labels is not None or recipe.data.labels is not None or path is None
-    if part.task == "sequence_classification" and known:
-        config = {"num_labels": num_labels(recipe)} | config
-        if num_labels(recipe) == 1:
+    asked = part.num_labels is not None or recipe.data.labels is not None
+    adapter = is_adapter(Path(part.path if path is None else path))
+    if part.task == "sequence_classification" and (asked or (path is None and not adapter)):
+        labels = Labels.of(recipe.data, part, {} if asked else own_labels(part))
+        config = {"num_labels": labels.count} | config
+        if labels.count == 1:
             config = {"problem_type": "regression"} | config
         # A model that was trained has its names in its config; an adapter has no place for them.
-        if recipe.data.labels is not None and (path is None or (Path(path) / "adapter_config.json").is_file()):
-            config = {"id2label": dict(enumerate(map(str, recipe.data.labels)))} | config
-            config = {"label2id": {name: index for index, name in config["id2label"].items()}} | config
+        if labels.listed and (path is None or adapter):
+            config = {"id2label": {number: name for name, number in labels.names.items()}} | config
+            config = {"label2id": {name: number for number, name in config["id2label"].items()}} | config
     if part.new_head and path is None:
         config = config | {"ignore_mismatched_sizes": True}
     return load_model(

@@ -17,9 +17,10 @@ from peft_sparse.checkpoint.models import task_of
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning.checks import check_positions, context_length
-from peft_sparse.training.build import load_tokenizer, model_of
+from peft_sparse.training.build import load_tokenizer, model_of, names_of
 from peft_sparse.training.data import Examples, make_examples, token_stream
 from peft_sparse.training.fit import check_fit
+from peft_sparse.training.labels import label_names
 from peft_sparse.training.metrics import Metrics, other_outputs
 from peft_sparse.training.recipe import Recipe, make_recipe
 
@@ -85,8 +86,9 @@ def _evaluate(
         return found | {"perplexity": perplexity(model, ids, window=data.max_length, progress=progress)}
     if part.task == "sequence_classification":
         part = replace(part, num_labels=model.config.num_labels)
-        _check_label_order(model.config.label2id, data.labels)
-    examples = make_examples(data, part, tokenizer, seed=0, train=False, label2id=model.config.label2id)
+        _check_label_order(names_of(model.config), data.labels)
+    own = names_of(model.config) if part.task == "sequence_classification" else {}
+    examples = make_examples(data, part, tokenizer, seed=0, train=False, own_labels=own)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
@@ -126,11 +128,11 @@ def _by_trainer(
     return {key.removeprefix("eval_"): value for key, value in measured.items() if not key.endswith(times)}
 
 
-def _check_label_order(label2id: Mapping[str, int], labels: Sequence[Any] | None) -> None:
+def _check_label_order(own: Mapping[str, int], labels: Sequence[Any] | None) -> None:
     """Raises:
     ValueError: if the model gives the names that data lists other numbers."""
-    names = sorted(label2id, key=lambda name: label2id[name])
-    listed = [str(label) for label in labels or names]
+    names = sorted(own, key=lambda name: own[name])
+    listed = names if labels is None else label_names(labels)
     if listed != names and sorted(listed) == sorted(names):
         raise ValueError(
             f"`data.labels` lists a model's labels in the order of their numbers, got {listed}, and the model's "

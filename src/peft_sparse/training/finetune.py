@@ -162,7 +162,7 @@ def _without_a_step(arguments: TrainingArguments, examples: Examples, steps: int
 
 
 def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> Examples:
-    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, label2id=own_labels(recipe.model))
+    return make_examples(recipe.data, recipe.model, tokenizer, arguments.seed, own_labels=own_labels(recipe.model))
 
 
 def _start_model(

@@ -9,14 +9,15 @@ from typing import Any
 
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.models import TASKS
-from peft_sparse.pruning.sources import READERS
+from peft_sparse.pruning.sources import reader_of
 
 TEMPLATES = ("alpaca",)
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """`path` is a folder, dense or packed, or a name on the Hub; `config` changes fields of the model's config, and
+    """`path` is a folder, dense or packed, or a name on the Hub; `num_labels` is the number of classes (None: that
+    of `data.labels`, or of the checkpoint's own labels); `config` changes fields of the model's config, and
     `new_head` starts a classifier anew whose saved head has another number of labels."""
 
     path: str
@@ -36,9 +37,10 @@ class DataPart:
     """Rows, and what of them is used: `text` (a column, or two for pairs) and `label`; or templates such as
     "{question}" for `prompt` and `completion`; or a named `template`.
 
-    `path` is a file, a loader's name ("json", "text", "csv", "parquet") with `files`, or a name on the Hub; `options`
-    are further arguments of `load_dataset`. `separator` stands between documents in a causal language model's text
-    (None: the end-of-sequence token).
+    `path` is a file, a folder, a loader's name ("json", "text", "csv", "parquet") with `files`, or a name on the
+    Hub; `options` are further arguments of `load_dataset`. Text and labels of a CSV file are taken as they are
+    written. `labels` are the names of the classes in the order of their numbers, see `Labels`. `separator` stands
+    between documents in a causal language model's text (None: the end-of-sequence token).
     """
 
     path: str
@@ -104,8 +106,6 @@ def check_data(data: DataPart, task: str) -> None:
             raise ValueError(f"`data.{name}` is from {least} up, got {value}.")
     if data.files is None:
         _check_splits_of_file(data)
-    if data.labels is not None:
-        _check_labels(data.labels)
     if task == "sequence_classification":
         if not data.text or not data.label or data.prompt or data.completion or data.template:
             raise ValueError(
@@ -127,7 +127,7 @@ def check_data(data: DataPart, task: str) -> None:
 
 
 def _check_splits_of_file(data: DataPart) -> None:
-    kind = READERS.get(Path(data.path).suffix.lower())
+    kind = reader_of(data.path)
     splits = [name for name in (data.train_split, data.validation_split) if name is not None]
     several = len({name.partition("[")[0] for name in splits}) > 1
     if kind == "text" and (several or (len(set(splits)) > 1 and any("[" in name for name in splits))):
@@ -158,14 +158,4 @@ def check_output(output: OutputPart, output_dir: Path) -> None:
         raise ValueError(
             f"The merged model has a folder of its own, got `output.folder` {output.folder!r}, where a run in "
             f"{str(output_dir)!r} puts other things; leave it out, for `merged` in there, or choose another folder."
-        )
-
-
-def _check_labels(labels: list[Any]) -> None:
-    twice = next((name for index, name in enumerate(labels) if name in labels[:index]), None)
-    if len(labels) < 2 or twice is not None:
-        got = f"{twice!r} twice" if twice is not None else f"{labels}"
-        raise ValueError(
-            f"`data.labels` lists the labels in the order of their numbers, at least two and each once, got {got}; "
-            "leave it out where labels are numbers."
         )

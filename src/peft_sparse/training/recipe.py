@@ -24,6 +24,7 @@ from typing import Any
 from peft_sparse.checkpoint.models import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
+from peft_sparse.training.labels import check_labels
 from peft_sparse.training.parts import (
     DataPart,
     EvaluationPart,
@@ -131,7 +132,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     )
     check_model(recipe.model)
     check_data(recipe.data, recipe.model.task)
-    _check_num_labels(recipe)
+    check_labels(recipe.data, recipe.model)
     _check_adapter(recipe)
     check_training(recipe)
     check_output(recipe.output, recipe.output_dir)
@@ -188,15 +189,6 @@ def _check_pattern(method: str, values: Mapping[str, Any]) -> None:
 
 def _names(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters) - _OF_FINETUNE
-
-
-def _check_num_labels(recipe: Recipe) -> None:
-    labels, number = recipe.data.labels, recipe.model.num_labels
-    if labels is not None and number is not None and number != len(labels):
-        raise ValueError(
-            f"`model.num_labels` is the number of `data.labels`, got {number} and {len(labels)} of them ({labels}); "
-            "leave `model.num_labels` out, or `data.labels` where a number is the target (1)."
-        )
 
 
 def _check_adapter(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ only the completion is learned.
 
 from __future__ import annotations
 
+import reprlib
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -15,6 +16,8 @@ from peft_sparse.training.parts import DataPart
 
 Row = dict[str, Any]
 BATCH = 256  # rows that are tokenised together
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 # Stanford Alpaca's two prompts (Taori et al., 2023), which SPP's authors train on: with and without an input.
 _ALPACA = (
@@ -82,9 +85,9 @@ def pair(row: Row, data: DataPart) -> tuple[str, str]:
     """The prompt and the completion of a row.
 
     Raises:
-        ValueError: if a column of them is empty in this row."""
+        ValueError: if a column of them is empty in this row, or has what is no text or number, such as a list."""
     if data.template == "alpaca":
-        given = row.get("input")
+        given = row.get("input") and _given(row, "input")
         with_input = ", paired with an input that provides further context" if given else ""
         given = f"### Input:\n{given}\n\n" if given else ""
         prompt = _ALPACA.format(with_input=with_input, instruction=_given(row, "instruction"), input=given)
@@ -97,12 +100,18 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
 
 
 def _given(row: Mapping[str, Any], column: str) -> Any:
-    if row[column] is None:
+    value = row[column]
+    if value is None:
         raise ValueError(
             f"A prompt and a completion have something in each of their columns, got None for {column!r} in the row "
-            f"{dict(row)}; leave out such rows."
+            f"{shown(row)}; leave out such rows."
         )
-    return row[column]
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(
+            f"A prompt and a completion are made of strings, numbers and truth values, got {type(value).__name__} for "
+            f"{column!r} in the row {shown(row)}; write what is in it (turns of a chat, say) into columns of strings."
+        )
+    return value
 
 
 def text_of(row: Row, column: str) -> str:
@@ -110,8 +119,16 @@ def text_of(row: Row, column: str) -> str:
     ValueError: if it is no string."""
     value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"A column of text has strings, got {value!r} in {column!r}; choose another column.")
+        way_out = "leave out such rows" if value is None else "choose another column"
+        raise ValueError(
+            f"A column of text has strings, got {_SHORT.repr(value)} in {column!r} of the row {shown(row)}; {way_out}."
+        )
     return value
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """A row as a message names it: by the starts of its values."""
+    return "{" + ", ".join(f"{key!r}: {_SHORT.repr(value)}" for key, value in row.items()) + "}"
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -37,6 +37,11 @@ def check_training(recipe: Recipe) -> None:
     _check_numbers(recipe.training)
     if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
         raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
+    if recipe.data.streaming and recipe.training.get("dataloader_num_workers", 0) > 1:  # each would read some files
+        raise ValueError(
+            "A stream is read by one process, got `training.dataloader_num_workers` "
+            f"{recipe.training['dataloader_num_workers']}; set it to 1, or leave it out."
+        )
     _check_evaluation(recipe)
 
 
