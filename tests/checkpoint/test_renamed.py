@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import OffloadedWeightsLoader
 from peft import get_peft_model
-from renamed import RENAMED, mixtral, vit
+from renamed import RENAMED, mixtral, vit, zamba
 from safetensors.torch import load_file, save_file
 
 from peft_sparse import SppConfig
@@ -47,7 +47,7 @@ def test_packed_and_back(make, tmp_path):
     assert_same(unpack_model(packed), model)
 
 
-@pytest.mark.parametrize("make", RENAMED)
+@pytest.mark.parametrize("make", [*RENAMED, zamba])
 def test_verified_from_disk_and_from_memory(make, tmp_path):
     model = pruned(make)
     model.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
@@ -64,7 +64,7 @@ def test_verified_from_disk_and_from_memory(make, tmp_path):
             assert report.total_zeros == reports[0].total_zeros
 
 
-@pytest.mark.parametrize("make", RENAMED)
+@pytest.mark.parametrize("make", [*RENAMED, zamba])
 def test_what_accelerate_keeps_elsewhere_is_read_too(make, tmp_path):
     model = pruned(make)
     in_memory = sparsity_report(model)

@@ -202,9 +202,18 @@ def _stored(model: StoredModel, linears: Linears | None) -> LinearWeights:
 
 
 def _named_as(linears: Linears, model: StoredModel) -> dict[str, StoredLinear]:
-    """The linears of a folder whose tensors are called as those of a like model are; none if one is missing."""
-    found = {name: StoredLinear(f"{name}.weight", linear) for name, linear in linears.items()}
-    return found if all(linear.key in model.tensors for linear in found.values()) else {}
+    """The linears of a folder whose tensors are called as those of a like model are, a weight that several have as
+    that of one of them; none if one is missing."""
+    stored = [name for name in linears if f"{name}.weight" in model.tensors]
+    holders = {id(weight_parameter(unwrap(linear))): name for name in stored if (linear := linears[name]) is not None}
+    found = {}
+    for name, linear in linears.items():
+        module = None if linear is None else unwrap(linear)
+        holder = name if name in stored or module is None else holders.get(id(weight_parameter(module)), name)
+        if holder not in stored:
+            return {}
+        found[name] = StoredLinear(f"{holder}.weight", module)
+    return found
 
 
 def _pruning_errors(entry: Any) -> dict[str, float]:
