@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peft_sparse.checkpoint.labels import keep_labels
 from peft_sparse.checkpoint.load import load_sparse, load_stored
 from peft_sparse.checkpoint.models import auto_class, load_model
 from peft_sparse.checkpoint.save import save_sparse
@@ -136,6 +137,7 @@ def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Pat
         save_sparse(model, folder, **card)
     else:
         type(model).save_pretrained(unpack_model(model), folder)
+        keep_labels(model, folder)
     copy_tokenizer(tokenizer_from, folder)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import transformers
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
+from peft_sparse.checkpoint.labels import labels_of_head
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
 from peft_sparse.storage import open_model
@@ -22,7 +22,6 @@ TASKS = {
     "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
     "sequence_classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
 }
-_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
 def load_model(
@@ -190,7 +189,7 @@ def _load_adapter(
     if task and trained and task != trained:
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
-    if task == "sequence_classification" and (labels := _labels_of_head(folder)):
+    if task == "sequence_classification" and (labels := labels_of_head(folder)):
         # The adapter's head takes the place of the base's, whose number of labels may be another.
         config = {"num_labels": labels, "ignore_mismatched_sizes": True} | config
     missing: list[str] = []
@@ -216,15 +215,3 @@ def _trained_for(folder: Path) -> str | None:
     """The task of an adapter."""
     types = {task_type: task for task, (_, task_type) in TASKS.items()}
     return types.get(adapter_settings(folder).get("task_type") or "")
-
-
-def _labels_of_head(folder: Path) -> int | None:
-    """How many labels the head that was saved with an adapter tells apart."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 # no mapping
-            if name.endswith(_HEADS):
-                return int(file.get_slice(name).get_shape()[0])
-    return None
