@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -76,6 +78,24 @@ def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
         pad_token_id=0,
     )
     return _build(BertForSequenceClassification, config, seed)
+
+
+def tiny_bart(seed: int = 0, num_labels: int = 2) -> BartForSequenceClassification:
+    """A classifier whose head goes by another name, and whose config means three labels where it tells none."""
+    part = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    config = BartConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=32,
+        max_position_embeddings=MAX_LENGTH,
+        dropout=0.0,
+        num_labels=num_labels,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        decoder_start_token_id=2,
+        **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in part.items()},
+    )
+    return _build(BartForSequenceClassification, config, seed)
 
 
 def _build(model_cls: type[PreTrainedModel], config, seed: int):

@@ -9,6 +9,8 @@ from transformers import (
     MixtralForCausalLM,
     ViTConfig,
     ViTForImageClassification,
+    ZambaConfig,
+    ZambaForCausalLM,
 )
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -28,6 +30,14 @@ def llava() -> LlavaForConditionalGeneration:
 def mixtral() -> MixtralForCausalLM:
     """Its experts are one parameter in memory, and tensors of their own in files."""
     return MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+
+
+def zamba() -> ZambaForCausalLM:
+    """The weights of one transformer block are in two of its layers, and in files once; its mixers have parameters of
+    several heads."""
+    sizes = SIZES | {"vocab_size": 64, "num_hidden_layers": 4, "attention_head_dim": 16, "mamba_d_state": 4}
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": ["mamba", "hybrid"] * 2}
+    return ZambaForCausalLM(ZambaConfig(**sizes, **layers)).eval()
 
 
 RENAMED = [vit, llava, mixtral]

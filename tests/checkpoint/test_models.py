@@ -9,8 +9,11 @@ from transformers import BertForSequenceClassification
 
 from peft_sparse import SppConfig
 from peft_sparse.checkpoint import load_model, load_sparse, merge_checkpoint, save_sparse
+from peft_sparse.checkpoint.convert import pack_checkpoint, unpack_checkpoint
+from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.linears import PackedLinear, block_linears
 from peft_sparse.pruning import prune_magnitude
+from peft_sparse.storage import open_model
 
 import models
 
@@ -82,3 +85,38 @@ def test_an_adapter_brings_its_own_head(twins, tmp_path):
         tuned.save_pretrained(tmp_path / f"adapter-{source.name}")
         merge_checkpoint(tmp_path / f"adapter-{source.name}", tmp_path / f"merged-{source.name}")
         assert torch.equal(load_model(tmp_path / f"merged-{source.name}").classifier.weight, head)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 3, 5])
+def test_the_number_of_labels_is_kept(num_labels, tmp_path):
+    """BART's config means three where config.json tells none, and transformers tells none of two."""
+    model = prune_magnitude(models.tiny_bart(num_labels=num_labels), "2:4")
+    save_sparse(model, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    pack_checkpoint(tmp_path / "dense", tmp_path / "packed again")
+    for name in ("packed", "dense", "packed again"):
+        found = load_model(tmp_path / name)
+        assert found.config.num_labels == num_labels and found.config.label2id == model.config.label2id
+        assert torch.equal(found.classification_head.out_proj.weight, model.classification_head.out_proj.weight)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_s_head_of_another_number_of_labels_by_another_name(packed, tmp_path):
+    prune_magnitude(models.tiny_bart(num_labels=5), "2:4").save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base", TASK, config={"num_labels": 2} | NEW_HEAD)
+    tuned = get_peft_model(base, SppConfig(r=4, task_type="SEQ_CLS", modules_to_save=["classification_head"]))
+    head = tuned.base_model.model.classification_head.modules_to_save["default"].out_proj.weight.detach().clone()
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", packed=packed)
+    for name in ("adapter", "merged"):
+        model = load_model(tmp_path / name)
+        assert model.config.num_labels == 2
+        assert any(torch.equal(parameter, head) for parameter in model.parameters())
+
+
+def test_a_config_that_tells_another_number_of_labels(tmp_path):
+    """As plain transformers writes a BART of two labels."""
+    models.tiny_bart(num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tells another number of labels; give that in `config`, as {'num_labels'"):
+        load_stored(open_model(tmp_path))
+    assert load_stored(open_model(tmp_path), changes={"num_labels": 2}).config.num_labels == 2

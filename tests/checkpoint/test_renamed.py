@@ -1,14 +1,19 @@
 """Models whose tensors have other names in files than in memory are stored, packed, trained and verified as others."""
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.utils import OffloadedWeightsLoader
 from peft import get_peft_model
-from renamed import RENAMED, mixtral, vit
+from renamed import RENAMED, mixtral, vit, zamba
 from safetensors.torch import load_file, save_file
 
 from peft_sparse import SppConfig
 from peft_sparse.checkpoint import load_sparse, save_sparse
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
+from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.linears import PackedLinear, block_experts, block_linears, unpack_model
 from peft_sparse.pruning import prune_magnitude
 
@@ -42,7 +47,7 @@ def test_packed_and_back(make, tmp_path):
     assert_same(unpack_model(packed), model)
 
 
-@pytest.mark.parametrize("make", RENAMED)
+@pytest.mark.parametrize("make", [*RENAMED, zamba])
 def test_verified_from_disk_and_from_memory(make, tmp_path):
     model = pruned(make)
     model.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
@@ -57,6 +62,35 @@ def test_verified_from_disk_and_from_memory(make, tmp_path):
             report = verify_sparsity(checked, reference=reference)
             assert report.ok and not report.gained and not report.notes
             assert report.total_zeros == reports[0].total_zeros
+
+
+@pytest.mark.parametrize("make", [*RENAMED, zamba])
+def test_what_accelerate_keeps_elsewhere_is_read_too(make, tmp_path):
+    model = pruned(make)
+    in_memory = sparsity_report(model)
+    in_ram = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    on_disk = disk_offload(copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu")
+    for away in (in_ram, on_disk):
+        assert all(parameter.is_meta for parameter in away.parameters())
+        assert sparsity_report(away).layers == in_memory.layers
+        for report in (verify_sparsity(away, reference=model), verify_sparsity(model, reference=away)):
+            assert report.ok and report.total_zeros == in_memory.total_zeros
+        assert all(parameter.is_meta for parameter in away.parameters())
+
+
+def test_an_expert_s_parameter_is_loaded_once(tmp_path, monkeypatch):
+    """A model may have hundreds of experts in one."""
+    away = disk_offload(mixtral(), str(tmp_path), execution_device="cpu")
+    read = []
+    load = OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", lambda self, key: read.append(key) or load(self, key))
+    weights = linear_weights(away)
+    assert not read
+    for name in weights.names:
+        weights.read(name)
+    experts = block_experts(away)
+    # the two parameters of a module's experts are brought in together
+    assert {name: read.count(name) for name in experts} == dict.fromkeys(experts, 2)
 
 
 def test_zeros_that_an_expert_lost(tmp_path):

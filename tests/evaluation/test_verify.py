@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from renamed import zamba
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaModel
@@ -138,6 +139,17 @@ def test_a_folder_without_config_takes_its_linears_from_the_other_side(bare, tin
     assert report.gained == 0
     assert report.notes == []
     assert len(report.layers) == len(block_linears(tiny_gpt2))
+
+
+def test_a_weight_that_linears_have_in_common_is_stored_once(tmp_path):
+    model = prune_magnitude(zamba(), "2:4")
+    model.save_pretrained(tmp_path)
+    report = verify_sparsity(tmp_path, reference=tmp_path, pattern="2:4")
+    assert report.ok and [layer.name for layer in report.layers] == list(block_linears(model))
+    (tmp_path / "config.json").unlink()
+    for checked in (model, get_peft_model(zamba(), LoraConfig(target_modules=["in_proj"]))):
+        names = [layer.name for layer in verify_sparsity(checked, reference=tmp_path).layers]
+        assert names == list(block_linears(model))
 
 
 def test_what_cannot_be_compared(tiny_llama, tiny_bert, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from renamed import mixtral, zamba
 from torch import nn
 from transformers import (
     BartConfig,
@@ -148,6 +149,13 @@ def test_experts_are_neither_convolutions_nor_adapters_nor_vectors():
     for block in adapted[0]:
         block.linear.of_three_dimensions = nn.Parameter(torch.ones(2, 2, 2))
     assert list(block_experts(adapted)) == expected
+
+
+def test_parameters_of_several_heads_are_no_experts():
+    model = zamba()
+    assert any(parameter.dim() == 3 and min(parameter.shape) > 1 for parameter in model.parameters())
+    assert not block_experts(model)
+    assert len(block_experts(mixtral())) == 4
 
 
 class Logged(nn.Linear):

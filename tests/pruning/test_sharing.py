@@ -25,13 +25,14 @@ def lower(hessian: Hessian) -> torch.Tensor:
 
 
 @given(
-    plan=st.lists(st.lists(st.integers(-1, 2), min_size=4, max_size=4), min_size=1, max_size=6), in_turn=st.booleans()
+    plan=st.lists(st.lists(st.integers(-1, 3), min_size=4, max_size=4), min_size=1, max_size=6), in_turn=st.booleans()
 )
 @settings(max_examples=150, deadline=None)
 def test_everyone_counts_its_own_inputs(plan, in_turn):
-    """In each round every linear gets one of three tensors, or none; some come late, after others' next input."""
+    """In each round every linear gets one of three tensors, an empty one, or none; some come late, after others' next
+    input."""
     linears, own = members(4), [Hessian(WIDTH) for _ in range(4)]
-    rounds = [[torch.randn(1, 3, WIDTH) for _ in range(3)] for _ in plan]
+    rounds = [[*torch.randn(3, 1, 3, WIDTH), torch.empty(0, 3, WIDTH)] for _ in plan]
     calls = [(r, i) for r in range(len(plan)) for i in range(4)]
     if not in_turn:
         calls.sort(key=lambda call: (call[1], call[0]))

@@ -35,6 +35,25 @@ def test_splitting_a_batch_changes_nothing(sequences: int, data):
     )
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from([(2, 3), (7,), (0, 3), (0,), (2, 0)]), min_size=1, max_size=6))
+def test_an_empty_batch_changes_nothing(shapes: list[tuple[int, ...]]):
+    """Whether it comes first, last or between others."""
+    batches = [torch.randn(*shape, 4) for shape in shapes]
+    full = [batch for batch in batches if batch.numel()]
+    (norms, hessian), (norms_expected, hessian_expected) = ((ColumnNorms(4), Hessian(4)) for _ in range(2))
+    for batch in batches:
+        norms.update(batch)
+        hessian.update(batch)
+    for batch in full:
+        norms_expected.update(batch)
+        hessian_expected.update(batch)
+    assert torch.equal(norms.norms, norms_expected.norms)
+    assert torch.equal(hessian.matrix, hessian_expected.matrix)
+    assert (norms.num_sequences, norms.num_tokens) == (norms_expected.num_sequences, norms_expected.num_tokens)
+    assert (hessian.num_sequences, hessian.num_tokens) == (norms.num_sequences, norms.num_tokens)
+
+
 def test_padding_is_as_if_it_were_not_there():
     x, mask = torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
     mask[1, 3:] = False

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +22,13 @@ from transformers import (
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.pruning import prune_magnitude
-from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
+from peft_sparse.training import evaluate_model, evaluate_recipe, finetune, plan_finetune
 from peft_sparse.training.adapt import adapt
 from peft_sparse.training.build import make_optimizer, training_arguments
 from peft_sparse.training.engines import check_merge_in_one_process
 
-from models import tiny_bert, tiny_gpt2, tiny_llama
-from recipes import classifier, language_model
+from models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama
+from recipes import classifier, language_model, write_rows
 
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
@@ -196,6 +197,19 @@ def test_a_base_without_weights_of_its_blocks_is_refused(tmp_path, sentences):
     ):
         finetune(asked)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prune", [None, {"method": "magnitude"}])
+def test_a_model_whose_config_means_another_number_of_labels(tmp_path, sentences, prune):
+    """BART's default is three, and transformers tells none of two."""
+    rows = [json.loads(line) for line in Path(sentences).read_text().splitlines()]
+    write_rows(Path(sentences), [row | {"text": f"{row['text']} </s>"} for row in rows])  # its head is on that token
+    asked = classifier(tmp_path, sentences, base=tiny_bart().model, prune=prune, output={"merge": True})
+    result = finetune(asked)
+    data = {"path": asked.data.path, "validation_split": "train", "text": "text", "label": "label"}
+    for path in (result.adapter, result.merged):
+        measured = evaluate_model(path, data=data, progress=False)
+        assert measured["loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
 
 
 def test_a_head_with_a_rate_of_its_own(tmp_path, sentences):

@@ -6,6 +6,7 @@ zeros, exactness, half precision and several adapters.
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from renamed import mixtral
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -337,6 +339,18 @@ def test_one_module_in_several_places_gets_one_adapter():
     assert len(sparse_layers(model)) == 7
     before = logits(model)
     assert (logits(model.merge_and_unload()) - before).abs().max() <= 1e-4 * before.abs().max()
+
+
+def test_pst_tells_what_stays_dense():
+    """As the pruners do: its sparsity is that of the adapted weights alone."""
+    named = r"4 parameters .* stay dense, \d+% of the model, such as `model.layers.0.mlp.experts.gate_up_proj`"
+    with pytest.warns(UserWarning, match=named):
+        model = get_peft_model(mixtral(), PstConfig(sparsity=0.5))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stay dense")
+        get_peft_model(tiny_llama(), PstConfig(sparsity=0.5))
+        get_peft_model(mixtral(), PstConfig(target_modules=["q_proj"]))  # whoever names some means some
+        inject_adapter_in_model(model.peft_config["default"], mixtral())  # as from an adapter's file
 
 
 def test_layers_to_transform_with_default_targets():

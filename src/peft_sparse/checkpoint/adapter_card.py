@@ -13,7 +13,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from peft_sparse.checkpoint.card import CITATIONS, MARK, METHODS, may_replace
-from peft_sparse.checkpoint.lookup import adapter_settings, labels_of_head
+from peft_sparse.checkpoint.labels import labels_of_head
+from peft_sparse.checkpoint.lookup import adapter_settings
 from peft_sparse.storage import may_be_on_the_hub
 from peft_sparse.storage.files import SafetensorsFile
 from peft_sparse.storage.model import transformers_class

@@ -72,7 +72,10 @@ def check_complete(
         new, mismatched = sorted(new + mismatched), []
     way_out = "it is damaged, or config.json is that of another model"
     if mismatched and not any(name.startswith(inside) for name in mismatched):
-        way_out += f"; a head of another shape is made anew with {NEW_HEAD}"
+        way_out = (
+            "config.json is that of another model, or tells another number of labels; give that in `config`, as "
+            f"{{'num_labels': 2}}, or have a head of another shape made anew with {NEW_HEAD}"
+        )
     found = {"missing": missing, "unexpected": unexpected, "mismatched": [shapes[name] for name in mismatched]}
     for kind, names in found.items():
         if names:

@@ -9,12 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from peft_sparse.storage import may_be_on_the_hub
-from peft_sparse.storage.files import SafetensorsFile
-from peft_sparse.tuners.adapter_files import WEIGHTS
 
 # Any of these tells that a folder has a tokenizer.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.codes")
-_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 PRUNED = "pruned"  # the folder in which `finetune` keeps a base that it pruned, beside adapters and checkpoints
 
 
@@ -52,15 +49,6 @@ def base_of_adapter(folder: str | Path) -> str | Path:
     moved = not named.is_dir() and (len(named.parts) > 2 or named.name == PRUNED)
     kept = len(named.parts) > 1 and beside.parts[-len(named.parts) :] == named.parts
     return beside if beside.is_dir() and (moved or kept) else base
-
-
-def labels_of_head(folder: str | Path) -> int | None:
-    """How many labels the head that was saved with an adapter tells apart; None where there is no such head."""
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        return None
-    file = SafetensorsFile(path)
-    return next((file.shape(name)[0] for name in file.header if name.endswith(_HEADS)), None)
 
 
 def has_tokenizer(source: str | Path) -> bool:

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from peft_sparse.checkpoint.card import write_model_card
+from peft_sparse.checkpoint.labels import keep_labels
 from peft_sparse.linears import check_saves_unpacked
 from peft_sparse.tuners.sparse_model import AFTER_MERGE
 
@@ -37,7 +38,10 @@ def save_with_card(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
     # A card's numbers are counted in the files, which codes of bitsandbytes do not allow.
     quantised = getattr(model.config, "quantization_config", None) is not None
-    if not given.get("is_main_process", True) or adapter_alone or quantised or not folder.is_dir():
+    if not given.get("is_main_process", True) or adapter_alone or not folder.is_dir():
+        return
+    keep_labels(model, folder)
+    if quantised:
         return
     card = write_model_card(folder)
     if given.get("push_to_hub", False):  # with transformers' card, which cannot be had otherwise

@@ -12,8 +12,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig
 
+from peft_sparse.checkpoint.labels import labels_of_head
 from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter, labels_of_head
+from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
 from peft_sparse.storage import open_model
 
 # task: transformers' class for it, and PEFT's task type

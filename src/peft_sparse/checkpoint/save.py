@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from peft_sparse.checkpoint.card import check_method, may_replace, write_model_card
 from peft_sparse.checkpoint.commit import new_files
+from peft_sparse.checkpoint.labels import keep_labels
 from peft_sparse.checkpoint.packed import packed_linears, packed_weights, transposed_weights, unpacked_state
 from peft_sparse.checkpoint.shards import pack_folder
 from peft_sparse.linears import check_own_weight, linears_inside
@@ -83,6 +84,7 @@ def save_sparse(
     with new_files(folder) as temporary:
         state = _state(model)
         type(model).save_pretrained(model, temporary, max_shard_size=limit, state_dict=state)
+        keep_labels(model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         pack_folder(temporary, limit, transposed_weights(model), packed_weights(model), facts)

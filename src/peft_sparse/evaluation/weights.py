@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,15 @@ def linear_weights(
     if not found and not experts:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
 
+    @lru_cache(maxsize=1)  # its experts come one after the other, and may be far away
+    def stored_parts(parameter: str) -> dict[str, torch.Tensor]:
+        return _in_files(model, parameter)
+
     def read(name: str) -> torch.Tensor:
-        return _expert(model, *experts[name]) if name in experts else forward_weight(found[name])
+        if name not in experts:
+            return forward_weight(found[name])
+        parameter, key = experts[name]
+        return _as_matrix(stored_parts(parameter)[key])
 
     return LinearWeights(
         names=[*found, *experts],
@@ -108,8 +116,11 @@ def _experts(model: nn.Module) -> dict[str, tuple[str, str]]:
     }
 
 
-def _expert(model: nn.Module, name: str, key: str) -> torch.Tensor:
-    return _as_matrix(as_in_files(model, name, model.get_parameter(name).detach())[key])
+def _in_files(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The parts of a parameter as files have them, by their names there, wherever it is kept."""
+    with weights_loaded(model.get_submodule(name.rpartition(".")[0]), recurse=False) as was_sharded:
+        parts = as_in_files(model, name, model.get_parameter(name).detach())
+        return {key: part.clone() for key, part in parts.items()} if was_sharded else parts
 
 
 def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -191,9 +202,18 @@ def _stored(model: StoredModel, linears: Linears | None) -> LinearWeights:
 
 
 def _named_as(linears: Linears, model: StoredModel) -> dict[str, StoredLinear]:
-    """The linears of a folder whose tensors are called as those of a like model are; none if one is missing."""
-    found = {name: StoredLinear(f"{name}.weight", linear) for name, linear in linears.items()}
-    return found if all(linear.key in model.tensors for linear in found.values()) else {}
+    """The linears of a folder whose tensors are called as those of a like model are, a weight that several have as
+    that of one of them; none if one is missing."""
+    stored = [name for name in linears if f"{name}.weight" in model.tensors]
+    holders = {id(weight_parameter(unwrap(linear))): name for name in stored if (linear := linears[name]) is not None}
+    found = {}
+    for name, linear in linears.items():
+        module = None if linear is None else unwrap(linear)
+        holder = name if name in stored or module is None else holders.get(id(weight_parameter(module)), name)
+        if holder not in stored:
+            return {}
+        found[name] = StoredLinear(f"{holder}.weight", module)
+    return found
 
 
 def _pruning_errors(entry: Any) -> dict[str, float]:

@@ -26,6 +26,7 @@ from peft_sparse.linears.blocks import (
     matches,
     select_linears,
 )
+from peft_sparse.linears.dense import warn_of_dense_parameters
 from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
 from peft_sparse.linears.operands import OPERANDS, Operand
 from peft_sparse.linears.pack import pack_model, packable_linears, replace_module, unpack_model
@@ -123,6 +124,7 @@ __all__ = [
     "unpack_model",
     "unprefixed",
     "unwrap",
+    "warn_of_dense_parameters",
     "weight_parameter",
     "weights_loaded",
     "whole_parameter",

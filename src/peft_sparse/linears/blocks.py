@@ -91,14 +91,22 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def block_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters inside the model's repeated blocks that hold the weights of several experts, (experts, ., .), by full
-    name: no linears, and most of a model that has them."""
+    name: no linears, and most of a model that has them. Of those of several heads, as in the mixers of Zamba or the
+    gates of RecurrentGemma, nothing in their shape tells them apart: they, or the class of their module, are called
+    experts."""
     return {
         f"{block_list.name}.{index}.{name}": parameter
         for block_list in find_block_lists(model)
         for index, block in block_list.blocks.named_children()
         for name, parameter in _outside_of_layers(block)
         if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
+        if _is_of_experts(block, name)
     }
+
+
+def _is_of_experts(block: nn.Module, name: str) -> bool:
+    module = block.get_submodule(name.rpartition(".")[0])
+    return "expert" in f"{type(module).__name__}.{name}".lower()
 
 
 def _outside_of_layers(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -18,12 +18,12 @@ from peft_sparse.linears import (
     bits,
     block_linears,
     check_own_weight,
-    find_block_lists,
     get_weight,
     in_out_features,
     linears_inside,
     matches,
     shared_weights,
+    warn_of_dense_parameters,
 )
 from peft_sparse.pruning.offload import Weight
 from peft_sparse.sparsity import Pattern, select_mask
@@ -92,7 +92,7 @@ def find_targets(
         with weight.loaded() as values:
             _check_finite(name, values)
     if target_modules is None:
-        _tell_what_stays_dense(model)
+        warn_of_dense_parameters(model)
     return targets
 
 
@@ -133,36 +133,6 @@ def _listed(names: Names | None) -> list[str]:
 def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     shared, pruned = shared_weights(model), set(targets.values())
     return {name: linear for name, linear in targets.items() if pruned.issuperset(shared.get(linear, {}).values())}
-
-
-def _tell_what_stays_dense(model: nn.Module) -> None:
-    """Weights inside the blocks that belong to no linear, such as those of all experts in one parameter, which may be
-    most of the model."""
-    dense = {
-        f"{block_list.name}.{index}.{path}.{last}".replace("..", "."): parameter
-        for block_list in find_block_lists(model)
-        for index, block in block_list.blocks.named_children()
-        for path, module in block.named_modules()
-        for last, parameter in module.named_parameters(recurse=False)
-        if _is_fused_weight(module, parameter)
-    }
-    if not dense:
-        return
-    (name, first), numel = next(iter(dense.items())), sum(parameter.numel() for parameter in dense.values())
-    share = numel / max(sum(parameter.numel() for parameter in model.parameters()), 1)
-    warnings.warn(
-        f"Only linears are pruned, so {len(dense)} parameters that hold weights of several experts, heads or "
-        f"projections at once stay dense, {share:.0%} of the model, such as `{name}` "
-        f"({' x '.join(map(str, first.shape))}); the linears around them are pruned.",
-        stacklevel=4,
-    )
-
-
-def _is_fused_weight(module: nn.Module, parameter: nn.Parameter) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return parameter.dim() == 2
-    is_one = parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
-    return is_one and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _check_plain(name: str, linear: nn.Module) -> None:

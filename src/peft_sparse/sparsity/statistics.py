@@ -16,9 +16,10 @@ def counted_tokens(x: torch.Tensor, token_mask: torch.Tensor | None = None) -> t
         token_mask: bool (sequences, tokens), True for tokens that count; None: all do.
 
     Returns:
-        (counted tokens, in) float32, which may be `x` itself seen otherwise.
+        (counted tokens, in) float32, which may be `x` itself seen otherwise. Inputs without any token, which a linear
+        gets that is not for this batch (an expert, a language's adapter), are no sequence.
     """
-    num_sequences = x.shape[0] if x.dim() > 2 else 1
+    num_sequences = 0 if not x.numel() else x.shape[0] if x.dim() > 2 else 1
     if token_mask is not None and token_mask.shape == x.shape[:-1]:
         x = x[token_mask]
     return x.detach().reshape(-1, x.shape[-1]).to(torch.float32), num_sequences
@@ -89,6 +90,8 @@ class Hessian:
 
     def add(self, tokens: torch.Tensor, num_sequences: int) -> None:
         """Take in finite tokens (tokens, in) float32 of so many sequences."""
+        if not num_sequences:  # there may have been none before either, and a mean over none is no number
+            return
         tokens = tokens.to(self.matrix.device)
         self.num_sequences += num_sequences
         self.num_tokens += len(tokens)

@@ -60,7 +60,9 @@ class StoredModel:
 
     def linears(self) -> dict[str, StoredLinear] | None:
         """The linears of the transformer blocks by name, and the experts of fused ones; all linears for a model
-        without blocks, None if the folder does not tell, or lacks one."""
+        without blocks, None if the folder does not tell, or lacks one. A weight that several linears have in common,
+        as those of a block that is used again do, is stored once, under the name of one of them, and is that of each.
+        """
         model_cls: Any = transformers_class(self.architecture)
         if model_cls is None:
             return None
@@ -70,16 +72,21 @@ class StoredModel:
             f"{name}.weight": linear for name, linear in (block_linears(model) or linears_inside(model)).items()
         }
         wanted = linears | dict.fromkeys(block_experts(model))
-        keys: dict[str, list[StoredLinear]] = {}
+        same: dict[int, list[str]] = {}  # the names of each parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            same.setdefault(id(parameter), []).append(name)
+        keys: dict[str, dict[str, bool]] = {}  # what is stored of each, and whether it is computed from that
         for key, (name, converted) in names_in_model(model, self.tensors).items():
-            if name in wanted and len(self.tensors[key].shape) > 1:
-                keys.setdefault(name, []).append(StoredLinear(key, None if converted else wanted[name]))
+            if len(self.tensors[key].shape) > 1:
+                keys.setdefault(name, {})[key] = converted
         found: dict[str, StoredLinear] = {}
-        for name in wanted:
-            stored = sorted(keys.get(name, []), key=lambda linear: linear.key)
+        for name, module in wanted.items():
+            stored = next((keys[other] for other in (name, *same[id(model.get_parameter(name))]) if other in keys), {})
             if not stored:
                 return None
-            found |= {linear.key if linear.module is None else name: linear for linear in stored}
+            for key in sorted(stored):
+                is_part = module is None or stored[key]
+                found[key if is_part else name] = StoredLinear(key, None if is_part else module)
         return {name.removesuffix(".weight"): linear for name, linear in found.items()}
 
 

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.labels import keep_labels
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
@@ -199,6 +200,7 @@ def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, folder: Path) -> 
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     model.save_pretrained(folder)
+    keep_labels(model, folder)
     tokenizer.save_pretrained(folder)
     note_new_modules(folder, new)
     model.config._name_or_path = model.name_or_path = str(folder)

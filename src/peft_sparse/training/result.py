@@ -22,7 +22,8 @@ class FinetuneResult:
         resumed_from: a checkpoint, or None.
         metrics: of the last evaluation and of training, as Trainer names them; `train_loss` is the mean over the steps
             since a resumption, and left out where there was none.
-        sparsity: share of zeros in the weights of the adapted model, as the forward uses them.
+        sparsity: share of zeros in the weights of the adapted model, as the forward uses them, as a report counts it:
+            also in linears and experts of the blocks that have no adapter.
         trainable: parameters.
         adapter, merged: folders; None for no merge.
         zeros_lost: of the model that SPP tuned, after merging; None where nothing was merged, and for PST, which

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_sparse.linears import PackedLinear, bits, in_out_features, unwrap
+from peft_sparse.linears import PackedLinear, bits, in_out_features, unwrap, warn_of_dense_parameters
 from peft_sparse.sparsity import parse_pattern, sparsities_by_name
 from peft_sparse.tuners.merging import check_not_merged
 from peft_sparse.tuners.pst.config import PstConfig
@@ -121,6 +121,12 @@ class PstModel(SparseTuner):
     def set_sparsity_step(self, step: int, total_steps: int | None = None) -> None:
         """See [`peft_sparse.tuners.pst.set_sparsity_step`]."""
         set_sparsity_step(self.model, step, total_steps)
+
+    def _prepare_model(self, peft_config: PstConfig, model: nn.Module) -> None:
+        by_default = peft_config.target_modules is None
+        super()._prepare_model(peft_config, model)
+        if by_default:
+            warn_of_dense_parameters(model)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         super()._check_target(name, module)
