@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_sparse.checkpoint.card import MARK
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.pruning import prune_magnitude
@@ -40,6 +42,8 @@ def test_a_classifier_is_sparsified_and_merged(tmp_path, sentences):
     assert result.steps == 6 and result.sparsity == pytest.approx(0.75, abs=1e-3)
     merged = AutoModelForSequenceClassification.from_pretrained(result.merged)
     assert sparsity_report(merged).total_sparsity == result.sparsity
+    for folder in (result.adapter, result.merged):
+        assert MARK in (Path(folder) / "README.md").read_text()
     measured = evaluate_recipe(classifier(tmp_path, sentences), result.merged, progress=False)
     assert measured["accuracy"] == result.metrics["eval_accuracy"]
     assert measured["loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
