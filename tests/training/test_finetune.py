@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_sparse.checkpoint.card import MARK
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.pruning import prune_magnitude
@@ -41,6 +42,8 @@ def test_a_classifier_is_sparsified_and_merged(tmp_path, sentences):
     assert result.steps == 6 and result.sparsity == pytest.approx(0.75, abs=1e-3)
     merged = AutoModelForSequenceClassification.from_pretrained(result.merged)
     assert sparsity_report(merged).total_sparsity == result.sparsity
+    for folder in (result.adapter, result.merged):
+        assert MARK in (Path(folder) / "README.md").read_text()
     measured = evaluate_recipe(classifier(tmp_path, sentences), result.merged, progress=False)
     assert measured["accuracy"] == result.metrics["eval_accuracy"]
     assert measured["loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
