@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from renamed import zamba
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from peft_sparse import SppConfig
-from peft_sparse.checkpoint import merge_checkpoint, pack_checkpoint, prune_checkpoint, unpack_checkpoint
+from peft_sparse.checkpoint import (
+    load_sparse,
+    merge_checkpoint,
+    pack_checkpoint,
+    prune_checkpoint,
+    unpack_checkpoint,
+)
 from peft_sparse.pruning import prune_magnitude
 
 import models
@@ -39,6 +46,21 @@ def test_pack_and_unpack_keep_the_dtype_of_each_tensor(says, dense, tmp_path):
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in again.items()} == {name: x.dtype for name, x in tensors.items()}
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_transformers_keeps_in_float32_is_written_as_it_was_stored(tmp_path):
+    """But loaded as `from_pretrained` loads it."""
+    model = prune_magnitude(zamba(), "2:4").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "again"))
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    plain = type(model).from_pretrained(tmp_path / "dense").state_dict()
+    ours = load_sparse(tmp_path / "packed").state_dict()
+    assert {tensor.dtype for tensor in plain.values()} == {torch.bfloat16, torch.float32}
+    assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in plain.items()}
 
 
 @pytest.mark.parametrize("task", [None, "causal_lm"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from peft_sparse.checkpoint.load import load_sparse, load_stored
+from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import auto_class, load_model
 from peft_sparse.checkpoint.save import save_sparse
@@ -169,7 +169,7 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
         size = sum(_packed_bytes(tensor.read()) for tensor in stored.tensors.values())
         return _converted("packed", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
     model_cls = None if task is None else auto_class(task)
-    model = load_stored(stored, model_cls=model_cls, trust_remote_code=trust_remote_code)
+    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_sparse(model, temporary, max_shard_size=max_shard_size)
         copy_tokenizer(stored.folder, temporary)
@@ -194,7 +194,7 @@ def unpack_checkpoint(source: str | Path, folder: str | Path, *, task: str | Non
     if dry_run:
         size = sum(tensor.read().nbytes for tensor in stored.tensors.values())
         return _converted("unpacked", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
-    model = load_sparse(stored.folder, trust_remote_code=trust_remote_code)
+    model = load_stored(stored, exact=True, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_model(model, temporary, False, stored.folder)
     return _converted("unpacked", source, folder, folder, _bytes(stored.folder), _bytes(folder))

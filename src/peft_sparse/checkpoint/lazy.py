@@ -19,6 +19,7 @@ class LazyTensor:
     Args:
         tensor: on disk.
         model_dtype: the model's, where the tensor keeps its own in place of it; None: it is cast as transformers says.
+        exact: it keeps its own dtype also in a module that transformers keeps in float32.
         stand_in: give the shape and the dtype, in the memory of a single number, and read nothing.
 
     Attributes:
@@ -26,9 +27,14 @@ class LazyTensor:
     """
 
     def __init__(
-        self, tensor: StoredTensor, model_dtype: torch.dtype | None = None, *, stand_in: bool = False
+        self,
+        tensor: StoredTensor,
+        model_dtype: torch.dtype | None = None,
+        *,
+        exact: bool = False,
+        stand_in: bool = False,
     ) -> None:
-        self.tensor, self.model_dtype, self.stand_in = tensor, model_dtype, stand_in
+        self.tensor, self.model_dtype, self.exact, self.stand_in = tensor, model_dtype, exact, stand_in
         self.error: Exception | None = None
 
     def __getitem__(self, index: Any) -> _Movable:
@@ -43,7 +49,7 @@ class LazyTensor:
     def dtype(self, asked: torch.dtype | None) -> torch.dtype:
         """In which dtype it is loaded, where transformers asks for one: the model's, or what the module is kept in."""
         stored = self.tensor.dtype
-        if asked is None:
+        if asked is None or self.exact:
             return stored
         keeps = self.model_dtype is not None and stored.is_floating_point
         return stored if keeps and (asked == self.model_dtype or asked.itemsize < stored.itemsize) else asked

@@ -100,6 +100,7 @@ def load_stored(
     packed: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    exact: bool = False,
     check_first: bool = False,
     model_cls: type[PreTrainedModel] | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -110,6 +111,7 @@ def load_stored(
     """[`load_sparse`] of a folder that was looked at, which may be dense.
 
     Args:
+        exact: each tensor has the dtype in which it was saved, with no exception: to be written to files again.
         check_first: whether a config.json that nobody has verified is compared with the shapes before memory is asked
             for.
         changes: `config` of [`load_sparse`].
@@ -120,7 +122,7 @@ def load_stored(
     if check_first:
         check_shapes(model_cls, config, stored, ignore_mismatched_sizes)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
-    model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device)
+    model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device, exact)
     check_complete(model, stored, info, ignore_mismatched_sizes, on_missing, stacklevel=3)
     model.config.name_or_path = model.name_or_path = str(stored.folder)
     put_packed_linears(model, targets)
@@ -213,6 +215,7 @@ def _build(
     packed: dict[str, StoredTensor],
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
+    exact: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, with a stand-in for the weight of each linear in `packed`, and what transformers tells about it."""
     generation = _generation_config(stored)
@@ -222,7 +225,7 @@ def _build(
     dtype = _dtype(dtype)
     stand_ins = {tensor.name for tensor in packed.values()}
     tensors = {
-        name: LazyTensor(tensor, dtype if as_saved else None, stand_in=name in stand_ins)
+        name: LazyTensor(tensor, dtype if as_saved else None, exact=exact, stand_in=name in stand_ins)
         for name, tensor in stored.tensors.items()
     }
     try:
