@@ -763,7 +763,7 @@ DATA = {
         gpt2, call(prune_ria, to_ids(input_ids=torch.tensor([[1, -100]]))), "from 0 to 95, got -100 .*own tokenizer"
     ),
     "tokens as fractions": Case(
-        llama, call(prune_wanda, to_ids(input_ids=torch.rand(1, 4))), "are integers, got torch.float"
+        llama, call(prune_wanda, to_ids(input_ids=torch.rand(1, 4))), "are int64 or int32, got torch.float"
     ),
     "no inputs": Case(llama, call(prune_wanda, [{"labels": torch.ones(1, 4, dtype=torch.int64)}]), "input_ids"),
     "a mask of another length": Case(
