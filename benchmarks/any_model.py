@@ -62,8 +62,15 @@ A tick means, with the default `target_modules`, both unstructured ({share:.0%} 
 - **packed**: `save_sparse` and `load_sparse` give back every bit; SPP trains on `pack_model(model)`, merges in place,
   and has the outputs and zeros of the dense one.
 
-*Adapted* are the linears of the transformer blocks, of all linears of the model, with the names that they have there;
-of a mixer of Mamba `in_proj` alone.
+*Adapted* are the linears of the transformer blocks, of all linears of the model, with the names that they have there.
+Two kinds are left out, with a warning that names them:
+
+- Routers and gates of experts (also those of shared experts and of Gemma 3n's AltUp), which are not pruned either: few
+  weights on which much depends. `target_modules` takes them by name where they are linears; in Mixtral and others they
+  are none.
+- Linears whose weight the module around them takes without calling them, always or in some of its ways to compute:
+  attention of WavLM, all of a mixer of Mamba but `in_proj`, `out_proj` of Mamba 2's and its kin. An adapter would do
+  nothing there, and calibrated pruners see no inputs, so that they leave them out, too; `prune_magnitude` does not.
 """
 
 
@@ -192,7 +199,11 @@ def prune(pruner: Callable[..., nn.Module], architecture: Architecture, pattern:
     more = () if pruner is prune_magnitude else ([inputs],)
     settings = {} if pruner is prune_magnitude else {"progress": False}
     pruner(model, *more, pattern=pattern, sparsity=SPARSITY[pattern], **settings)
+    called = set(default_targets(model))
     for name, linear in block_linears(model).items():
+        if pruner is not prune_magnitude and name not in called:
+            assert not (get_weight(linear) == 0).any(), f"zeros in `{name}`, which calibration leaves out"
+            continue
         in_features, out_features = in_out_features(linear)
         row = int(SPARSITY[pattern] * in_features)
         expected = expected_zeros(linear, pattern) if pruner is prune_magnitude else out_features * row
@@ -305,7 +316,7 @@ def refusals() -> list[tuple[str, str]]:
             nn.Sequential(nn.Linear(6, 4)), "2:4", target_modules=["0"]
         ),
         "PST on a packed model": lambda: get_peft_model(pack_model(pruned(llama, "2:4")), PstConfig()),
-        "Linears of a Mamba mixer besides `in_proj`": lambda: get_peft_model(
+        "Linears whose weight is taken without calling them": lambda: get_peft_model(
             ARCHITECTURES["Mamba"].build(), SppConfig(target_modules=["in_proj", "out_proj"])
         ),
         "A model without repeated blocks, and no `target_modules`": lambda: get_peft_model(

@@ -98,6 +98,11 @@ def speech_to_text() -> Batch:
     return {"input_features": _numbers(8, 32), "labels": _ids(5)}
 
 
+def sound_to_label() -> Batch:
+    """A batch of a classifier of sounds."""
+    return {"input_values": _numbers(400), "labels": torch.tensor([0, 1])}
+
+
 def causal(model_class: str, config_class: str, sizes: Mapping[str, Any] = SIZES, **config: Any) -> Architecture:
     """A causal language model."""
     return Architecture(model_class, config_class, text_to_text, sizes, TaskType.CAUSAL_LM, config=config)
@@ -186,6 +191,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         num_experts_per_tok=2, moe_intermediate_size=16, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
         qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4,
     ),
+    "Qwen2-MoE": causal(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", num_experts=4, moe_intermediate_size=16,
+        shared_expert_intermediate_size=24, num_experts_per_tok=2, num_key_value_heads=2,
+    ),
+    "Qwen3.5": causal(
+        "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], **GROUPED,
+    ),
     "ALBERT": classifier("AlbertForSequenceClassification", "AlbertConfig", embedding_size=16),
     "ELECTRA": classifier("ElectraForSequenceClassification", "ElectraConfig", embedding_size=16),
     "XLM-RoBERTa": classifier("XLMRobertaForSequenceClassification", "XLMRobertaConfig"),
@@ -209,6 +222,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mT5": seq2seq("MT5ForConditionalGeneration", "MT5Config", **_T5),
     "Pegasus": seq2seq("PegasusForConditionalGeneration", "PegasusConfig", **_BART),
+    "T5Gemma": seq2seq(
+        "T5GemmaForConditionalGeneration", "T5GemmaConfig", encoder=SIZES | GROUPED, decoder=SIZES | GROUPED,
+    ),
+    "WavLM": Architecture(
+        "WavLMForSequenceClassification", "WavLMConfig", sound_to_label,
+        {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        modules_to_save=("classifier",),
+        config={
+            "num_attention_heads": 4, "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3],
+            "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+            "classifier_proj_size": 16, "mask_time_prob": 0.0, "layerdrop": 0.0,
+        },
+    ),
     "DeiT": vision("DeiTForImageClassification", "DeiTConfig"),
     "BEiT": vision("BeitForImageClassification", "BeitConfig"),
     "DINOv2": vision("Dinov2ForImageClassification", "Dinov2Config"),

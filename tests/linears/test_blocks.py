@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from renamed import mixtral, zamba
 from torch import nn
 from transformers import (
@@ -14,16 +16,20 @@ from transformers import (
     Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from peft_sparse import PstConfig
+from benchmarks.architectures import ARCHITECTURES
+from peft_sparse import PstConfig, prune_magnitude
 from peft_sparse.linears import (
     block_experts,
     block_linear_names,
     block_linears,
     find_block_lists,
+    is_linear,
     linears_inside,
     unwrap,
 )
@@ -186,3 +192,67 @@ def test_a_subclass_is_a_linear_if_its_own_forward_is_one(cls, linear, dtype):
             ValueError, match=rf"got {cls.__name__} in `layers\.0\.1`, whose own forward is not x W\^T"
         ):
             get_peft_model(model, PstConfig(target_modules=r"layers\.\d\.1"))
+
+
+@pytest.mark.parametrize(("cls", "linear"), [(Logged, True), (Halved, False), (Router, False)])
+def test_a_subclass_is_the_same_on_every_device(cls, linear):
+    """Also where its weight is not at hand: on the meta device, and where accelerate has offloaded it."""
+    with torch.device("meta"):
+        assert is_linear(cls(4096, 16384)) is linear
+    offloaded = nn.Sequential(cls(128, 96, bias=False))
+    cpu_offload(offloaded, execution_device="cpu")
+    assert offloaded[0].weight.is_meta and is_linear(offloaded[0]) is linear
+
+
+@pytest.mark.parametrize("name", ["Falcon", "Llama 4 (text)", "PhiMoE"])
+def test_a_model_on_the_meta_device_has_the_same_linears(name):
+    architecture = ARCHITECTURES[name]
+    with torch.device("meta"):
+        on_meta = architecture.build()
+    assert list(block_linears(on_meta)) == list(block_linears(architecture.build()))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))
+        self.gate, self.gate_proj = nn.Sequential(nn.Linear(8, 4)), nn.Linear(8, 8)
+        self.shared_expert_gate, self.output_gate = nn.Linear(8, 1), nn.Linear(8, 8)
+
+
+def blocks_with_routers():
+    model, block = nn.Module(), nn.Module()
+    block.gate, block.gate_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    block.moe, block.mlp = Experts(), nn.ModuleDict({"router_gate": nn.Linear(8, 6), "up": nn.Linear(8, 8)})
+    model.layers = nn.ModuleList([block])
+    return model
+
+
+def test_routers_are_no_targets_unless_they_are_named():
+    """Nor gates of experts; those of an MLP and of attention are."""
+    model = blocks_with_routers()
+    routers = block_linears(model, routers=True).keys() - block_linears(model).keys()
+    assert routers == {f"layers.0.{n}" for n in ("moe.gate.0", "moe.shared_expert_gate", "mlp.router_gate")}
+    assert not any(f".{router}".endswith(f".{name}") for router in routers for name in block_linear_names(model))
+    with pytest.warns(UserWarning, match=r"3 linears stay dense, such as `layers\.0\.mlp\.router_gate`"):
+        prune_magnitude(model, sparsity=0.5)
+    assert all((linear.weight == 0).any() == (name not in routers) for name, linear in linears_inside(model).items())
+    with pytest.warns(UserWarning, match=r"`layers\.\*\.moe\.gate\.0`, .* get no adapter"):
+        adapted = get_peft_model(model, PstConfig()).base_model.model
+    assert {n for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)} == block_linears(model).keys()
+
+    model = blocks_with_routers()
+    prune_magnitude(model, sparsity=0.5, target_modules=["router_gate"])
+    assert (model.layers[0].mlp["router_gate"].weight == 0).sum() == 24
+    adapted = get_peft_model(model, PstConfig(target_modules=["router_gate"])).base_model.model
+    assert isinstance(adapted.layers[0].mlp["router_gate"], BaseTunerLayer)
+
+
+def test_real_routers():
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    switch = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**sizes, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    )
+    for model in (switch, ARCHITECTURES["Qwen2-MoE"].build()):
+        routers = block_linears(model, routers=True).keys() - block_linears(model).keys()
+        assert {name.split(".")[-1] for name in routers} in ({"classifier"}, {"shared_expert_gate"})

@@ -50,6 +50,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks import architectures
 from peft_sparse import pruning
 from peft_sparse.linears import block_linears, find_block_lists
 from peft_sparse.pruning.calibration import evaluation_mode
@@ -192,7 +193,7 @@ def batches_for(model: nn.Module, padding: bool = True) -> list[dict[str, torch.
 def naive_wanda(model: nn.Module, batches: list[dict[str, torch.Tensor]], sparsity: float, blocks: list[str]) -> None:
     """Prune block by block, each time with complete forwards of the whole model."""
     for block in blocks:
-        linears = [m for m in model.get_submodule(block).modules() if isinstance(m, (nn.Linear, Conv1D))]
+        linears = [m for name, m in block_linears(model).items() if name.startswith(f"{block}.")]
         sums = dict.fromkeys(linears, 0.0)
         for batch in batches:
             mask = batch.get("attention_mask", torch.ones(0, 0))
@@ -549,3 +550,16 @@ def test_a_weight_shared_by_two_targets_comes_back_after_an_error():
     with pytest.raises(ValueError, match=r"infinity in the input of `blocks.2.0`"):
         pruning.prune_wanda(model, [{"x": torch.randn(2, 5, 8)}], progress=False)
     assert_untouched(model, before)
+
+
+def test_by_default_linears_that_are_not_called_stay_dense():
+    wavlm = architectures.ARCHITECTURES["WavLM"]
+    model, batch = wavlm.build(), wavlm.batch()
+    with pytest.warns(UserWarning, match=r"so 8 of 14 stay dense by default: .*attention\.k_proj"):
+        pruning.prune_wanda(model, [{"input_values": batch["input_values"]}], sparsity=0.5, progress=False)
+    for name, linear in block_linears(model).items():
+        assert (linear.weight == 0).any() == (name.split(".")[-1] not in ("q_proj", "k_proj", "v_proj", "out_proj"))
+    with pytest.raises(ValueError, match=r"got none for `.*k_proj`"):
+        pruning.prune_wanda(
+            model, [{"input_values": batch["input_values"]}], target_modules=["k_proj"], progress=False
+        )

@@ -156,3 +156,13 @@ def test_pruning_twice_changes_nothing(tiny_llama):
     once = state_of(prune_magnitude(tiny_llama, "2:4"))
     twice = prune_magnitude(tiny_llama, "2:4").state_dict()
     assert all(torch.equal(tensor, once[name]) for name, tensor in twice.items())
+
+
+def test_a_tied_head_that_was_named_is_left_alone_with_a_warning(tiny_gpt2):
+    head = tiny_gpt2.lm_head.weight.clone()
+    with pytest.warns(
+        UserWarning, match=r"got `lm_head` \(1 in all\), whose weight is also that of `transformer\.wte`"
+    ):
+        prune_magnitude(tiny_gpt2, sparsity=0.5, target_modules=["lm_head", "c_attn"])
+    assert torch.equal(tiny_gpt2.lm_head.weight, head)
+    assert (tiny_gpt2.transformer.h[0].attn.c_attn.weight == 0).any()

@@ -22,7 +22,8 @@ from renamed import mixtral
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_sparse import PstConfig, SppConfig, ops
+from benchmarks.architectures import ARCHITECTURES
+from peft_sparse import PstConfig, SppConfig, load_sparse, ops, save_sparse
 from peft_sparse.linears import block_linears, get_weight
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -398,3 +399,74 @@ def test_the_reference_can_be_put_to_work(config, monkeypatch):
         found.append((loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     assert not ops.reference.reference_in_use()
+
+
+def test_default_targets_leave_out_linears_that_are_not_called():
+    with pytest.warns(
+        UserWarning, match=r"so 8 of 14 get no adapter: `wavlm\.encoder\.layers\.\*\.attention\.k_proj`"
+    ):
+        model = get_peft_model(ARCHITECTURES["WavLM"].build(), PstConfig())
+    names = {name.split(".")[-1] for name in sparse_layers(model)}
+    assert names == {"gru_rel_pos_linear", "intermediate_dense", "output_dense"}
+    with pytest.raises(ValueError, match=r"got `.*k_proj`, whose weight WavLMAttention takes without calling it"):
+        get_peft_model(ARCHITECTURES["WavLM"].build(), PstConfig(target_modules=["k_proj"]))
+
+
+def test_default_targets_of_gated_delta_nets_are_all_linears():
+    model = ARCHITECTURES["Qwen3.5"].build()
+    expected = set(block_linears(model))
+    assert set(sparse_layers(get_peft_model(model, PstConfig()).base_model.model)) == expected
+    assert {f"model.layers.0.linear_attn.{n}" for n in ("in_proj_qkv", "in_proj_z", "out_proj")} <= expected
+
+
+class Hidden(nn.Module):
+    """Computes with a weight in a way that its code does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.taken = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), getattr(self, "tak" + "en").weight)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_pst_warns_of_a_merge_that_prunes_what_never_learned(trained):
+    """Not before training, when no layer has learned."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(Hidden()),
+        PstConfig(schedule="constant", sparsity=0.5, target_modules=["called", "taken"]),
+    )
+    if trained:
+        model(torch.ones(2, 8)).sum().backward()
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_and_unload()
+    messages = [str(warning.message) for warning in caught if "learned nothing" in str(warning.message)]
+    assert len(messages) == trained and all("got `0.taken` (1 in all)" in message for message in messages)
+
+
+@each_config
+def test_a_head_tied_to_the_decoder_stays_tied(config, tmp_path):
+    """PEFT compares it with the input embeddings, which are the encoder's."""
+    architecture = ARCHITECTURES["T5Gemma"]
+    model = get_peft_model(pruned_model(architecture.build, config), config())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tied")
+        merged = model.merge_and_unload().eval()
+    assert merged.config.tie_word_embeddings
+    assert merged.get_output_embeddings().weight is merged.get_decoder().embed_tokens.weight
+    merged.save_pretrained(tmp_path / "dense")
+    save_sparse(merged, tmp_path / "packed")
+    for again in (type(merged).from_pretrained(tmp_path / "dense"), load_sparse(tmp_path / "packed")):
+        with torch.no_grad():
+            found, expected = (m(**architecture.batch()).logits for m in (again.eval(), merged))
+        assert torch.equal(found, expected)
+
+
+def test_a_head_that_training_untied_is_said_to_be():
+    model = get_peft_model(tiny_gpt2(), PstConfig(schedule="constant", sparsity=0.5, modules_to_save=["lm_head"]))
+    with pytest.warns(UserWarning, match="A head is tied to the embeddings while they share a weight, got two"):
+        assert not model.merge_and_unload().config.tie_word_embeddings

@@ -88,7 +88,8 @@ def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
     Args:
         model_or_path: a model, a folder with its safetensors files, dense or packed, or a repository on the Hub; files
             are read tensor by tensor. With unmerged adapters the weights are those that the forward uses, the active
-            adapters included. A model without repeated transformer blocks is reported with all of its linears.
+            adapters included. Routers and gates of experts are not counted. A model without repeated transformer
+            blocks is reported with all of its linears.
 
     Returns:
         A [`SparsityReport`]; layers are in the model's order.

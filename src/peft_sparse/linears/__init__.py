@@ -9,7 +9,6 @@ from peft_sparse.linears.accelerated import (
     Acceleration,
     acceleration_of,
     install,
-    plain_class,
     refuses_acceleration,
     uninstall,
 )
@@ -21,11 +20,13 @@ from peft_sparse.linears.blocks import (
     block_linears,
     check_model,
     find_block_lists,
+    is_router,
     linears_inside,
-    linears_not_called,
     matches,
+    names_in_blocks,
     select_linears,
 )
+from peft_sparse.linears.callers import linears_not_called
 from peft_sparse.linears.dense import warn_of_dense_parameters
 from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
 from peft_sparse.linears.operands import OPERANDS, Operand
@@ -57,6 +58,7 @@ from peft_sparse.linears.weights import (
     in_out_features,
     is_linear,
     num_zeros,
+    plain_class,
     set_weight,
     stored_weight,
     unwrap,
@@ -99,11 +101,13 @@ __all__ = [
     "is_foreign",
     "is_linear",
     "is_packed",
+    "is_router",
     "is_share",
     "keep_loaded",
     "linears_inside",
     "linears_not_called",
     "matches",
+    "names_in_blocks",
     "num_zeros",
     "offload_hook",
     "pack_model",

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.weights import plain_class
 from peft_sparse.ops.reference import transformed
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -204,6 +205,7 @@ class Acceleration:
 class _Accelerated(nn.Module):
     """The forward that the accelerated classes share."""
 
+    plain_linear_class: type[nn.Module]  # see `plain_class`
     _acceleration: Acceleration
     bias: Any
 
@@ -224,6 +226,8 @@ class _Accelerated(nn.Module):
 class AcceleratedLinear(_Accelerated, nn.Linear):
     """An nn.Linear with an [`Acceleration`]."""
 
+    plain_linear_class = nn.Linear
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         operand, weight = self._acceleration.operand(self, x), self._parameters.get("weight")
         if operand is not None:
@@ -237,6 +241,8 @@ class AcceleratedLinear(_Accelerated, nn.Linear):
 class AcceleratedConv1D(_Accelerated, Conv1D):
     """A Conv1D with an [`Acceleration`]."""
 
+    plain_linear_class = Conv1D
+
     def __repr__(self) -> str:  # Conv1D has one of its own
         return f"{super().__repr__().removesuffix(')')}, accelerated: {self._acceleration!r})"
 
@@ -244,18 +250,13 @@ class AcceleratedConv1D(_Accelerated, Conv1D):
 class AcceleratedPackedLinear(_Accelerated, PackedLinear):
     """A [`PackedLinear`] with an [`Acceleration`]: its own way is to unpack the weight."""
 
+    plain_linear_class = PackedLinear
+
 
 _ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: AcceleratedLinear,
-    Conv1D: AcceleratedConv1D,
-    PackedLinear: AcceleratedPackedLinear,
+    accelerated.plain_linear_class: accelerated
+    for accelerated in (AcceleratedLinear, AcceleratedConv1D, AcceleratedPackedLinear)
 }
-_PLAIN = {accelerated: plain for plain, accelerated in _ACCELERATED.items()}
-
-
-def plain_class(linear: nn.Module) -> type[nn.Module]:
-    """The class of a linear without its acceleration."""
-    return _PLAIN.get(type(linear), type(linear))
 
 
 def acceleration_of(linear: nn.Module) -> Acceleration | None:

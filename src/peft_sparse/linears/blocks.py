@@ -10,13 +10,15 @@ to the pooler.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.linears.weights import is_linear, unwrap
+from peft_sparse.linears.weights import in_out_features, is_linear, unwrap
+
+_ROUTERS = {"router", "altup"}
 
 Names = list[str] | tuple[str, ...] | set[str] | str
 
@@ -70,8 +72,11 @@ def linears_inside(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear inside the model's repeated blocks, by full name; empty if the model has no such blocks.
+def block_linears(model: nn.Module, *, routers: bool = False) -> dict[str, nn.Module]:
+    """The linears inside the model's repeated blocks, by full name; empty if the model has no such blocks.
+
+    Args:
+        routers: also those that choose or weigh what computes, see [`is_router`].
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,8 +90,30 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
         f"{block_list.name}.{index}.{path}": linear
         for block_list in find_block_lists(model)
         for index, block in block_list.blocks.named_children()
-        for path, linear in linears_inside(block).items()
+        for path, linear in _block_linears(block, routers).items()
     }
+
+
+def _block_linears(block: nn.Module, routers: bool = False) -> dict[str, nn.Module]:
+    return {path: linear for path, linear in linears_inside(block).items() if routers or not is_router(block, path)}
+
+
+def is_router(block: nn.Module, path: str) -> bool:
+    """Whether a linear, by its path inside a block, chooses or weighs what computes: the router of experts, a `gate`
+    that is beside them with all that it consists of, and the gate of a shared expert, which has one output.
+
+    Few weights on which much depends, so that they stay dense unless they are named, in all models alike: of Mixtral
+    and others they are no linears at all. AltUp's (Gemma 3n), which mix a few copies of the hidden state, are of this
+    kind. That of an MLP (`gate_proj`) or of attention is not.
+    """
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        words = part.split("_")
+        if not _ROUTERS.isdisjoint(words):
+            return True
+        if words[-1] == "gate" and hasattr(block.get_submodule(".".join(parts[:depth])), "experts"):
+            return part == "gate" or in_out_features(unwrap(block.get_submodule(path)))[1] == 1
+    return False
 
 
 def block_experts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -133,7 +160,7 @@ def block_linear_names(model: nn.Module) -> set[str]:
             f"{type(model).__name__} has no list of such blocks; name the linears to adapt in `target_modules`."
         )
     paths = {
-        path for block_list in find_block_lists(model) for block in block_list.blocks for path in linears_inside(block)
+        path for block_list in find_block_lists(model) for block in block_list.blocks for path in _block_linears(block)
     }
     outside = [name for name, _ in model.named_modules() if name not in inside]
     if any(f".{name}".endswith(f".{path}") for name in outside for path in paths):
@@ -141,19 +168,14 @@ def block_linear_names(model: nn.Module) -> set[str]:
     return paths
 
 
-def linears_not_called(model: nn.Module) -> dict[str, str]:
-    """Linears whose weight another module computes with, by full name, and the kind of that module.
+def names_in_blocks(full_names: Iterable[str]) -> str:
+    """For messages: each name once for all blocks, whose number is a `*`.
 
-    In a mixer of Mamba and its kin (it holds `A_log`) that is every linear but `in_proj`: its kernels take the weights
-    of the others, on a CPU of some of them, so that what is wrapped around such a linear has no effect.
+    Examples:
+        >>> names_in_blocks(["layers.0.mlp.router", "layers.1.mlp.router"])
+        '`layers.*.mlp.router`'
     """
-    return {
-        f"{name}.{child}".lstrip("."): type(mixer).__name__
-        for name, mixer in model.named_modules()
-        if isinstance(getattr(mixer, "A_log", None), nn.Parameter)
-        for child, linear in mixer.named_children()
-        if child != "in_proj" and is_linear(unwrap(linear))
-    }
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(re.sub(r"\.\d+\.", ".*.", full) for full in full_names))
 
 
 def matches(names: Names, name: str) -> bool:

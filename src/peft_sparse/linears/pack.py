@@ -12,12 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.linears.accelerated import plain_class
 from peft_sparse.linears.blocks import Names, check_model, select_linears
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.saving import allow_save_pretrained, is_packed, refuse_save_pretrained
 from peft_sparse.linears.sharing import shared_weights
-from peft_sparse.linears.weights import in_out_features, num_zeros, weight_parameter
+from peft_sparse.linears.weights import in_out_features, num_zeros, plain_class, weight_parameter
 
 
 def pack_model(
@@ -35,7 +34,7 @@ def pack_model(
     Args:
         model: any module without adapters.
         target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
-            all linears inside the repeated transformer blocks.
+            all linears inside the repeated transformer blocks but routers and gates of experts.
         exclude_modules: what to leave out of them, given in the same way.
 
     Returns:

@@ -40,7 +40,7 @@ def quantize_model(
         model: any module without adapters, in memory, with float32, bfloat16 or float16 weights.
         kind: "nf4", "fp4" (4 bits, blocks of 64 weights with a scale) or "int8" (a scale for each row).
         target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
-            all linears inside the repeated transformer blocks.
+            all linears inside the repeated transformer blocks but routers and gates of experts.
         exclude_modules: what to leave out of them, given in the same way.
         double_quant: whether the scales of 4-bit weights are quantised too.
         compute_dtype: in which 4-bit linears multiply; None: the dtype of their weights.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_sparse.linears.hooks import weights_loaded
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.quantized import bits, is_foreign, quantized_weight, write_quantized
-from peft_sparse.linears.sharded import is_dtensor, is_share, whole_shape
+from peft_sparse.linears.sharded import is_share, whole_shape
 from peft_sparse.sparsity import (
     EightBitWeight,
     FourBitWeight,
@@ -33,8 +35,14 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-# What `computes_linear` found, as long as the modules live.
+def plain_class(linear: nn.Module) -> type[nn.Module]:
+    """The class of a linear without its acceleration."""
+    return getattr(type(linear), "plain_linear_class", type(linear))
+
+
+# What `computes_linear` found, as long as the modules live, and the rows and columns that it tries at most.
 _COMPUTES_LINEAR: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_TRIED = 64
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -50,27 +58,40 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point() or is_foreign(module):
         return False
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or computes_linear(module)
+    return plain_class(module).forward in (nn.Linear.forward, Conv1D.forward) or computes_linear(module)
 
 
 @torch.no_grad()
 def computes_linear(module: nn.Module) -> bool:
-    """Whether a subclass of nn.Linear or Conv1D with a forward of its own computes x W^T + b: it is tried once. One
-    whose weight is not at hand is taken at its word."""
-    weight, bias = weight_parameter(module), getattr(module, "bias", None)
+    """Whether a subclass of nn.Linear or Conv1D with a forward of its own computes x W^T + b: it is tried once.
+
+    It is tried with small numbers in the place of its own, so that the answer is the same wherever they are: on the
+    meta device, offloaded or sharded.
+    """
     if module not in _COMPUTES_LINEAR:
-        if weight.is_meta or is_dtensor(weight) or not weight.numel():
-            return True
-        matrix = weight.detach().T if isinstance(module, Conv1D) else weight.detach()  # (out, in)
-        x = torch.linspace(-1, 1, 2 * matrix.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
-        tolerance = 0.05 if weight.dtype.itemsize < 4 else 1e-3
+        rows, columns = (min(size, _TRIED) for size in whole_shape(weight_parameter(module)))
+        cpu: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
+        weight = torch.linspace(-1, 1, rows * columns, **cpu).view(rows, columns)
+        matrix = weight.T if isinstance(module, Conv1D) else weight  # (out, in)
+        bias = None if getattr(module, "bias", None) is None else torch.ones(len(matrix), **cpu)
+        x = torch.linspace(-1, 1, 2 * matrix.shape[1], **cpu).view(2, matrix.shape[1])
         try:
-            found, expected = type(module).forward(module, x), nn.functional.linear(x, matrix, bias)
-            same = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance, True)
+            found, expected = _small_forward(module, weight, bias)(x), nn.functional.linear(x, matrix, bias)
+            same = found.shape == expected.shape and torch.allclose(found, expected, 1e-3, 1e-3)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # other inputs, or other outputs
             same = False
         _COMPUTES_LINEAR[module] = same
     return _COMPUTES_LINEAR[module]
+
+
+def _small_forward(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., Any]:
+    """The forward of the module's class, without hooks, with the module's settings but another weight."""
+    cls: Any = type(module)
+    small = cls.__new__(cls)
+    sizes = ("nx", "nf") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    own = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+    small.__dict__ |= module.__dict__ | {"_parameters": own} | dict(zip(sizes, weight.shape, strict=True))
+    return partial(cls.forward, small)
 
 
 def check_own_weight(name: str, module: nn.Module) -> None:

@@ -43,7 +43,7 @@ def prune_magnitude(
         group: what competes: `"layer"`, all weights of a layer (None), or `"row"`, those of one output, each with
             `int(sparsity * in_features)` zeros. Not for N:M.
         target_modules: names of linears, or a regex for full names, as in PEFT. None: every linear inside the model's
-            repeated transformer blocks, never embeddings, pooler or head.
+            repeated transformer blocks but routers and gates of experts, never embeddings, pooler or head.
         exclude_modules: linears to leave alone, given in the same way.
 
     Returns:

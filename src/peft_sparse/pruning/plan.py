@@ -52,7 +52,7 @@ def plan_pruning(
     Raises:
         ValueError: as the pruner would. Nothing is written.
     """
-    names = {key: arguments.get(key) for key in ("target_modules", "exclude_modules")}
+    names: Any = {key: arguments.get(key) for key in ("target_modules", "exclude_modules")}
     if method == "magnitude":
         return resolve_sparsities(find_targets(model, pattern, **names), pattern, sparsity)
     settings = {key: arguments.get(key, default) for key, default in _own_settings(method).items()}

@@ -66,8 +66,9 @@ def prune_sparsegpt(
     that is zero in every calibration token is dead: its weights go first, since they change nothing.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head. Its
-            weights may be kept in CPU memory or on disk by accelerate's hooks.
+        model: with repeated transformer blocks, all of whose linears are pruned by default, but routers and gates of
+            experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights may
+            be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
             ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
             Tokens that `attention_mask` marks as padding do not count. The authors take 128 sequences of 2048 tokens.

@@ -1,7 +1,7 @@
 """Which linears a pruner changes, checked before the first one is, and the change itself.
 
-The targets are the linears inside the model's repeated transformer blocks. A weight that is shared with a module
-outside of them (an embedding, a tied head) is left alone: pruning it would prune that module too.
+The targets are the linears inside the model's repeated transformer blocks, but no routers. A weight that is shared
+with a module outside of them (an embedding, a tied head) is left alone: pruning it would prune that module too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from peft_sparse.linears import (
     get_weight,
     in_out_features,
     linears_inside,
+    linears_not_called,
     matches,
+    names_in_blocks,
     shared_weights,
     warn_of_dense_parameters,
 )
@@ -35,6 +37,8 @@ def find_targets(
     pattern: Pattern,
     target_modules: Names | None = None,
     exclude_modules: Names | None = None,
+    *,
+    called: bool = False,
 ) -> dict[str, nn.Module]:
     """The linears to prune, by full name.
 
@@ -42,8 +46,9 @@ def find_targets(
         model: any module.
         pattern: every target's in_features must suit it.
         target_modules: names of linears or the ends of names ("q_proj", "self_attn.q_proj"), or one regex that matches
-            full names, as in PEFT. None: all linears inside the repeated blocks.
+            full names, as in PEFT. None: all linears inside the repeated blocks, but no routers.
         exclude_modules: what to leave out of them, given in the same way.
+        called: by default only linears that are called, whose inputs can be seen; warns with the names of others.
 
     Raises:
         ValueError: if what should be names is none, if there is nothing to prune, or if a target carries an adapter,
@@ -52,6 +57,8 @@ def find_targets(
     """
     _check_names(target_modules, exclude_modules)
     candidates = block_linears(model) if target_modules is None else linears_inside(model)
+    if target_modules is None and called:
+        candidates = _without_uncalled(model, candidates, exclude_modules)
     if target_modules is None and not candidates:
         raise ValueError(
             f"The default targets are the linears inside a model's repeated transformer blocks, but "
@@ -73,7 +80,7 @@ def find_targets(
     chosen = {name: candidates[name] for name in names if name not in excluded}
     for name, linear in chosen.items():
         _check_plain(name, linear)
-    targets = _without_tied(model, chosen)
+    targets = _without_tied(model, chosen, named=target_modules is not None)
     if not targets:
         raise ValueError(
             f"A pruner needs at least one linear, got none in {type(model).__name__} for target_modules="
@@ -92,6 +99,7 @@ def find_targets(
         with weight.loaded() as values:
             _check_finite(name, values)
     if target_modules is None:
+        _warn_of_routers(model)
         warn_of_dense_parameters(model)
     return targets
 
@@ -99,13 +107,13 @@ def find_targets(
 def calibrated_targets(
     model: nn.Module, pattern: Pattern, target_modules: Names | None, exclude_modules: Names | None
 ) -> dict[str, nn.Module]:
-    """[`find_targets`], all of them inside the blocks.
+    """[`find_targets`], all of them inside the blocks, and by default all of them called.
 
     Raises:
         ValueError: if one is not.
     """
-    targets = find_targets(model, pattern, target_modules, exclude_modules)
-    inside = block_linears(model)
+    targets = find_targets(model, pattern, target_modules, exclude_modules, called=True)
+    inside = block_linears(model, routers=True)
     outside = [name for name in targets if name not in inside]
     if outside:
         blocks = "outside of them" if inside else f"and {type(model).__name__} has no list of such blocks"
@@ -130,9 +138,49 @@ def _listed(names: Names | None) -> list[str]:
     return [] if names is None or isinstance(names, str) else sorted(names)
 
 
-def _without_tied(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _without_uncalled(model: nn.Module, linears: dict[str, nn.Module], excluded: Names | None) -> dict[str, nn.Module]:
+    not_called = linears_not_called(model)
+    left_out = [n for n in linears if n in not_called and (excluded is None or not matches(excluded, n))]
+    if not left_out or len(left_out) == len(linears):
+        return linears
+    warnings.warn(
+        f"Calibration needs inputs of the linears that it prunes, so {len(left_out)} of {len(linears)} stay dense by "
+        f"default: {names_in_blocks(left_out)}, whose weight {not_called[left_out[0]]} takes without calling it, or "
+        "not always; `prune_magnitude` needs none.",
+        stacklevel=4,
+    )
+    return {name: linear for name, linear in linears.items() if name not in left_out}
+
+
+def _without_tied(model: nn.Module, targets: dict[str, nn.Module], named: bool) -> dict[str, nn.Module]:
+    """Warns if a linear is left alone that was asked for."""
     shared, pruned = shared_weights(model), set(targets.values())
-    return {name: linear for name, linear in targets.items() if pruned.issuperset(shared.get(linear, {}).values())}
+    others = {
+        name: other
+        for name, linear in targets.items()
+        for other, module in reversed(shared.get(linear, {}).items())
+        if module not in pruned
+    }
+    alone = {name: linear for name, linear in targets.items() if name not in others}
+    if named and others and alone:
+        name, other = next(iter(others.items()))
+        warnings.warn(
+            f"A weight is pruned where it belongs to pruned linears alone, got `{name}` ({len(others)} in all), whose "
+            f"weight is also that of `{other}`, and is left alone. To prune it, give the linear one of its own, "
+            "`module.weight = torch.nn.Parameter(module.weight.clone())` (for a head that is tied to the embeddings "
+            "also `model.config.tie_word_embeddings = False`).",
+            stacklevel=4,
+        )
+    return alone
+
+
+def _warn_of_routers(model: nn.Module) -> None:
+    if routers := block_linears(model, routers=True).keys() - block_linears(model).keys():
+        warnings.warn(
+            f"By default no routers and gates of experts are pruned, so {len(routers)} linears stay dense, such as "
+            f"`{min(routers)}`; to prune them, name them in `target_modules`, beside the others.",
+            stacklevel=4,
+        )
 
 
 def _check_plain(name: str, linear: nn.Module) -> None:

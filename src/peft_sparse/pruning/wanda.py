@@ -44,8 +44,9 @@ def prune_wanda(
     has exactly `int(sparsity * in_features)` zeros afterwards; of equal scores those with the lower index go first.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned; never embeddings, pooler or head. Its
-            weights may be kept in CPU memory or on disk by accelerate's hooks.
+        model: with repeated transformer blocks, all of whose linears are pruned by default, but routers and gates of
+            experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights may
+            be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
             ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
             Tokens that `attention_mask` marks as padding do not count. The authors take 128 sequences of the model's

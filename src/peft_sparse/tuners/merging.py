@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peft_sparse import ops
-from peft_sparse.linears import bits, copy_of, quantized_weight, weight_parameter
+from peft_sparse.linears import bits, copy_of, quantized_weight, shared_weights, weight_parameter
 from peft_sparse.sparsity import Weight, dense_weight, round_keeping_support, weight_entries, with_entries
 
 # Largest relative difference between the outputs of the adapted and of the merged layer that rounding explains.
@@ -176,3 +176,31 @@ class RoundingErrors:
             f"{self.worst[name]:.2%}), largest error of one weight {self.largest:.2g}. No zero moves{way_out}.",
             stacklevel=4,
         )
+
+
+def warn_of_untrained(names: list[str]) -> None:
+    """Warn of layers that a merge prunes though training has not reached their adapters, while it reached others."""
+    if names:
+        warnings.warn(
+            f"Merging keeps what a model computes where its adapters are called, got `{names[0]}` ({len(names)} in "
+            "all), which prunes but learned nothing while others did: if training never ran it or had no use for it, "
+            "all is well; if another module computes with its weight without calling it, the merged model is another "
+            "one. Compare outputs, or leave it out with `exclude_modules`.",
+            stacklevel=5,
+        )
+
+
+def keep_tied(model: Any) -> None:
+    """Have a config say again that the head is tied, where PEFT said that it is not: it compares it with the input
+    embeddings, and in an encoder-decoder with two vocabularies they are the encoder's. A head that the config calls
+    untied would not be loaded from the decoder's, with which it is saved."""
+    if model.config.tie_word_embeddings:
+        return
+    if model.get_output_embeddings() in shared_weights(model):
+        model.config.tie_word_embeddings = True
+        return
+    warnings.warn(
+        "A head is tied to the embeddings while they share a weight, got two after this merge: "
+        "`config.tie_word_embeddings` is False now.",
+        stacklevel=4,
+    )

@@ -48,7 +48,7 @@ class SparseConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Names of the linears to adapt, or a regex, or 'all-linear'. None: every linear inside the "
-            "model's repeated transformer blocks (never embeddings, pooler or head)."
+            "model's repeated transformer blocks (never embeddings, pooler, head or routers)."
         },
     )
     exclude_modules: list[str] | str | None = field(

@@ -98,6 +98,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Where f(W) is not zero, bool (out, in); of a packed weight, for each of its values."""
         raise NotImplementedError
 
+    def prunes_untrained(self, adapter_name: str) -> bool:
+        """Whether f(W) has zeros that W has not, though training has not reached the adapter. To ask when weights are
+        here."""
+        return False
+
     # The rest
 
     def mark_new(self, adapter_name: str) -> None:

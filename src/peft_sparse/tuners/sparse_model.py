@@ -6,6 +6,7 @@ fails at one layer would leave the others merged. Both loops are therefore run d
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -29,7 +30,7 @@ from peft_sparse.tuners.adapter_state import (
     check_modules_to_save,
 )
 from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
-from peft_sparse.tuners.merging import RoundingErrors, check_not_merged
+from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.targets import check_alone, check_linear, default_targets
@@ -167,9 +168,14 @@ class SparseTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_all_merges(adapter_names)
-        unloaded = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")  # see below
+            unloaded = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        if merge and tied:
+            keep_tied(unloaded)
         if merge and isinstance(unloaded, PreTrainedModel):
             method = self.prefix.removesuffix("_")
             # transformers puts these into the model card when it pushes
@@ -230,13 +236,18 @@ class SparseTuner(BaseTuner):
                 f"{', '.join(map(repr, self.peft_config))}. Nothing was merged."
             )
         reshard(self.model)
-        errors = RoundingErrors()
-        for layer in self.sparse_layers():
+        layers = self.sparse_layers()
+        errors, untrained = RoundingErrors(), list[str]()
+        for layer in layers:
             names = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if name not in layer.merged_adapters]
             with layer.weights_loaded():
-                merged = layer.merged_weight([name for name in names if name not in layer.merged_adapters])
+                merged = layer.merged_weight(names)
                 errors.add(layer._module_name, merged, layer.requantized(merged, dtype))
+                untrained += [layer._module_name] * any(map(layer.prunes_untrained, layer._present(names)))
         errors.warn(dtype)
+        if len(untrained) < len(layers):
+            warn_of_untrained(untrained)
 
     def sparse_layers(self) -> list[SparseLayer]:
         """The tuner layers of this method in the model."""

@@ -17,6 +17,7 @@ from peft_sparse.linears import (
     is_foreign,
     is_linear,
     linears_not_called,
+    names_in_blocks,
     shared_weights,
     unwrap,
 )
@@ -28,30 +29,40 @@ _UNTIE = (
 
 
 def default_targets(model: nn.Module) -> set[str]:
-    """What `target_modules=None` means: names that match every linear inside the model's repeated blocks, but not
-    those whose weight another module computes with. Warns if a weight is left out because it is shared.
+    """What `target_modules=None` means: names that match the linears inside the model's repeated blocks, but no
+    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with. Warns
+    with the names of what is left out.
 
     Raises:
         ValueError: if the model has no repeated blocks.
     """
+    names, linears = block_linear_names(model), block_linears(model)
     not_called, shared = linears_not_called(model), shared_weights(model)
-    names = {name for name in block_linear_names(model) if not any(_ends_with(full, name) for full in not_called)}
-    linears = {
-        full: unwrap(linear)
-        for full, linear in block_linears(model).items()
-        if any(_ends_with(full, name) for name in names)
-    }
-    alone = {full for full, linear in linears.items() if linear not in shared}
-    if not alone or len(alone) == len(linears):  # where all are shared, `check_alone` says so
-        return names
-    first = next(full for full in linears if full not in alone)
-    warnings.warn(
-        f"The default targets are linears with a weight of their own, so {len(linears) - len(alone)} of {len(linears)}"
-        f" get no adapter (the first is `{first}`, whose weight is also that of `{next(iter(shared[linears[first]]))}`"
-        f"): merging would change both. To adapt such a linear, {_UNTIE}.",
-        stacklevel=2,
-    )
-    return alone
+    called = [full for full in linears if full not in not_called] or list(linears)
+    targets = {full for full in called if unwrap(linears[full]) not in shared} or set(called)  # see `check_alone`
+    if routers := [full for full in block_linears(model, routers=True) if full not in linears]:
+        warnings.warn(
+            "The default targets are linears but no routers and gates of experts, so "
+            f"{names_in_blocks(routers)} get no adapter; to adapt one, name it in `target_modules` beside the others.",
+            stacklevel=2,
+        )
+    if taken := [full for full in linears if full not in called]:
+        warnings.warn(
+            f"The default targets are linears that are called, so {len(taken)} of {len(linears)} get no adapter: "
+            f"{names_in_blocks(taken)}, whose weight {not_called[taken[0]]} takes without calling it, or not always.",
+            stacklevel=2,
+        )
+    if common := [full for full in called if full not in targets]:
+        warnings.warn(
+            f"The default targets are linears with a weight of their own, so {len(common)} of {len(linears)} get no "
+            f"adapter (the first is `{common[0]}`, whose weight is also that of "
+            f"`{next(iter(shared[unwrap(linears[common[0]])]))}`): merging would change both. To adapt such a linear, "
+            f"{_UNTIE}.",
+            stacklevel=2,
+        )
+    names = {name for name in names if not any(_ends_with(full, name) for full in linears.keys() - targets)}
+    by_name = {full for full in linears if any(_ends_with(full, name) for name in names)}
+    return names if by_name == targets else targets
 
 
 def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type) -> None:

@@ -109,6 +109,12 @@ class PstLinear(SparseLayer):
             factors = factors._replace(S=zeros(rows, columns))
         return factors
 
+    def prunes_untrained(self, adapter_name: str) -> bool:
+        """Whether the adapter prunes while all that starts at zero is still there."""
+        from_zero = [getattr(self, name) for name in self.adapter_layer_names if name not in ("pst_U", "pst_A")]
+        factors = [tensors[adapter_name] for tensors in from_zero if adapter_name in tensors]
+        return bool(factors) and int(self.pst_pruned[adapter_name]) > 0 and not any(bool(f.any()) for f in factors)
+
     def delete_adapter(self, adapter_name: str) -> None:
         self._settings.pop(adapter_name, None)
         self._masks.pop(adapter_name, None)
