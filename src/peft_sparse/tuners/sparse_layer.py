@@ -99,8 +99,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def prunes_untrained(self, adapter_name: str) -> bool:
-        """Whether f(W) has zeros that W has not, though training has not reached the adapter. To ask when weights are
-        here."""
+        """Whether f(W) has zeros that W has not, though training has not reached the adapter (weights are here)."""
         return False
 
     # The rest
