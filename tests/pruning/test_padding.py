@@ -92,7 +92,6 @@ def test_each_counted_token_is_in_one_expert(deep):
     mask[:, 25:] = 0
     counts = counted(model, {"x": x, "attention_mask": mask})
     for block in ("blocks.0", "blocks.1"):
-        assert counts[f"{block}.router"] == 150
         for last in ("0", "2") if deep else ("",):
             names = [f"{block}.experts.{index}.{last}".rstrip(".") for index in range(3)]
             assert sum(counts[name] for name in names) == 150

@@ -253,10 +253,8 @@ class AcceleratedPackedLinear(_Accelerated, PackedLinear):
     plain_linear_class = PackedLinear
 
 
-_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
-    accelerated.plain_linear_class: accelerated
-    for accelerated in (AcceleratedLinear, AcceleratedConv1D, AcceleratedPackedLinear)
-}
+_CLASSES = (AcceleratedLinear, AcceleratedConv1D, AcceleratedPackedLinear)
+_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {cls.plain_linear_class: cls for cls in _CLASSES}
 
 
 def acceleration_of(linear: nn.Module) -> Acceleration | None:
