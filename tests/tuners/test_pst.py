@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_sparse import PstConfig
@@ -227,11 +228,12 @@ def test_a_merged_adapter_stays_as_it_was_merged(tmp_path):
     with pytest.warns(UserWarning, match="stopped on the way"):
         model.merge_adapter()
     layers = pst_layers(model)
-    changes = (
+    changes = [
         lambda: model.base_model.set_sparsity_step(10, 10),
         lambda: layers[0].set_sparsity_step("default", 10, 10),
-        lambda: model.load_adapter(tmp_path, "default"),
-    )
+    ]
+    if hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # PEFT 0.20 does not ask before it loads
+        changes.append(lambda: model.load_adapter(tmp_path, "default"))
     for change in changes:
         with pytest.raises(ValueError, match=r"not merged, got 'default' merged into .*`unmerge_adapter\(\)` first"):
             change()
