@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_sparse.checkpoint import merge_checkpoint
 from peft_sparse.checkpoint.card import MARK
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
@@ -159,11 +160,17 @@ def test_the_names_of_labels_are_those_of_the_model(tmp_path, sentences):
     for values in (data, {"text": "text", "label": "name"}, {"text": "text", "label": "label"}):
         measured = evaluate_recipe(classifier(tmp_path, sentences, data=values), result.merged, progress=False)
         assert measured["accuracy"] == expected
-    adapter = evaluate_recipe(classifier(tmp_path, sentences, base=base, data=data), result.adapter, progress=False)
-    assert adapter["accuracy"] == expected
+    merge_checkpoint(result.adapter, tmp_path / "merged later")
+    assert load_model(tmp_path / "merged later").config.id2label == merged.id2label  # though the base has others
+    for values in (data, {"text": "text", "label": "name"}):
+        asked = classifier(tmp_path, sentences, base=base, data=values)
+        assert evaluate_recipe(asked, result.adapter, progress=False)["accuracy"] == expected
     turned = classifier(tmp_path, sentences, data=data | {"labels": ["high", "low"]})
-    with pytest.raises(ValueError, match=r"got \['high', 'low'\], and the model's config.json has \['low', 'high'\]"):
-        evaluate_recipe(turned, result.merged, progress=False)
+    for folder in (result.merged, result.adapter):
+        with pytest.raises(
+            ValueError, match=r"got \['high', 'low'\], and the model's config.json has \['low', 'high'\]"
+        ):
+            evaluate_recipe(turned, folder, progress=False)
     base.config.id2label, base.config.label2id = {0: "hi", 1: "low"}, {"hi": 0, "low": 1}
     with pytest.raises(ValueError, match="one of the model's names hi, low, got 'high' in column 'name'; list"):
         plan_finetune(classifier(tmp_path, sentences, "other", base=base, data={"text": "text", "label": "name"}))

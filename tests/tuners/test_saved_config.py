@@ -1,16 +1,17 @@
 """What a saved config promises to whoever reads it later: another version of this package or of PEFT, or a live
 adapter that has another config."""
 
+import copy
 import json
 from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from peft_sparse import PstConfig, SppConfig, prune_magnitude
 
-from models import tiny_llama
+from models import tiny_bert, tiny_llama
 
 
 @dataclass
@@ -113,3 +114,21 @@ def test_what_decides_how_training_goes_on_may_change(cls, settings, tmp_path):
     model.load_adapter(str(tmp_path), "default")
     expected = {name: tensor for name, tensor in saved.state_dict().items() if cls.__name__[:3].lower() + "_" in name}
     assert expected and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def test_labels_are_those_of_the_model_that_was_adapted(saved, tmp_path):
+    """They may be renamed in the file: they change nothing that is computed."""
+    _, now, _ = saved
+    base = prune_magnitude(tiny_bert())
+    for names, expected in ((["LABEL_0", "LABEL_1"], None), (["no", "yes"], ["no", "yes"])):
+        base.config.id2label = dict(enumerate(names))
+        model = get_peft_model(copy.deepcopy(base), now(r=4, task_type="SEQ_CLS"))
+        model.save_pretrained(tmp_path / "labels")
+        assert now.from_pretrained(str(tmp_path / "labels")).labels == expected
+    edit(tmp_path / "labels", labels=["-", "+"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "labels")
+    assert loaded.peft_config["default"].labels == ["-", "+"]
+    assert loaded.get_base_model().config.id2label == {0: "no", 1: "yes"}  # which is the user's
+    assert get_peft_model(base, now(r=4)).peft_config["default"].labels is None
+    with pytest.raises(ValueError, match="`labels` is a list of names, got 'yes'"):
+        now(labels="yes")

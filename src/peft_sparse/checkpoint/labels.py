@@ -1,14 +1,16 @@
 """How many labels a classifier tells apart, as its files say it.
 
 transformers writes no names of labels for two of them, its default, and reads two where there are none; but BART's
-default is three, so that one with two would not fit its own config.json. And an adapter has no config.json: the
-number is the height of the head that was saved with it.
+default is three, so that one with two would not fit its own config.json. And an adapter has no config.json of a model:
+the number is the height of the head that was saved with it, and the names are in the adapter's config.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -38,6 +40,11 @@ def keep_labels(model: PreTrainedModel, folder: Path) -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
     written |= {"id2label": config.id2label, "label2id": config.label2id}
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def named_labels(names: Sequence[str]) -> dict[str, Any]:
+    """What a model's config has for labels of these names, in the order of their numbers."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
 def labels_of_head(folder: str | Path) -> int | None:

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig
 
-from peft_sparse.checkpoint.labels import labels_of_head
+from peft_sparse.checkpoint.labels import labels_of_head, named_labels
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
 from peft_sparse.storage import open_model
@@ -196,7 +196,9 @@ def _load_adapter(
     task = task or trained
     if task == "sequence_classification" and (labels := labels_of_head(folder)):
         # The adapter's head takes the place of the base's, whose number of labels may be another.
-        config = {"num_labels": labels, "ignore_mismatched_sizes": True} | config
+        names = adapter_settings(folder).get("labels") or []
+        named = named_labels(names) if len(names) == labels else {}
+        config = {"num_labels": labels, "ignore_mismatched_sizes": True} | named | config
     missing: list[str] = []
     loaded = load_model(
         base,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
+from peft_sparse.checkpoint.labels import named_labels
 from peft_sparse.checkpoint.lookup import is_adapter
 from peft_sparse.checkpoint.models import is_for, load_model
 from peft_sparse.training.callbacks import SparsityCallback, log_before_reporters
@@ -154,10 +155,8 @@ def model_of(
         config = {"num_labels": labels.count} | config
         if labels.count == 1:
             config = {"problem_type": "regression"} | config
-        # A model that was trained has its names in its config; an adapter has no place for them.
-        if labels.listed and (path is None or adapter):
-            config = {"id2label": {number: name for name, number in labels.names.items()}} | config
-            config = {"label2id": {name: number for number, name in config["id2label"].items()}} | config
+        if labels.listed and path is None:  # what was trained has its names in its own config
+            config = named_labels(list(labels.names)) | config
     if part.new_head and path is None:
         config = config | {"ignore_mismatched_sizes": True}
     return load_model(

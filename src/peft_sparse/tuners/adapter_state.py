@@ -132,6 +132,13 @@ def check_modules_to_save(config: Any, model: nn.Module, targets: Container[str]
             )
 
 
+def labels_of(model: nn.Module) -> list[str] | None:
+    """What a model's config calls its labels, in the order of their numbers; None where it has no names of its own."""
+    named = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(name) for _, name in sorted(named.items())]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
+
+
 def _has_weights(modules: Mapping[str, nn.Module], full: str, name: str) -> bool:
     return full.endswith(name) and next(modules[full].parameters(), None) is not None
 

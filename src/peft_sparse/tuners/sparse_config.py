@@ -31,6 +31,7 @@ _UNCHECKED = {
     "base_model_name_or_path",
     "checksums",
     "inference_mode",
+    "labels",
     "peft_version",
     "revision",
     "task_type",
@@ -69,6 +70,14 @@ class SparseConfig(PeftConfig):
         metadata={"help": "Name of the list of blocks that `layers_to_transform` counts, such as 'layers'."},
     )
 
+    labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What a classifier's labels are called, in the order of their numbers. None: what the model's "
+            "config has when the adapter is added, which is saved without that config; `peft-sparse merge` and "
+            "`evaluate` give them back to the model."
+        },
+    )
     checksums: dict[str, str] | None = field(
         default=None,
         metadata={
@@ -207,6 +216,7 @@ class SparseConfig(PeftConfig):
         check_names("exclude_modules", self.exclude_modules)
         check_names("modules_to_save", self.modules_to_save, regex=False)
         check_names("layers_pattern", self.layers_pattern)
+        check_names("labels", self.labels, regex=False)
         check_indices("layers_to_transform", self.layers_to_transform)
         check_bool("inference_mode", self.inference_mode)
         if isinstance(self.target_modules, list):

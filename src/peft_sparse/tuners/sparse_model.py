@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from peft_sparse.tuners.adapter_state import (
     cast_to_base_dtype,
     check_adapter_state,
     check_modules_to_save,
+    labels_of,
 )
 from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
@@ -83,6 +85,8 @@ class SparseTuner(BaseTuner):
         check_alone(targets, model)
         check_modules_to_save(peft_config, model, targets)
         self._check_targets(targets, peft_config)
+        if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            peft_config.labels = labels_of(model)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         """Raises:
