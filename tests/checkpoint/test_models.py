@@ -1,5 +1,6 @@
 """load_model: a packed checkpoint behaves as its dense twin."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_an_adapter_s_head_of_another_number_of_labels_by_another_name(packed, t
         model = load_model(tmp_path / name)
         assert model.config.num_labels == 2
         assert any(torch.equal(parameter, head) for parameter in model.parameters())
+
+
+def test_a_head_that_the_adapter_brings_is_not_called_random(twins, tmp_path):
+    for source in twins:
+        base = load_model(source, TASK, config={"num_labels": 3} | NEW_HEAD, on_missing=lambda names: None)
+        get_peft_model(base, SppConfig(r=4, task_type="SEQ_CLS")).save_pretrained(tmp_path / f"{source.name}-adapter")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*random")
+            assert load_model(tmp_path / f"{source.name}-adapter").config.num_labels == 3
+        without_pooler = BertForSequenceClassification.from_pretrained(twins[0])
+        for name in ("bias", "weight"):
+            delattr(without_pooler.bert.pooler.dense, name)
+        without_pooler.save_pretrained(tmp_path / "headless")
+        with pytest.warns(UserWarning, match=r"has weights for \['bert.pooler.dense.bias', .* new and random"):
+            load_model(tmp_path / f"{source.name}-adapter", base=tmp_path / "headless")
 
 
 def test_a_config_that_tells_another_number_of_labels(tmp_path):

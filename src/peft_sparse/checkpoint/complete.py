@@ -86,8 +86,9 @@ def check_complete(
     if new and on_missing is not None:
         on_missing(new)
     elif new:
+        other = f"loaded as {cls}" if cls != stored.architecture else "loaded with another head"
         warnings.warn(
-            f"{str(stored.folder)!r} holds a {stored.architecture or 'model'}, loaded as {cls}: what only this has is "
+            f"{str(stored.folder)!r} holds a {stored.architecture or 'model'}, {other}: what only this has is "
             f"new and random, and has to be trained: {new[:3]} ({len(new)} in all).",
             stacklevel=stacklevel + 1,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def load_model(
             of another shape, which is made anew.
         base: of an adapter; None: the one that its config names.
         on_missing: called with the full names of weights that are random, since there are none for them in the files
-            (nor in the adapter's), if there are such. None: transformers warns.
+            (nor in the adapter's), if there are such. None: a warning tells them.
 
     Returns:
         A transformers model; a PeftModel for an adapter.
@@ -207,7 +208,7 @@ def _load_adapter(
         packed=packed,
         trust_remote_code=trust_remote_code,
         config=config,
-        on_missing=None if on_missing is None else missing.extend,
+        on_missing=missing.extend,
     )
     model = PeftModel.from_pretrained(loaded, str(folder))
     modules = model.get_base_model().named_modules()
@@ -215,6 +216,12 @@ def _load_adapter(
     missing = [name for name in missing if not name.startswith(in_adapter)]
     if missing and on_missing is not None:
         on_missing(missing)
+    elif missing:
+        warnings.warn(
+            f"Neither {str(base)!r} nor the adapter in {str(folder)!r} has weights for {missing[:3]} ({len(missing)} "
+            "in all), which are new and random.",
+            stacklevel=3,
+        )
     return model
 
 
