@@ -7,6 +7,7 @@ import pytest
 from benchmarks import any_model
 from benchmarks.any_model import COLUMNS, PAGE, TICK, page, refusals, try_one
 from benchmarks.architectures import ARCHITECTURES, PROMISED
+from benchmarks.models import REPOSITORY
 
 # One each of: encoder, Conv1D, fused projections, encoder-decoder, images, speech, experts, shared blocks.
 QUICK = ("BERT", "Falcon", "ViT", "Mixtral (MoE)")
@@ -36,6 +37,7 @@ def test_the_page_has_a_row_for_each_architecture_of_the_script():
     assert set(PROMISED) <= set(ARCHITECTURES)
     for name in ARCHITECTURES:
         committed_cells(name)
+    assert f"[{len(ARCHITECTURES)} architectures](docs/models.md)" in (REPOSITORY / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", QUICK)
