@@ -1,5 +1,6 @@
 """load_model: a packed checkpoint behaves as its dense twin."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -122,6 +123,11 @@ def test_a_head_that_the_adapter_brings_is_not_called_random(twins, tmp_path):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*random")
             assert load_model(tmp_path / f"{source.name}-adapter").config.num_labels == 3
+        settings = json.loads((tmp_path / f"{source.name}-adapter" / "adapter_config.json").read_text())
+        settings["labels"] = ["no", "yes"]
+        (tmp_path / f"{source.name}-adapter" / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.warns(UserWarning, match="got 2 names and 3 labels in .* left out"):
+            assert load_model(tmp_path / f"{source.name}-adapter").config.id2label[2] == "LABEL_2"
         without_pooler = BertForSequenceClassification.from_pretrained(twins[0])
         for name in ("bias", "weight"):
             delattr(without_pooler.bert.pooler.dense, name)

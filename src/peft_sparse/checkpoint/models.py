@@ -199,6 +199,12 @@ def _load_adapter(
         # The adapter's head takes the place of the base's, whose number of labels may be another.
         names = adapter_settings(folder).get("labels") or []
         named = named_labels(names) if len(names) == labels else {}
+        if names and not named:
+            warnings.warn(
+                f"`labels` of an adapter names each label of its head, got {len(names)} names and {labels} labels in "
+                f"{str(folder)!r}, so they are left out; mend them in its adapter_config.json.",
+                stacklevel=3,
+            )
         config = {"num_labels": labels, "ignore_mismatched_sizes": True} | named | config
     missing: list[str] = []
     loaded = load_model(

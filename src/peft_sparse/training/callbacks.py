@@ -22,10 +22,9 @@ class SparsityCallback(TrainerCallback):
 
     With each training loss it also logs `sparsity`, `mask_churn` (the share of weights that changed state since the
     last log) and statistics of PST's scores; of SPP, which has no schedule, sparsity and churn. All of them are over
-    the adapted weights: `sparsity_report` of a model whose blocks hold others too, such as
-    fused experts, tells a smaller share. They reach
-    `state.log_history` and every callback behind this one. Those that `report_to` names come before the callbacks of
-    a Trainer; `log_before_reporters` lets them have the numbers too.
+    the adapted weights: `sparsity_report` of a model whose blocks hold others too, such as fused experts, tells a
+    smaller share. They reach `state.log_history` and every callback behind this one. Those that `report_to` names come
+    before the callbacks of a Trainer; `log_before_reporters` lets them have the numbers too.
 
     Args:
         best_at_final_sparsity: forget, in each step, the best metric seen before the final sparsity was reached, so

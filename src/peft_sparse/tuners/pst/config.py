@@ -65,6 +65,8 @@ class PstConfig(SparseConfig):
             "unit": the same with U divided by sqrt(out_features), so that its columns have about length 1 and U
             can turn beside V; give weights a rate that is several times as high. Better on a small GPT-2 in
             `benchmarks/results/leaderboard`, not on MiniLM. False draws all of them, which only tests want.
+        labels: what a classifier's labels are called, in the order of their numbers. None: with a `task_type` of
+            classification, what the model's config calls them when the adapter is added.
         checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:

@@ -30,6 +30,8 @@ class SppConfig(SparseConfig):
             the identity too, but A's first steps follow the whole gradient of a row group, not its projection on a
             random A; better at 75% sparsity in `benchmarks/results/leaderboard`. False draws both, which only tests
             want.
+        labels: what a classifier's labels are called, in the order of their numbers. None: with a `task_type` of
+            classification, what the model's config calls them when the adapter is added.
         checksums: what saving wrote into adapter_config.json; leave it alone.
 
     Raises:
