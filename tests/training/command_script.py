@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 
 import peft_sparse_cli
 
-from train_script import do_not_compile, wants
+from train_script import do_not_compile, leave, wants
 
 
 def shard_on_cpus() -> None:
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     code = peft_sparse_cli.main(sys.argv[1:])
     expected = DistributedType.FSDP if wants("FSDP") else DistributedType.DEEPSPEED
     assert AcceleratorState().distributed_type == expected
-    sys.exit(code)
+    leave(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from typing import Any
 
 from peft_sparse.cli._options import Outcome, add_command, add_dry_run
@@ -62,6 +63,9 @@ def run(options: argparse.Namespace) -> Outcome:
         plan = plan_finetune(recipe, options.resume)
         return Outcome(plan | {"dry_run": True}, table(plan) + "\n(dry run, nothing was trained or written)")
     result = finetune(recipe, options.resume)
-    PartialState().destroy_process_group()  # else nccl may wait at the exit for processes that are gone already
+    # Else nccl may wait at the exit for processes that are gone already, and gloo's threads may abort the interpreter
+    # that ends before they do. They end with the group, once no model holds it.
+    gc.collect()
+    PartialState().destroy_process_group()
     data = {key: value for key, value in result.to_dict().items() if key != "log"}  # that is in result.json
     return Outcome(data, str(result))
