@@ -103,18 +103,20 @@ COMPANIONS = [
     "target.spm", "target_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "entity_vocab.json",
     "normalizer.json", "prophetnet.tokenizer", "byte_maps.json", "word_shape.json", "emoji.json", "qwen.tiktoken",
     "tokenization_own.py", "preprocessor_config.json", "chat_template.jinja", "special_tokens_map.json",
-    "merges.txt", "vocab.json",
+    "merges.txt", "vocab.json", "additional_chat_templates/tool_use.jinja",
 ]  # fmt: skip
 OTHERS = [
     "pytorch_model.bin", "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "model.onnx",
     "pytorch_model.bin.index.json", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "modeling_other.py", "examples.csv",
     "all_results.json", "modules.json", ".gitattributes", "figure.png", "tf_model.h5",
-    "peft_sparse_manifest.json", "peft_sparse_new_modules.json",
+    "peft_sparse_manifest.json", "peft_sparse_new_modules.json", "additional_chat_templates/notes.txt",
+    "onnx/vocab.txt",
 ]  # fmt: skip
 
 
 def test_whatever_belongs_to_a_tokenizer_goes_along(dense, tmp_path):
     for name in COMPANIONS + OTHERS:
+        (dense / name).parent.mkdir(exist_ok=True)
         (dense / name).write_text(name)
     pack_checkpoint(dense, tmp_path / "packed")
     unpack_checkpoint(tmp_path / "packed", tmp_path / "again")

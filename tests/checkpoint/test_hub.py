@@ -21,11 +21,13 @@ HERE = Path(__file__).resolve().parent
 
 CLIENT = """
 import sys
+from pathlib import Path
 import torch
 sys.path[:0] = [{tests!r}]
 import models
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from peft import get_peft_model
+from peft_sparse.checkpoint.convert import pack_checkpoint
 from peft_sparse import SppConfig, load_sparse, prune_magnitude, push_sparse_to_hub, verify_sparsity, sparsity_report
 
 model = prune_magnitude(models.tiny_llama(), "2:4")
@@ -58,6 +60,12 @@ merged.save_pretrained({folder!r}, push_to_hub=True, repo_id="me/dense-llama", t
 card = ModelCard.load("me/dense-llama")
 assert "spp" in card.data.tags and "## Measured sparsity" in card.text, card
 assert verify_sparsity("me/dense-llama", reference=merged).ok
+for name in ("additional_chat_templates/rag.jinja", "onnx/config.json", "s/config.json", "spm.model"):
+    HfApi().upload_file(path_or_fileobj=b"pieces", path_in_repo=name, repo_id="me/dense-llama", token="hf_x")
+pack_checkpoint("me/dense-llama", {folder!r} + "-packed")
+names = sorted(str(path.relative_to({folder!r} + "-packed")) for path in Path({folder!r} + "-packed").glob("**/*"))
+assert {{"additional_chat_templates/rag.jinja", "spm.model"}} < set(names) and "onnx" not in names, names
+assert not list(Path(constants.HF_HUB_CACHE).glob("**/onnx")), "downloaded"
 try:
     load_sparse("me/nothing")
 except ValueError as error:

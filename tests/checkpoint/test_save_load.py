@@ -323,6 +323,8 @@ def test_models_that_are_refused(tiny_llama, tmp_path):
             save_sparse(model, tmp_path / "new")
     with pytest.raises(ValueError, match="models of transformers, got Linear"):
         save_sparse(nn.Linear(2, 2), tmp_path / "new")
+    with pytest.raises(ValueError, match="models of transformers, got str"):
+        save_sparse("folder", tmp_path / "new")
     model = peft_model.merge_and_unload()
     for size in ("many", "0", 0, -1, True, "5 PB"):
         with pytest.raises(ValueError, match="`max_shard_size` is a number of bytes"):

@@ -96,6 +96,7 @@ def test_a_pruned_language_model_keeps_its_zeros(tmp_path, sentences, streaming)
     result = finetune(asked)
     assert result.zeros_lost == 0 and result.sparsity == pytest.approx(0.5, abs=1e-3)
     assert verify_sparsity(result.merged, reference=tmp_path / "run" / "pruned", pattern="2:4").ok
+    assert "50.00% of the weights" in (tmp_path / "run" / "pruned" / "README.md").read_text()
     assert all(entry["mask_churn"] == 0 for entry in result.log if "loss" in entry)
     again = load_model(result.adapter)  # its config names the pruned weights
     assert isinstance(again, PeftModel)

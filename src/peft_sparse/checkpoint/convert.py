@@ -126,8 +126,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """Copy what belongs to a tokenizer or processor from one folder to another, where it is not there yet."""
     for path in companions(Path(source)):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+        if not (folder / path).exists():
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(Path(source, path), folder / path)
 
 
 def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path) -> None:

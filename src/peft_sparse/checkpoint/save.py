@@ -100,9 +100,9 @@ def _state(model: PreTrainedModel) -> dict[str, Any] | None:
     return dict(stored_state(model)) if offloaded else None
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     adapters = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
-    if any(isinstance(module, adapters) for module in model.modules()):
+    if isinstance(model, nn.Module) and any(isinstance(module, adapters) for module in model.modules()):
         raise ValueError(
             f"`save_sparse` saves a whole model, got adapters in {type(model).__name__}; merge them with "
             "`model = model.merge_and_unload()`, or save them alone with `save_pretrained`."

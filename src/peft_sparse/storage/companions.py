@@ -33,13 +33,16 @@ _OF_THE_MODEL = [
 ]  # fmt: skip
 _OWN_CODE = ["tokeni[sz]ation*.py", "*process*.py"]  # of a tokenizer or a processor
 LARGEST = 1 << 28  # bytes; more is data of somebody's
+CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a tokenizer
+# Of a repository all others are left there, copies in other formats. Patterns have no "but", so: what ends otherwise.
+SUBFOLDERS = [f"*[!{letter}]{CHAT_TEMPLATES[i + 1 :]}/*" for i, letter in enumerate(CHAT_TEMPLATES)]
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """The files of a folder that may belong to the model's tokenizer or processor."""
-    for path in sorted(folder.iterdir()):
+    """The files of a folder that may belong to the model's tokenizer or processor, as paths within the folder."""
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")]):
         name = path.name.lower()
         own_code = any(fnmatch(name, pattern) for pattern in _OWN_CODE)
         other = any(fnmatch(name, pattern) for pattern in (*UNWANTED, *_OF_THE_MODEL))
         if path.is_file() and (own_code or not other) and path.stat().st_size <= LARGEST:
-            yield path
+            yield path.relative_to(folder)

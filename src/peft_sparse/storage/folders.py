@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from peft_sparse.storage.companions import UNWANTED
+from peft_sparse.storage.companions import SUBFOLDERS, UNWANTED
 from peft_sparse.storage.files import SafetensorsFile, crc32
 from peft_sparse.storage.format import INDEX_NAME, WEIGHTS_NAME, check_config
 from peft_sparse.storage.origin import CONFIG_KEY
@@ -53,8 +53,7 @@ def _locate(source: str | Path, unwanted: list[str], download: dict[str, Any]) -
     if path.exists() or not may_be_on_the_hub(source):
         raise ValueError(f"A stored model is a folder, got {str(path)!r}, which is none; {_WAY_OUT}.")
     try:
-        # What lies in subfolders are copies in other formats.
-        return Path(snapshot_download(str(source), ignore_patterns=["*/*", *UNWANTED, *unwanted], **download))
+        return Path(snapshot_download(str(source), ignore_patterns=[*SUBFOLDERS, *UNWANTED, *unwanted], **download))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
             f"A stored model is a folder or a repository on the Hub, got {str(source)!r}, which is no folder here and "

@@ -4,7 +4,7 @@ Everything is transformers' own Trainer; what is added are the schedule's driver
 after merging. Results go below `training.output_dir`:
 
     checkpoint-N/     the Trainer's; `resume` goes on from the last complete one
-    pruned/           the model that was tuned, where the recipe prunes
+    pruned/           the model that was tuned, where the recipe prunes, with its card
     adapter/          the adapter at the end
     merged/           the merged model, where the recipe asks for it
     result.json       what this function returns; a run that has one is finished
@@ -22,8 +22,8 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
-from peft_sparse.checkpoint.labels import keep_labels
 from peft_sparse.checkpoint.lookup import PRUNED
+from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
@@ -199,8 +199,7 @@ def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, folder: Path) -> 
     model, new = _model(recipe, tokenizer, examples)
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
-    model.save_pretrained(folder)
-    keep_labels(model, folder)
+    save_with_card(model, folder)
     tokenizer.save_pretrained(folder)
     note_new_modules(folder, new)
     model.config._name_or_path = model.name_or_path = str(folder)
