@@ -5,27 +5,35 @@ environment that it would give them.
 Each is compared with one process that sees the same global batches. ZeRO-3 is in test_deepspeed.py.
 """
 
+import json
+
 import pytest
 import torch
 
 from peft_sparse.linears import gathered, get_weight, is_share, whole_parameter
 from peft_sparse.sparsity import sparsity_at
+from peft_sparse.training import finetune, load_recipe
 from peft_sparse.tuners.pst import PstLinear
 
 import train_script
 from forking import fork
 from launching import (
+    CONFIGS,
+    HERE,
+    accelerate_launch,
     check,
     check_adapter,
     check_recipe,
     check_resumed,
     check_uneven,
     launch,
+    make_recipe_file,
     one_process,
     reports,
     uneven_runs,
     whole_and_resumed,
 )
+from models import WORDS
 
 
 def test_the_masks_follow_the_schedule(tmp_path):
@@ -156,6 +164,37 @@ def test_fsdp2_shards_of_another_number_of_processes(tmp_path):
 @pytest.mark.slow
 def test_a_recipe(tmp_path):
     check_recipe(tmp_path, "fsdp2", use_cpu=True)
+
+
+@pytest.mark.slow
+def test_a_recipe_evaluates(tmp_path):
+    """Rows of unlike lengths, whose number no batch and no process divides: to the digit what one process finds."""
+
+    def recipe(folder, number):
+        evaluating = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3, "learning_rate": 0.3}
+        best = {"metric_for_best_model": "perplexity", "load_best_model_at_end": True}
+        file = make_recipe_file(folder, number, use_cpu=True, **evaluating, **best)
+        rows = [{"prompt": WORDS[n], "completion": " ".join(WORDS[: 3 + n])} for n in range(16)]
+        (folder / "valid.jsonl").write_text("\n".join(map(json.dumps, rows[:13])))
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        files = {"train": str(folder / "train.jsonl"), "validation": str(folder / "valid.jsonl")}
+        changed = json.loads(file.read_text())
+        texts = {"prompt": "{prompt} ", "completion": "{completion}", "max_length": 32}
+        changed["data"] = {"path": "json", "files": files, "validation_split": "validation", **texts}
+        changed["evaluation"] = {"metrics": ["accuracy"]}
+        file.write_text(json.dumps(changed))
+        return file
+
+    alone = finetune(load_recipe(recipe(tmp_path / "alone", 1)))
+    command = [str(HERE / "command_script.py"), "finetune", str(recipe(tmp_path / "ddp", 2))]
+    accelerate_launch(CONFIGS / "ddp.yaml", "--num_processes", "2", *command)
+    found = json.loads((tmp_path / "ddp" / "run" / "result.json").read_text())
+    assert len(found["log"]) == len(alone.log)
+    for entry, expected in zip(found["log"], alone.log, strict=True):
+        names = {name for name in expected if name in ("eval_loss", "eval_perplexity", "eval_accuracy")}
+        assert {name: entry[name] for name in names} == pytest.approx({name: expected[name] for name in names})
+    assert 0 < alone.metrics["eval_accuracy"] < 1
+    assert {"eval_loss", "eval_perplexity", "eval_accuracy"} <= alone.metrics.keys() == found["metrics"].keys()
 
 
 @pytest.mark.slow
