@@ -167,7 +167,8 @@ def test_a_recipe(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_recipe_evaluates(tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_recipe_evaluates(tmp_path, engine):
     """Rows of unlike lengths, whose number no batch and no process divides: to the digit what one process finds."""
 
     def recipe(folder, number):
@@ -186,9 +187,9 @@ def test_a_recipe_evaluates(tmp_path):
         return file
 
     alone = finetune(load_recipe(recipe(tmp_path / "alone", 1)))
-    command = [str(HERE / "command_script.py"), "finetune", str(recipe(tmp_path / "ddp", 2))]
-    accelerate_launch(CONFIGS / "ddp.yaml", "--num_processes", "2", *command)
-    found = json.loads((tmp_path / "ddp" / "run" / "result.json").read_text())
+    command = [str(HERE / "command_script.py"), "finetune", str(recipe(tmp_path / engine, 2))]
+    accelerate_launch(CONFIGS / f"{engine}.yaml", "--num_processes", "2", *command)
+    found = json.loads((tmp_path / engine / "run" / "result.json").read_text())
     assert len(found["log"]) == len(alone.log)
     for entry, expected in zip(found["log"], alone.log, strict=True):
         names = {name for name in expected if name in ("eval_loss", "eval_perplexity", "eval_accuracy")}
