@@ -60,6 +60,17 @@ merged.save_pretrained({folder!r}, push_to_hub=True, repo_id="me/dense-llama", t
 card = ModelCard.load("me/dense-llama")
 assert "spp" in card.data.tags and "## Measured sparsity" in card.text, card
 assert verify_sparsity("me/dense-llama", reference=merged).ok
+commit = merged.push_to_hub("me/pushed-llama", token="hf_x", tags=["tiny"])
+assert "/me/pushed-llama/commit/" in commit.commit_url, commit
+card = ModelCard.load("me/pushed-llama")
+assert {{"spp", "sparse", "tiny"}} <= set(card.data.tags) and "## Measured sparsity" in card.text, card
+assert verify_sparsity("me/pushed-llama", reference=merged).ok
+HfApi().upload_file(path_or_fileobj=b"my own words", path_in_repo="README.md", repo_id="me/pushed-llama", token="hf_x")
+merged.push_to_hub("me/pushed-llama", token="hf_x")
+assert ModelCard.load("me/pushed-llama").text.strip() == "my own words"
+merged.save_pretrained({folder!r} + "-again")
+assert sorted(path.name for path in Path({folder!r} + "-again").iterdir())[0] == "README.md"
+
 for name in ("additional_chat_templates/rag.jinja", "onnx/config.json", "s/config.json", "spm.model"):
     HfApi().upload_file(path_or_fileobj=b"pieces", path_in_repo=name, repo_id="me/dense-llama", token="hf_x")
 pack_checkpoint("me/dense-llama", {folder!r} + "-packed")

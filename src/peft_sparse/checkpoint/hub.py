@@ -61,12 +61,13 @@ def push_sparse_to_hub(
             commit_message=commit_message,
             create_pr=create_pr,
             delete_patterns=_STALE,
-            ignore_patterns=["README.md"] if _has_own_card(api, repo_id, revision) else None,
+            ignore_patterns=["README.md"] if has_own_card(api, repo_id, revision) else None,
         )
     return str(commit.commit_url)
 
 
-def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository has a card that somebody wrote."""
     try:
         card = api.hf_hub_download(repo_id, "README.md", revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
