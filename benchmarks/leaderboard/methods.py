@@ -64,9 +64,9 @@ def spp(model: nn.Module, r: int = ROW_GROUPS, scaling: float = 2.0, **options: 
     return _peft(model, SppConfig(r=r, spp_alpha=scaling * r, task_type=TaskType.CAUSAL_LM, **options))
 
 
-def spp_swapped(model: nn.Module) -> Tuned:
-    """Ours, with the other start."""
-    return spp(model, init_weights="ones")
+def spp_swapped(model: nn.Module, scaling: float = 2.0) -> Tuned:
+    """Ours, with the other start. The larger the scaling, the smaller the rate that A needs, and the less B moves."""
+    return spp(model, scaling=scaling, init_weights="ones")
 
 
 def hira(model: nn.Module, r: int = RANK) -> Tuned:
@@ -127,6 +127,8 @@ METHODS: dict[str, Method] = {
     "pruned": Method("pruned, untuned", None),
     "spp": Method("SPP r=16 (ours)", spp, (2e-2,)),
     "spp_swapped": Method("SPP r=16, A = 0 and B = 1 at the start (ours)", spp_swapped, (2e-2,)),
+    # whose search begins where its first step scales a weight as much as that of the row above
+    "spp_swapped_s8": Method("SPP r=16, A = 0, B = 1, spp_alpha = 8 r (ours)", lambda m: spp_swapped(m, 8.0), (5e-3,)),
     "hira": Method("HiRA r=8 (PEFT)", hira, (1e-2,)),
     "supertuning": Method("Super-Tuning (PEFT)", supertuning, (1e-3,)),
     "ia3": Method("IA3 (PEFT)", ia3, (1e-2,)),

@@ -10,8 +10,7 @@ start, and the first steps of B scale rows by random signs. The variants change 
 * `spp_gradient`: A starts in the direction in which the loss falls fastest, see [`_gradient_start`];
 * `spp_additive`: W + M * (s B A), the update is not multiplied by the weight but by the mask, see [`AdditiveSpp`];
 * `spp_s1`, `spp_s8`: another scaling, spp_alpha / r;
-* `spp_swapped_s8`, `spp_swapped_s32`: the same from A = 0 and B = 1, where the rate that A needs moves B less. Their
-  search begins where the first steps scale a weight as those of `spp_swapped` do, at 2e-2 * 2 / s;
+* `spp_swapped_s32`: a higher one than that of `spp_swapped_s8`, from the same start;
 * `spp_r4`, `spp_r32`, `spp_r64`: fewer and more row groups, which is not the same number of parameters.
 """
 
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.leaderboard.methods import ROW_GROUPS, Method, spp
+from benchmarks.leaderboard.methods import ROW_GROUPS, Method, spp, spp_swapped
 from benchmarks.leaderboard.tuned import Tuned, parametrized
 from peft_sparse.tuners.spp import SppLinear
 
@@ -130,8 +129,8 @@ def _additive(model: nn.Module) -> Tuned:
     return parametrized(model, lambda weight: AdditiveSpp(weight, ROW_GROUPS))
 
 
-def _scaled(scaling: float, **options: Any) -> Callable[[nn.Module], Tuned]:
-    return lambda model: spp(model, scaling=scaling, **options)
+def _scaled(scaling: float) -> Callable[[nn.Module], Tuned]:
+    return lambda model: spp(model, scaling=scaling)
 
 
 def _groups(r: int) -> Callable[[nn.Module], Tuned]:
@@ -148,8 +147,7 @@ VARIANTS: dict[str, Method] = {
     "spp_additive": Method("SPP's factors times the mask, not the weight", _additive, (6e-2,)),
     "spp_s1": Method("SPP, scaling 1", _scaled(1.0), (2e-2,)),
     "spp_s8": Method("SPP, scaling 8", _scaled(8.0), (1e-2,)),
-    "spp_swapped_s8": Method("SPP, A = 0 and B = 1, scaling 8", _scaled(8.0, init_weights="ones"), (5e-3,)),
-    "spp_swapped_s32": Method("SPP, A = 0 and B = 1, scaling 32", _scaled(32.0, init_weights="ones"), (1.25e-3,)),
+    "spp_swapped_s32": Method("SPP, A = 0 and B = 1, scaling 32", lambda m: spp_swapped(m, 32.0), (1.25e-3,)),
     "spp_r4": Method("SPP r=4", _groups(4), (2e-2,)),
     "spp_r32": Method("SPP r=32", _groups(2 * ROW_GROUPS), (2e-2,)),
     "spp_r64": Method("SPP r=64", _groups(4 * ROW_GROUPS), (2e-2,)),
