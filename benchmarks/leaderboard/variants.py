@@ -11,6 +11,7 @@ start, and the first steps of B scale rows by random signs. The variants change 
 * `spp_additive`: W + M * (s B A), the update is not multiplied by the weight but by the mask, see [`AdditiveSpp`];
 * `spp_s1`, `spp_s8`: another scaling, spp_alpha / r;
 * `spp_swapped_s32`: a higher one than that of `spp_swapped_s8`, from the same start;
+* `spp_swapped_still`: from that start, and B stays there, so that A alone is trained;
 * `spp_r4`, `spp_r32`, `spp_r64`: fewer and more row groups, which is not the same number of parameters.
 """
 
@@ -133,6 +134,14 @@ def _scaled(scaling: float) -> Callable[[nn.Module], Tuned]:
     return lambda model: spp(model, scaling=scaling)
 
 
+def _still(model: nn.Module) -> Tuned:
+    found = spp_swapped(model)
+    for name, parameter in found.model.named_parameters():
+        if ".spp_B." in name:
+            parameter.requires_grad_(False)
+    return found
+
+
 def _groups(r: int) -> Callable[[nn.Module], Tuned]:
     return lambda model: spp(model, r=r)
 
@@ -148,6 +157,7 @@ VARIANTS: dict[str, Method] = {
     "spp_s1": Method("SPP, scaling 1", _scaled(1.0), (2e-2,)),
     "spp_s8": Method("SPP, scaling 8", _scaled(8.0), (1e-2,)),
     "spp_swapped_s32": Method("SPP, A = 0 and B = 1, scaling 32", lambda m: spp_swapped(m, 32.0), (1.25e-3,)),
+    "spp_swapped_still": Method("SPP, A = 0 and B = 1, B not trained", _still, (2e-2,)),
     "spp_r4": Method("SPP r=4", _groups(4), (2e-2,)),
     "spp_r32": Method("SPP r=32", _groups(2 * ROW_GROUPS), (2e-2,)),
     "spp_r64": Method("SPP r=64", _groups(4 * ROW_GROUPS), (2e-2,)),
