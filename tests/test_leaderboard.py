@@ -9,6 +9,7 @@ import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -467,10 +468,36 @@ def test_a_model_that_takes_hours_has_a_small_budget_of_its_own(tmp_path, data, 
     assert budget(tmp_path, *small) == budgets["small"]
 
 
+def test_gradients_are_clipped_at_what_the_budget_says():
+    def moved(budget):
+        model = _Loss()
+        step = training.Step(tuned.Tuned(model, lambda: model), (1.0,), [{"x": torch.ones(4)}], budget)
+        step.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # whose steps are as long as the gradient
+        step()
+        return model.weight.item()
+
+    assert moved(SMOKE) == pytest.approx(-1.0)
+    assert moved(SMOKE.change(clip=1e-3)) == pytest.approx(-1e-3, rel=1e-2)
+    assert SMOKE.change(clip=0.1).name == "smoke-clip0.1" and SMOKE.change(clip=1.0) is SMOKE
+    with pytest.raises(SystemExit, match="--clip is above 0, got 0"):
+        SMOKE.change(clip=0.0)
+
+
+class _Loss(torch.nn.Module):
+    """A model with a `loss`, as those of transformers have it; its gradient is 4 long."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return SimpleNamespace(loss=(self.weight * x).sum())
+
+
 def test_a_budget_without_a_head_rate_has_the_name_that_it_had(tmp_path, data):
     line = _line()
     trial = line.trial(FINAL, (1.0,), 0)
-    assert "head_rate" not in trial.record()["budget"]
+    assert not {"head_rate", "clip"} & trial.record()["budget"].keys()
     assert trial.key == "0946858e167841f83867"
     own = line.budget.change(head_rate=1.5e-3)
     assert own.name == "smoke-headrate0.0015"

@@ -41,6 +41,13 @@ def options() -> argparse.ArgumentParser:
         metavar="RATE",
         help="of a classifier's head, in every row; 0: that of the weights (default if small: the task's, else 0)",
     )
+    found.add_argument(
+        "--clip",
+        type=float,
+        default=None,
+        metavar="NORM",
+        help="that gradients are clipped at, in every row (default: 1)",
+    )
     found.add_argument("--workers", type=int, default=1, help="processes (default: 1); more may be started elsewhere")
     found.add_argument("--threads", type=int, default=1, help="torch threads of each worker (default: 1)")
     found.add_argument("--minutes", type=float, default=None, help="begin no run after so long (default: no limit)")

@@ -103,7 +103,7 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
 def _by_budget(board: Board, args: argparse.Namespace) -> dict[Budget, list[str]]:
     """The board's cases, those of one budget together."""
     part = CLASSES[board.part]
-    given = {"steps": args.steps, "tries": args.tries, "head_rate": args.head_rate}
+    given = {"steps": args.steps, "tries": args.tries, "head_rate": args.head_rate, "clip": args.clip}
     found: dict[Budget, list[str]] = {}
     for case in args.cases or board.cases or part.all_cases():
         own = {**part.small(case), **board.small} if args.budget == "small" else {}

@@ -81,6 +81,7 @@ def _budget_text(budget: Budget) -> str:
         f"{budget.warmup:.0%} warm-up and linear decay; {budget.tries} learning rates tried for each row on the "
         f"validation part ({budget.validation_rows} rows), measured on {test}. "
         f"{f'The head learns at {budget.head_rate:g} in every row. ' if budget.head_rate else ''}"
+        f"{f'Gradients are clipped at {budget.clip:g}. ' if budget.clip != 1 else ''}"
         "Mean ± standard deviation over seeds."
     )
 

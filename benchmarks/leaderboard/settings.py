@@ -29,6 +29,8 @@ class Budget:
         calibration_rows: sequences of `length` tokens of C4 for the pruners.
         warmup: share of the steps in which the rates rise; they fall linearly afterwards.
         head_rate: learning rate of a task's head, which starts at random, in every row; 0: that of the row's weights.
+        clip: the norm that a step's gradient is clipped at. Methods have gradients of unlike size, so at 1 some are
+            clipped in most steps and others in none.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Budget:
     calibration_rows: int = 64
     warmup: float = 0.1
     head_rate: float = 0.0
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps <= PEAK_STEPS:
@@ -51,23 +54,24 @@ class Budget:
         """The same budget but for those of the changes that are not None, with a name that says so.
 
         Raises:
-            SystemExit: for a number below 1, or a rate below 0.
+            SystemExit: for a number below 1, a rate below 0, or a norm that is not above 0.
         """
         given = {name: value for name, value in changes.items() if value not in (None, getattr(self, name))}
         for name, value in given.items():
-            least = 0 if name == "head_rate" else 1
-            if not (least <= value < math.inf):
-                raise SystemExit(f"--{name.replace('_', '-')} is at least {least}, got {value}.")
+            least = 0 if name in ("head_rate", "clip") else 1
+            if not (least <= value < math.inf) or (name == "clip" and value == 0):
+                rule = "above 0" if name == "clip" else f"at least {least}"
+                raise SystemExit(f"--{name.replace('_', '-')} is {rule}, got {value}.")
         if not given:
             return self
         named = "-".join(f"{name.replace('_', '')}{value:g}" for name, value in sorted(given.items()))
         return replace(self, name=f"{self.name}-{named}", **given)
 
     def as_dict(self) -> dict[str, Any]:
-        """What a run is named by. Without `head_rate` where it is 0: runs that were made before it was there keep
-        their names."""
-        found = asdict(self)
-        return found if self.head_rate else {name: found[name] for name in found if name != "head_rate"}
+        """What a run is named by. Without `head_rate` where it is 0 and `clip` where it is 1: runs that were made
+        before these were there keep their names."""
+        usual = {"head_rate": 0.0, "clip": 1.0}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
 @dataclass(frozen=True)

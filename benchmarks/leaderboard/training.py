@@ -1,4 +1,4 @@
-"""The training loop that every row shares: AdamW, gradients clipped at 1, rates that rise and then fall linearly."""
+"""The training loop that every row shares: AdamW, gradients clipped, rates that rise and then fall linearly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from benchmarks.leaderboard.settings import Budget, Diverged
 from benchmarks.leaderboard.tuned import Tuned
 
 Batch = dict[str, torch.Tensor]
-CLIP = 1.0
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Step:
     """
 
     def __init__(self, tuned: Tuned, rates: Sequence[float], batches: Sequence[Batch], budget: Budget) -> None:
-        self.tuned, self.batches, self.steps = tuned, batches, budget.steps
+        self.tuned, self.batches, self.steps, self.clip = tuned, batches, budget.steps, budget.clip
         tuned.prepare(batches)
         self.optimizer = torch.optim.AdamW(tuned.parameter_groups(rates), weight_decay=0.0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: _rate_at(done, budget))
@@ -58,7 +57,7 @@ class Step:
         if not math.isfinite(self.losses[-1]):
             raise Diverged(f"the loss is {self.losses[-1]} after {self.done} steps")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.trained, CLIP)
+        nn.utils.clip_grad_norm_(self.trained, self.clip)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
