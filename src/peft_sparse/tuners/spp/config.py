@@ -28,8 +28,8 @@ class SppConfig(SparseConfig):
         spp_dropout: dropout probability on the input of the update alone; the base weight sees the whole input.
         init_weights: True starts at the identity with A drawn and B = 0, as the authors do. "ones": A = 0 and B = 1,
             the identity too, but A's first steps follow the whole gradient of a row group, not its projection on a
-            random A; better at 75% sparsity in `benchmarks/results/leaderboard`. False draws both, which only tests
-            want.
+            random A; better at 75% sparsity in `benchmarks/results/leaderboard`, more so with `spp_alpha` = 8 r.
+            False draws both, which only tests want.
         labels: what a classifier's labels are called, in the order of their numbers. None: with a `task_type` of
             classification, what the model's config calls them when the adapter is added.
         checksums: what saving wrote into adapter_config.json; leave it alone.
