@@ -65,7 +65,7 @@ def spp(model: nn.Module, r: int = ROW_GROUPS, scaling: float = 2.0, **options: 
 
 
 def spp_swapped(model: nn.Module, scaling: float = 2.0) -> Tuned:
-    """Ours, with the other start. The larger the scaling, the smaller the rate that A needs, and the less B moves."""
+    """Ours, with the other start. The larger the scaling, the longer the gradients, and the more are clipped."""
     return spp(model, scaling=scaling, init_weights="ones")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from benchmarks import memory
@@ -70,8 +70,8 @@ class Budget:
     def as_dict(self) -> dict[str, Any]:
         """What a run is named by. Without `head_rate` where it is 0 and `clip` where it is 1: runs that were made
         before these were there keep their names."""
-        usual = {"head_rate": 0.0, "clip": 1.0}
-        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
+        later = {field.name: field.default for field in fields(self) if field.name in ("head_rate", "clip")}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)

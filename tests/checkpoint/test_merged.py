@@ -102,6 +102,8 @@ def test_on_a_packed_base(tmp_path):
     with pytest.raises(ValueError, match="got a packed model"):
         merged.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="got a packed model"):
+        merged.push_to_hub("owner/name")  # before a repository is made
     save_sparse(merged, tmp_path / "a")
     assert "spp" in card_of(tmp_path / "a")[1].tags
     unpack_model(merged).save_pretrained(tmp_path / "b")

@@ -61,6 +61,7 @@ def push_with_card(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
     Returns:
         What transformers returns, the commit of the weights.
     """
+    check_saves_unpacked(model)  # transformers makes the repository before it saves
     with tempfile.TemporaryDirectory() as temporary:
         card = Path(temporary) / "README.md"
 
