@@ -10,11 +10,18 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-REPOS: dict[str, list[dict[str, bytes]]] = {}  # name -> the files after each commit
+REPOS: dict[tuple[str, str], list[dict[str, bytes]]] = {}  # name and branch -> the files after each commit
 
 
-def commit_id(repo: str) -> str:
-    return hashlib.sha1(f"{repo} {len(REPOS[repo])}".encode()).hexdigest()
+def commit_id(repo: str, branch: str) -> str:
+    return hashlib.sha1(f"{repo} {branch} {len(REPOS[repo, branch])}".encode()).hexdigest()
+
+
+def open_pull_request(repo: str) -> str:
+    """Its branch, which has what is in the main one."""
+    branch = f"refs/pr/{sum(name == repo for name, _ in REPOS)}"
+    REPOS[repo, branch] = REPOS[repo, "main"][-1:]
+    return branch
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -40,13 +47,14 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = urlsplit(self.path).path.strip("/").split("/")
+        address = urlsplit(self.path)
+        parts = [unquote(part) for part in address.path.strip("/").split("/")]
         if parts[:3] == ["api", "repos", "create"]:
             data = json.loads(body)
             repo = f"{data.get('organization') or 'me'}/{data['name']}"
-            if repo in REPOS:
+            if (repo, "main") in REPOS:
                 return self.reply(409, {"error": "exists", "url": f"http://{self.headers['Host']}/{repo}"})
-            REPOS[repo] = [{}]
+            REPOS[repo, "main"] = [{}]
             return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}", "name": repo, "id": repo})
         if parts[1] == "validate-yaml":  # of the model card
             return self.reply(200, {"errors": [], "warnings": []})
@@ -56,16 +64,21 @@ class Hub(BaseHTTPRequestHandler):
             modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
             return self.reply(200, {"files": modes})
         if parts[4] == "commit":
-            files = dict(REPOS[repo][-1])
+            wanted = parse_qs(address.query).get("create_pr") == ["1"]
+            branch = open_pull_request(repo) if wanted else parts[5]
+            files = dict(REPOS[repo, branch][-1])
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     assert line["value"]["encoding"] == "base64"
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "deletedFile":
                     del files[line["value"]["path"]]
-            REPOS[repo].append(files)
-            url = f"http://{self.headers['Host']}/{repo}/commit/{commit_id(repo)}"
-            return self.reply(200, {"success": True, "commitOid": commit_id(repo), "commitUrl": url, "hookOutput": ""})
+            REPOS[repo, branch].append(files)
+            site, sha = f"http://{self.headers['Host']}/{repo}", commit_id(repo, branch)
+            done = {"success": True, "commitOid": sha, "commitUrl": f"{site}/commit/{sha}", "hookOutput": ""}
+            if wanted:
+                done["pullRequestUrl"] = f"{site}/discussions/{branch.rsplit('/')[-1]}"
+            return self.reply(200, done)
         return self.missing(self.path, "EntryNotFound")
 
     def do_GET(self) -> None:
@@ -74,9 +87,11 @@ class Hub(BaseHTTPRequestHandler):
         if parts[0] == "api" and parts[1] == "whoami-v2":
             return self.reply(200, {"name": "me", "type": "user", "orgs": []})
         repo = "/".join(parts[2:4]) if parts[0] == "api" else "/".join(parts[:2])
-        if repo not in REPOS:
+        if (repo, "main") not in REPOS:
             return self.missing("no such repository", "RepoNotFound")
-        files, sha = REPOS[repo][-1], commit_id(repo)
+        # /api/models/OWNER/NAME/tree/REVISION, the same with `revision`, /OWNER/NAME/resolve/REVISION/PATH
+        branch = next((name for name in parts[3:6] if (repo, name) in REPOS), "main")
+        files, sha = REPOS[repo, branch][-1], commit_id(repo, branch)
         if parts[0] == "api" and len(parts) > 4 and parts[4] == "tree":
             entries = [
                 {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}

@@ -68,6 +68,14 @@ assert verify_sparsity("me/pushed-llama", reference=merged).ok
 HfApi().upload_file(path_or_fileobj=b"my own words", path_in_repo="README.md", repo_id="me/pushed-llama", token="hf_x")
 merged.push_to_hub("me/pushed-llama", token="hf_x")
 assert ModelCard.load("me/pushed-llama").text.strip() == "my own words"
+commit = merged.push_to_hub("me/asked-llama", token="hf_x", create_pr=True)
+assert commit.pr_revision == "refs/pr/1" and HfApi().list_repo_files("me/asked-llama") == []
+asked = HfApi().hf_hub_download("me/asked-llama", "README.md", revision="refs/pr/1")
+assert "## Measured sparsity" in Path(asked).read_text(), asked
+assert HfApi().file_exists("me/asked-llama", "model.safetensors", revision="refs/pr/1")
+url = push_sparse_to_hub(model, "me/asked-llama", token="hf_x", create_pr=True)
+assert HfApi().list_repo_files("me/asked-llama") == [], url
+assert "sparse_model.safetensors" in HfApi().list_repo_files("me/asked-llama", revision="refs/pr/2")
 merged.save_pretrained({folder!r} + "-again")
 assert sorted(path.name for path in Path({folder!r} + "-again").iterdir())[0] == "README.md"
 

@@ -77,11 +77,12 @@ def push_with_card(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
             write_card_when_saved(model)
         api, name = HfApi(token=kwargs.get("token")), commit.repo_url.repo_id
         revision = commit.pr_revision or kwargs.get("revision")
+        asked = kwargs.get("create_pr", False) and commit.pr_revision is None  # none was opened, as no weight changed
         if card.is_file() and not has_own_card(api, name, revision):
             filled = ModelCard.load(card)
             filled.data.tags = sorted({*filled.data.tags, *(kwargs.get("tags") or ())})
             filled.save(card)
-            _upload_card(card, name, api, revision=revision)
+            _upload_card(card, name, api, revision=revision, create_pr=asked)
     return commit
 
 
