@@ -32,8 +32,8 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         name: lower case; its upper-cased form becomes the member of `PeftType` and `name + "_"` the parameter prefix,
             which transformers relies on when it loads or deletes an adapter.
         config_cls: its `from_pretrained` raises ValueError if the weights in a folder are not those that were saved
-            with the config in it, and so does a config's `check_saved(folder, subfolder)`, which also does if they
-            compute something else under this config.
+            with the config in it, and so does a config's `check_saved(folder, subfolder, **kwargs)`, which also does
+            if they compute something else under this config.
 
     Raises:
         ImportError: if PEFT already has another method of this name or prefix.
@@ -92,7 +92,7 @@ def _check_before_weights_are_read() -> None:
     def checked(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config: Any = self.peft_config.get(adapter_name)
         if type(config) in _checked:  # of a new adapter PEFT asks the config itself
-            config.check_saved(model_id, kwargs.get("subfolder"))
+            config.check_saved(model_id, **kwargs)
         return load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
     wrapped: Any = PeftModel

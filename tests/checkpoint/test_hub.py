@@ -76,6 +76,18 @@ assert HfApi().file_exists("me/asked-llama", "model.safetensors", revision="refs
 url = push_sparse_to_hub(model, "me/asked-llama", token="hf_x", create_pr=True)
 assert HfApi().list_repo_files("me/asked-llama") == [], url
 assert "sparse_model.safetensors" in HfApi().list_repo_files("me/asked-llama", revision="refs/pr/2")
+adapter = get_peft_model(prune_magnitude(models.tiny_llama(), "2:4"), SppConfig(r=4, spp_alpha=8))
+adapter.save_pretrained({folder!r} + "-adapter")
+HfApi().create_repo("me/adapter", token="hf_x")
+HfApi().upload_folder(repo_id="me/adapter", folder_path={folder!r} + "-adapter", token="hf_x")
+adapter.load_adapter("me/adapter", "default")
+other = get_peft_model(prune_magnitude(models.tiny_llama(), "2:4"), SppConfig(r=4, spp_alpha=16))
+try:
+    other.load_adapter("me/adapter", "default", revision="main", is_trainable=True)
+except ValueError as error:
+    assert "spp_alpha=8" in str(error) and "spp_alpha=16" in str(error), error
+else:
+    raise AssertionError("no error")
 merged.save_pretrained({folder!r} + "-again")
 assert sorted(path.name for path in Path({folder!r} + "-again").iterdir())[0] == "README.md"
 

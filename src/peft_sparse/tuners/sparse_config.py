@@ -114,17 +114,19 @@ class SparseConfig(PeftConfig):
         config._awaits_weights = True
         return config
 
-    def check_saved(self, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    def check_saved(self, folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> None:
         """Check a folder, before its weights are read into an adapter that is there already and has this config.
 
-        What comes from the Hub is checked by its client.
+        Args:
+            folder: or a repository of the Hub, whose config alone is compared: its client checks files.
+            **kwargs: for the Hub, such as `revision`.
 
         Raises:
             ValueError: see `from_pretrained`; or if the weights would compute something else under this config.
         """
         place = Path(folder, subfolder or "")
-        if (place / CONFIG).is_file():
-            saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder)
+        if (place / CONFIG).is_file() or not Path(folder).exists():
+            saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder, **kwargs)
             if isinstance(saved, type(self)):  # else no tensor has its name
                 self._check_same_function(saved, place)
                 saved.check_whole_modules(self._names_found)
