@@ -3,9 +3,11 @@
 The models are random and the texts made up here, so nothing is needed from `shared/`.
 """
 
+import csv
 import json
 import math
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,7 @@ from benchmarks.leaderboard import (
     methods,
     metrics,
     nlg,
+    overview,
     parts,
     plan,
     pst_methods,
@@ -440,6 +443,48 @@ def test_a_loss_is_stated_and_a_difference_within_the_spread_is_none():
     assert "no verdict" in single[0]
 
 
+@pytest.fixture
+def tables(tmp_path):
+    """Two tables as the command writes them, of a task and of the same one at another budget."""
+    results = {
+        "dense": ("sst2 dense", 0.9, 0.01, 1000), "one_shot": ("sst2 90%", 0.7, 0.01, 1000),
+        "gradual": ("sst2 90%", 0.81, 0.02, 1000), "pst": ("sst2 90%", 0.8, 0.01, 100),
+        "pst_no_rc": ("sst2 90%", 0.75, 0.001, 95), "pst_no_uv": ("sst2 90%", 0.79, "", 50),
+    }  # fmt: skip
+    for name, budget in (("", Budget("small", 120, 16, 64, 4, 500, None)), ("-variants", SMOKE)):
+        base = tmp_path / f"encoders-tiny-{budget.name}{name}"
+        lines = [f"{case},{row},{mean},{spread},{trained}" for row, (case, mean, spread, trained) in results.items()]
+        base.with_name(f"{base.name}.csv").write_text("\n".join(["case,row,mean,spread,trainable", *lines]))
+        with base.with_name(f"{base.name}-runs.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["part", "model", "budget"], ["encoders", "tiny", json.dumps(budget.as_dict())]])
+    return tmp_path
+
+
+def test_the_overview_has_what_is_not_beaten_at_as_few_parameters_in_bold(tables):
+    page = overview.write(tables).read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|") and "±" in line]
+    cells = {row[0]: row[1] for row in rows}
+    assert cells["dense fine-tuning"] == "0.9 ± 0.01"
+    assert cells["gradual magnitude"] == "**0.81 ± 0.02**" and cells["PST (ours)"] == "**0.8 ± 0.01**"
+    assert cells["one-shot magnitude, then tuned"] == "0.7 ± 0.01"  # fewer are better: PST's
+    assert cells["PST without R C"] == "0.75 ± 0.001"  # a tenth more is better
+    assert "| **0.79** |" in page  # a single seed beats nothing and is not beaten
+    assert page.count("[sst2 90%]") == 1  # not that of the named table
+    assert "| PST (ours) | 1 / 0 / 0 | 0 / 1 / 0 | 1 / 0 / 0 | 0 / 0 / 0 |" in page
+
+
+def test_the_overview_in_the_repository_is_that_of_the_tables_beside_it(tmp_path):
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "leaderboard"
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / overview.PAGE).unlink()
+    assert overview.write(copy).read_text() == (folder / overview.PAGE).read_text()
+
+
+def test_a_folder_without_tables_has_no_overview(tmp_path):
+    assert overview.write(tmp_path) is None
+
+
 # The command
 
 
@@ -555,6 +600,8 @@ def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys)
     text = (tmp_path / "out" / "causal-lm-tiny-smoke.md").read_text()
     assert "SPP r=16 (ours)" in text and "zero-shot accuracy" in text and "Ours loses beyond the spread" in text
     assert (tmp_path / "out" / "causal-lm-tiny-smoke.csv").read_text().count("\n") == 5
+    page = (tmp_path / "out" / "overview.md").read_text()
+    assert "[wanda 2:4](causal-lm-tiny-smoke.md)<br>6 steps" in page and "SPP r=16 (ours)" in page
     listed = (tmp_path / "out" / "causal-lm-tiny-smoke-runs.csv").read_text()
     assert listed.count("\n") == len(records) + 1
     assert run_command(tmp_path, data, folder, *options) == 0

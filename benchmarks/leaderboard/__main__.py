@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import check_pruning, models
 from benchmarks.leaderboard import __doc__ as description
-from benchmarks.leaderboard import parts, render, runs
+from benchmarks.leaderboard import overview, parts, render, runs
 from benchmarks.leaderboard.settings import SEARCH_SEED
 from benchmarks.leaderboard.store import Store
 from benchmarks.leaderboard.workers import make_runs
@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     for part, several in lines.items():
         path = render.render(part, several, records, args.out, args.name)
         print(f"No result of {part.name} yet." if path is None else f"\n{path.read_text(encoding='utf-8')}\n{path}")
+    page = overview.write(args.out)
+    if page is not None:
+        print(f"All tables side by side: {page}")
     return 0 if whole else 1
 
 

@@ -16,7 +16,7 @@ from benchmarks.leaderboard import runs
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.settings import Budget
 from benchmarks.leaderboard.store import Record
-from benchmarks.leaderboard.summary import LARGEST, WHERE_FROM, Row, rows_of, verdicts
+from benchmarks.leaderboard.summary import LARGEST, WHERE_FROM, Row, is_dense, rows_of, task_of, verdicts
 
 PANEL = 4.2  # inches
 COSTS = {"trainable": "trained parameters", "peak_mb": "peak of tensors beyond the model, MB"}
@@ -95,17 +95,17 @@ def _table(rows: Sequence[Row], part: Any) -> list[str]:
     for row in rows:
         get = row.columns.get
         scale = {"zeroshot": 100.0, "BLEU": 1.0}
-        cells = [row.title, row.status if row.mean is None else _pm(row.mean, row.spread)]
-        cells += [_pm(get(name), get(f"{name}_spread"), scale[name]) for name in extra]
-        cells += [_share(get("sparsity")), _count(get("zeros_lost")), _short(get("merge_difference"), "{:.1e}")]
+        cells = [row.title, row.status if row.mean is None else plus_minus(row.mean, row.spread)]
+        cells += [plus_minus(get(name), get(f"{name}_spread"), scale[name]) for name in extra]
+        cells += [_share(get("sparsity")), count(get("zeros_lost")), _short(get("merge_difference"), "{:.1e}")]
         seconds = get("step_cpu_seconds") or get("step_seconds")
-        cells += [_count(get("trainable")), _short(seconds, "{:.3f}"), _short(get("peak_mb"), "{:.1f}")]
+        cells += [count(get("trainable")), _short(seconds, "{:.3f}"), _short(get("peak_mb"), "{:.1f}")]
         cells += [" / ".join(f"{rate:g}" for rate in row.rates) + (" (edge)" if row.at_edge else ""), str(row.seeds)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _pm(mean: float | None, spread: float | None, scale: float = 1.0) -> str:
+def plus_minus(mean: float | None, spread: float | None, scale: float = 1.0) -> str:
     if mean is None:
         return ""
     text = f"{mean * scale:.4g}"
@@ -116,7 +116,7 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 
 
-def _count(value: int | None) -> str:
+def count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
@@ -148,7 +148,7 @@ def draw(rows: Sequence[Row], part: Any, path: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    cases = [case for case in dict.fromkeys(row.case for row in rows) if not _is_dense(case)]
+    cases = [case for case in dict.fromkeys(row.case for row in rows) if not is_dense(case)]
     cases = [case for case in cases if any(row.case == case and _is_drawn(row) for row in rows)]
     if not cases:
         return None
@@ -157,9 +157,8 @@ def draw(rows: Sequence[Row], part: Any, path: Path) -> Path | None:
     names = [name for name in part.titles if any(row.row == name and _is_drawn(row) for row in rows)]
     colours = {name: f"C{index}" for index, name in enumerate(names)}
     for line, case in zip(axes, cases, strict=True):
-        task = case.rpartition(" ")[0]
         shown = [row for row in rows if row.case == case and _is_drawn(row)]
-        ceilings = [row for row in rows if row.case in ("dense", f"{task} dense") and _is_drawn(row)]
+        ceilings = [row for row in rows if row.case in ("dense", f"{task_of(case)} dense") and _is_drawn(row)]
         for axis, cost in zip(line, COSTS, strict=True):
             _draw_panel(axis, shown, ceilings, cost, part, colours)
             axis.set_title(case, fontsize=10)
@@ -167,10 +166,6 @@ def draw(rows: Sequence[Row], part: Any, path: Path) -> Path | None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     return path
-
-
-def _is_dense(case: str) -> bool:
-    return case.rpartition(" ")[2] == "dense"
 
 
 def _is_drawn(row: Row) -> bool:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.search import at_edge
@@ -89,12 +89,31 @@ def _columns(records: list[Record]) -> dict[str, Any]:
     return found | {name: first.get(name) for name in WHERE_FROM}
 
 
-def verdicts(rows: Sequence[Row], ours: str, rivals: Sequence[str], better: str) -> list[str]:
-    """One sentence for each case and rival: ours is better, worse, or within the spread of it.
+class Result(Protocol):
+    """What is compared: a mean over seeds and its spread, None of fewer than two."""
 
-    The spread of a difference is the root of the sum of both variances over seeds; with fewer than two seeds
-    nothing is called better.
-    """
+    @property
+    def mean(self) -> float | None: ...
+    @property
+    def spread(self) -> float | None: ...
+
+
+def gain_of(own: Result, other: Result, better: str) -> tuple[float, float] | None:
+    """By how much `own` is better than `other` (negative: worse), and the spread of that difference: the root of the
+    sum of both variances over seeds. None with fewer than two seeds, where nothing is called better."""
+    if own.mean is None or other.mean is None or own.spread is None or other.spread is None:
+        return None
+    return (other.mean - own.mean) * (1 if better == "lower" else -1), math.hypot(own.spread, other.spread)
+
+
+def outcome(own: Result, other: Result, better: str) -> int | None:
+    """1: `own` is better beyond the spread, -1: worse, 0: within it. None as of [`gain_of`]."""
+    found = gain_of(own, other, better)
+    return None if found is None else (found[0] > found[1]) - (found[0] < -found[1])
+
+
+def verdicts(rows: Sequence[Row], ours: str, rivals: Sequence[str], better: str) -> list[str]:
+    """One sentence for each case and rival: ours is better, worse, or within the spread of it."""
     found = []
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -107,16 +126,28 @@ def verdicts(rows: Sequence[Row], ours: str, rivals: Sequence[str], better: str)
             other = several.get(rival)
             if other is None or other.mean is None:
                 continue
-            gain = (other.mean - own.mean) * (1 if better == "lower" else -1)
             numbers = f"{own.title} {own.mean:.4g}, {other.title} {other.mean:.4g}"
-            found.append(f"{case}: {numbers}: {_word(gain, own, other)}.")
+            found.append(f"{case}: {numbers}: {_words(own, other, better)}.")
     return found
 
 
-def _word(gain: float, own: Row, other: Row) -> str:
-    if own.spread is None or other.spread is None:
+def _words(own: Row, other: Row, better: str) -> str:
+    found = gain_of(own, other, better)
+    if found is None:
         return "one seed, so no verdict"
-    spread = math.hypot(own.spread, other.spread)
-    if abs(gain) <= spread:
+    gain, spread = found
+    result = outcome(own, other, better)
+    if result == 0:
         return f"level (difference {abs(gain):.3g}, spread {spread:.2g})"
-    return f"ours {'wins' if gain > 0 else 'LOSES'} by {abs(gain):.3g} (spread {spread:.2g})"
+    return f"ours {'wins' if result == 1 else 'LOSES'} by {abs(gain):.3g} (spread {spread:.2g})"
+
+
+# The names of cases: "wanda 2:4", "sst2 90%", and "dense" or "sst2 dense" for what starts dense and stays so.
+
+
+def is_dense(case: str) -> bool:
+    return case.rpartition(" ")[2] == "dense"
+
+
+def task_of(case: str) -> str:
+    return case.rpartition(" ")[0]
