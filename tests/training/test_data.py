@@ -172,7 +172,7 @@ w4,NA,001,4
 """
 
 
-@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "stream"])
+@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "files of a folder", "stream"])
 def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     """pandas would make 730, 1.5, True and nothing of these answers."""
     (tmp_path / "rows").mkdir()
@@ -181,6 +181,8 @@ def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     source = {"path": str(tmp_path / "rows" if way == "folder" else file)}
     if way == "files":
         source = {"path": "csv", "files": {"train": str(file)}}
+    if way == "files of a folder":
+        source = {"path": str(tmp_path / "rows"), "files": {"train": "train.csv"}}
     data = DataPart(**source, prompt="{question}", completion="{answer}", streaming=way == "stream")
     rows = list(read_split(data, "train", data.streaming))
     answers = ["00730", "1.50", "true", "NA"]
