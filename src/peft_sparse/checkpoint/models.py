@@ -117,6 +117,11 @@ def load_model(
                 f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
                 "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
             ) from error
+        if reason.startswith("Unrecognized configuration class"):  # and then all that there are
+            raise ValueError(
+                f"A task is one that transformers has a class of the model for, got {task} for the model in "
+                f"{str(source)!r}; leave it out, or name another one."
+            ) from error
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
