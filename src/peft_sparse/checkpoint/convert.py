@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from peft_sparse.checkpoint.load import load_stored
+from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.merged import save_with_card
-from peft_sparse.checkpoint.models import auto_class, load_model
+from peft_sparse.checkpoint.models import auto_class, load_model, pad_as
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
 from peft_sparse.linears import unpack_model
@@ -240,6 +241,8 @@ def merge_checkpoint(
     origin = model.get_base_model().name_or_path
     keeps = str(getattr(settings.peft_type, "value", settings.peft_type)) != "PST"
     beside = locate_companions(origin)
+    if settings.task_type == "SEQ_CLS" and has_tokenizer(adapter):
+        pad_as(model.get_base_model(), load_tokenizer(adapter, trust_remote_code=trust_remote_code))
     merged = model.merge_and_unload()
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None
     report = sparsity_report(merged)

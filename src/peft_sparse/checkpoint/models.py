@@ -16,6 +16,8 @@ from transformers import AutoConfig
 from peft_sparse.checkpoint.labels import labels_of_head, named_labels
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
+from peft_sparse.pruning.checks import padding_of_positions
+from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.storage import open_model
 
 # task: transformers' class for it, and PEFT's task type
@@ -125,6 +127,14 @@ def load_model(
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
+
+
+def pad_as(model: Any, tokenizer: Any) -> None:
+    """Tell a model the token that its tokenizer pads with. A decoder that classifies reads a row's last token that is
+    another, and config.json may have a base's, or none. Where positions are counted from it, it stays."""
+    token, size = tokenizer.pad_token_id, vocabulary_size(model)
+    if token is not None and (size is None or token < size) and padding_of_positions(model) is None:
+        model.config.pad_token_id = token
 
 
 def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
