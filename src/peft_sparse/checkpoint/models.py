@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,11 @@ def _load_adapter(
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
     if task == "sequence_classification" and (labels := labels_of_head(folder)):
+        if config.get("num_labels", labels) != labels:
+            raise ValueError(
+                f"A classifier has as many labels as its head, got num_labels={config['num_labels']} and a head for "
+                f"{labels} beside the adapter in {str(folder)!r}; leave the number out."
+            )
         # The adapter's head takes the place of the base's, whose number of labels may be another.
         names = adapter_settings(folder).get("labels") or []
         named = named_labels(names) if len(names) == labels else {}
@@ -222,15 +229,16 @@ def _load_adapter(
             )
         config = {"num_labels": labels, "ignore_mismatched_sizes": True} | named | config
     missing: list[str] = []
-    loaded = load_model(
-        base,
-        task,
-        dtype=dtype,
-        packed=packed,
-        trust_remote_code=trust_remote_code,
-        config=config,
-        on_missing=missing.extend,
-    )
+    with _without_report():
+        loaded = load_model(
+            base,
+            task,
+            dtype=dtype,
+            packed=packed,
+            trust_remote_code=trust_remote_code,
+            config=config,
+            on_missing=missing.extend,
+        )
     model = PeftModel.from_pretrained(loaded, str(folder))
     modules = model.get_base_model().named_modules()
     in_adapter = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
@@ -244,6 +252,22 @@ def _load_adapter(
             stacklevel=3,
         )
     return model
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports as new and random, to be trained, what a base lacks, such as the head that its adapter has.
+    What neither has is told after both are loaded."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _trained_for(folder: Path) -> str | None:
