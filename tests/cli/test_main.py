@@ -453,6 +453,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["report", "LLAMA", "--plot", "x.jpq"], "ending tells its format, one of .*png, .* got 'x.jpq'"),
         (["merge", "LLAMA", "NEW"], "got .* which has none"),
         (["pack", "LLAMA", "TEXT"], "which is a file"),
+        (["pack", "LLAMA", "NEW", "--max-shard-size", "5 G", "--dry-run"], "a number of bytes .* got '5 G'"),
         (
             ["prune", "BERT", "NEW", *TINY, "--task", "causal_lm"],
             "got causal_lm for the model in .*bert'; leave it out",

@@ -20,7 +20,7 @@ from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import auto_class, load_model, pad_as
-from peft_sparse.checkpoint.save import save_sparse
+from peft_sparse.checkpoint.save import save_sparse, shard_size
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
 from peft_sparse.linears import unpack_model
 from peft_sparse.storage import companions, locate, locate_companions, open_model
@@ -154,9 +154,9 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
         max_shard_size, trust_remote_code: see [`save_sparse`] and [`load_model`].
 
     Raises:
-        ValueError: if the source is packed already or is no model, or the folder is not empty.
+        ValueError: if the source is packed already or is no model, the folder is not empty, or the size is none.
     """
-    folder = check_new_folder(folder)
+    folder, limit = check_new_folder(folder), shard_size(max_shard_size)
     stored = open_model(locate(source))
     if stored.layout != "dense":
         raise ValueError(f"`pack` takes a dense model, got one that is packed ({stored.layout}) in {str(source)!r}.")
@@ -173,7 +173,7 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
     model_cls = None if task is None else auto_class(task)
     model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
-        save_sparse(model, temporary, max_shard_size=max_shard_size)
+        save_sparse(model, temporary, max_shard_size=limit)
         copy_tokenizer(stored.folder, temporary)
     return _converted("packed", source, folder, folder, _bytes(stored.folder), _bytes(folder))
 
