@@ -148,3 +148,14 @@ def test_a_config_that_tells_another_number_of_labels(tmp_path):
     with pytest.raises(ValueError, match=r"tells another number of labels; give that in `config`, as {'num_labels'"):
         load_stored(open_model(tmp_path))
     assert load_stored(open_model(tmp_path), changes={"num_labels": 2}).config.num_labels == 2
+
+
+def test_shapes_of_another_config_are_not_blamed_on_a_head(tmp_path):
+    models.tiny_llama().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_size": 40}))
+    for task in (None, "causal_lm"):
+        with pytest.raises(
+            ValueError, match=r"got others for .*: its config.json is that of another model, or damaged"
+        ):
+            load_model(tmp_path, task)

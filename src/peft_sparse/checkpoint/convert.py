@@ -150,7 +150,7 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
         source: a folder with a dense model, or a name on the Hub.
         folder: where to; new or empty.
         task: see [`load_model`].
-        dry_run: read, and say what would be written.
+        dry_run: load it, and say what would be written.
         max_shard_size, trust_remote_code: see [`save_sparse`] and [`load_model`].
 
     Raises:
@@ -167,11 +167,11 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
             f"`pack` takes floating point weights, got a quantized model in {str(source)!r}; dequantize it with "
             "`model.dequantize()` and save that."
         )
+    model_cls = None if task is None else auto_class(task)
+    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     if dry_run:
         size = sum(_packed_bytes(tensor.read()) for tensor in stored.tensors.values())
         return _converted("packed", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
-    model_cls = None if task is None else auto_class(task)
-    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_sparse(model, temporary, max_shard_size=limit)
         copy_tokenizer(stored.folder, temporary)

@@ -77,6 +77,7 @@ def load_model(
             f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
             "`peft-sparse pack`, or leave `packed` out."
         )
+    model_cls: Any = auto_class("sequence_classification") if task is None else auto_class(task)
     try:
         if stored_packed:
             changes = dict(config or {})
@@ -98,7 +99,8 @@ def load_model(
                 arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
-        model_cls = auto_class(task) if task else _class_of_config(source, trust_remote_code)
+        if task is None:
+            model_cls = _class_of_config(source, trust_remote_code)
         model, info = model_cls.from_pretrained(
             source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
         )
@@ -117,9 +119,12 @@ def load_model(
     except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
+            why = "its config.json is that of another model, or damaged."
+            if "ForSequenceClassification" in model_cls.__name__:
+                why = "its head has another number of labels. Ask for that number, or for a new head "
+                why += "(`model.new_head` of a recipe)."
             raise ValueError(
-                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
-                "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
+                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: {why}"
             ) from error
         if reason.startswith("Unrecognized configuration class"):  # and then all that there are
             raise ValueError(
