@@ -210,6 +210,21 @@ def test_places_for_a_merged_model(folder):
     assert make_recipe(changed("output", merge=True, folder=folder)).merged_folder == Path(folder)
 
 
+def test_a_home_before_paths(monkeypatch):
+    """Trainer takes it for its checkpoints, which have to lie beside the adapter to be found again."""
+    monkeypatch.setenv("HOME", "/home/anyone")
+    monkeypatch.setenv("USERPROFILE", "/home/anyone")
+    values = changed("data", path="csv", files={"train": ["~/a.csv"]}, separator="~/") | {
+        "model": {"path": "~/llama"},
+        "training": {"output_dir": "~/out", "max_steps": 3},
+        "output": {"merge": True, "folder": "~/merged"},
+    }
+    recipe = make_recipe(values)
+    assert recipe.output_dir == Path(training_arguments(recipe).output_dir) == Path("/home/anyone/out")
+    assert recipe.merged_folder == Path("/home/anyone/merged") and recipe.model.path == "/home/anyone/llama"
+    assert recipe.data.files == {"train": ["/home/anyone/a.csv"]} and recipe.data.separator == "~/"
+
+
 def test_parts_and_streams():
     with pytest.raises(ValueError, match="did you mean 'training'"):
         make_recipe(VALUES | {"trainning": {}})
