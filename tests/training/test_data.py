@@ -204,6 +204,10 @@ def test_gaps_in_a_csv_file_and_options_for_pandas(tmp_path):
     assert texts() == ["w1", "-", None] and texts(keep_default_na=False) == ["w1", "-", ""]
     assert texts(na_filter=False) == ["w1", "-", ""]
     assert texts(na_values="-") == texts(na_values=["-"]) == ["w1", None, None]
+    (tmp_path / "quotes.tsv").write_text('text\tlabel\n"w1 w2\t1\nw3\t0\n"w4\t1\n')  # as docs/command-line.md says
+    quotes = {"path": str(tmp_path / "quotes.tsv"), "text": "text", "label": "label"}
+    assert len(read_split(DataPart(**quotes), "train")) == 1
+    assert len(read_split(DataPart(**quotes, options={"quoting": 3}), "train")) == 3
     number = DataPart(**columns, labels=None)
     assert [row["label"] for row in read_split(number, "train")] == [1, None, 0]
     with pytest.raises(

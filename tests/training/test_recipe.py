@@ -114,6 +114,7 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("model", {"num_labels": 3}, "is for task sequence_classification"),
         ("data", {"max_length": "128"}, "`data.max_length` is int"),
         ("data", {"max_length": 1}, "from 2 up"),
+        ("data", {"options": {"streaming": True}}, "got 'streaming' among them, which other keys of `data` say"),
         ("data", {"labels": []}, r"at least two and each once, got \[\]; leave it out"),
         ("data", {"labels": ["a", "b", "a"]}, "each once, got 'a' twice"),
         ("data", {"prompt": "{a}"}, "names one column of `text`, or `prompt` and `completion`"),
