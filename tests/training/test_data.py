@@ -114,6 +114,15 @@ def test_an_input_that_is_missing_is_none_in_alpacas_prompt(tmp_path):
     assert list(calibration_texts(data)) and "None" not in str(calibration_texts(data))
 
 
+def test_prompts_that_all_fill_the_length(tmp_path, sentences):
+    """More text would not help there, and a smaller length neither."""
+    data = {"prompt": "{text}", "completion": "{answer}", "max_length": 4}
+    with pytest.raises(
+        ValueError, match=r"got 40 rows without one .* room for its completion, so take a larger length"
+    ):
+        plan_finetune(language_model(tmp_path, sentences, data=data, prune=None))
+
+
 def test_prompts_that_fill_the_length_are_counted(tmp_path):
     rows = [{"question": " ".join(["w1"] * length), "answer": "w2"} for length in (3, 16, 20, 15)]
     path = write_rows(tmp_path / "rows.jsonl", rows)

@@ -111,11 +111,12 @@ def context_length(model: nn.Module) -> int | None:
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model has embeddings for, beyond which it cannot run; None: it computes them, as Llama
     does, or needs none."""
-    limit, found = _limit_of_config(model), []
-    for table in _position_tables(model):
-        # RoBERTa and its kin count positions from behind the index of the padding token
-        found.append(limit if table.padding_idx is None else limit - table.padding_idx - 1)
-    return min(found, default=None)
+    limit = _limit_of_config(model)
+    if limit is None:
+        return None
+    # RoBERTa and its kin count positions from behind the index of the padding token
+    taken = (0 if table.padding_idx is None else table.padding_idx + 1 for table in _position_tables(model))
+    return min((limit - first for first in taken), default=None)
 
 
 def padding_of_positions(model: nn.Module) -> int | None:
