@@ -373,8 +373,8 @@ def test_evaluate_refuses_random_weights(cli, llama, pruned, tmp_path, text):
     """But the head that an adapter brings along is none."""
     for task, model in (("sequence_classification", llama), ("causal_lm", tmp_path / "bert")):
         save_with_tokenizer(tiny_bert(), tmp_path / "bert")
-        arguments = ["evaluate", model, "--data", text, "--task", task, "--label-column", "label"]
-        status, out, err = cli(*arguments)
+        labels = ["--label-column", "label"] if task == "sequence_classification" else []
+        status, out, err = cli("evaluate", model, "--data", text, "--task", task, *labels)
         assert status == FAILED and out == "" and "Evaluation measures trained weights, got none for" in err
     save_sparse(AutoModelForCausalLM.from_pretrained(pruned), tmp_path / "packed")
     status, out, err = cli("evaluate", tmp_path / "packed", "--data", text, "--task", "sequence_classification",

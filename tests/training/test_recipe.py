@@ -115,6 +115,7 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("data", {"max_length": "128"}, "`data.max_length` is int"),
         ("data", {"max_length": 1}, "from 2 up"),
         ("data", {"options": {"streaming": True}}, "got 'streaming' among them, which other keys of `data` say"),
+        ("data", {"label": "label"}, "`data.label` is for task sequence_classification, got 'label' for causal_lm"),
         ("data", {"labels": []}, r"at least two and each once, got \[\]; leave it out"),
         ("data", {"labels": ["a", "b", "a"]}, "each once, got 'a' twice"),
         ("data", {"prompt": "{a}"}, "names one column of `text`, or `prompt` and `completion`"),

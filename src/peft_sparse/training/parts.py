@@ -123,6 +123,11 @@ def check_data(data: DataPart, task: str) -> None:
         if isinstance(data.text, list) and len(data.text) > 2:
             raise ValueError(f"`data.text` is one column, or two for pairs, got {data.text!r}.")
         return
+    if data.label is not None:
+        raise ValueError(
+            f"`data.label` is for task sequence_classification, got {data.label!r} for causal_lm, the task where none "
+            "is named; name the other one, or leave the label out."
+        )
     if data.template is not None and data.template not in TEMPLATES:
         raise ValueError(f"`data.template` is one of {', '.join(TEMPLATES)}, got {data.template!r}.")
     pair = data.prompt is not None and data.completion is not None
