@@ -456,7 +456,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["pack", "LLAMA", "NEW", "--max-shard-size", "5 G", "--dry-run"], "a number of bytes .* got '5 G'"),
         (
             ["prune", "BERT", "NEW", *TINY, "--task", "causal_lm"],
-            "got causal_lm for the model in .*bert'; leave it out",
+            "got causal_lm for the model in .*bert'; name another",
         ),
         (["verify", "LLAMA"], "pass --reference or --pattern"),
         (["verify", "LLAMA", "--pattern", "unstructured"], "got 'unstructured', which any zeros follow; pass the"),

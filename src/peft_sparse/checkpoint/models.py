@@ -129,7 +129,7 @@ def load_model(
         if reason.startswith("Unrecognized configuration class"):  # and then all that there are
             raise ValueError(
                 f"A task is one that transformers has a class of the model for, got {task} for the model in "
-                f"{str(source)!r}; leave it out, or name another one."
+                f"{str(source)!r}; name another one, or none where the class in config.json will do."
             ) from error
         if isinstance(error, ValueError):
             raise
