@@ -667,12 +667,23 @@ def test_nlg_from_the_command(tmp_path, data):
         (["--part", "causal-lm", "--steps", "2"], "more than 3 steps"),
         (["--part", "causal-lm", "--tries", "0"], "--tries is at least 1"),
         (["--part", "causal-lm", "nlg"], "--model is for one part"),
+        (["--part", "nlg", "--device", "tpv"], "--device is one that torch knows, .* got tpv"),
     ],
 )
 def test_what_there_is_not_is_refused(tmp_path, data, options, message):
     folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path / "tiny")
     with pytest.raises(SystemExit, match=message):
         run_command(tmp_path, data, folder, *options)
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(tmp_path, data, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "make_runs", interrupted)
+    folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path / "tiny")
+    assert run_command(tmp_path, data, folder, "--part", "nlg", "--cases", "e2e 50%", "--rows", "dense") == 130
+    assert "finished runs are kept, and the same command makes the others" in capsys.readouterr().err
 
 
 def test_minilm_as_a_roberta_is_exact(tmp_path):

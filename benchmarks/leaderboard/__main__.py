@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     """Make the runs that are missing, then tables and charts.
 
     Returns:
-        Exit status: 1 if a worker failed.
+        Exit status: 1 if a worker failed, 130 after Ctrl-C.
     """
     args = options().parse_args(argv)
     if min(args.workers, args.threads) < 1:
@@ -88,7 +88,11 @@ def main(argv: list[str] | None = None) -> int:
             for trial in line.open_trials(records):
                 print(trial)
         return 0
-    whole = args.render or make_runs(args)
+    try:
+        whole = args.render or make_runs(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept, and the same command makes the others", file=sys.stderr)
+        return 130
     records = Store(args.store).records()
     for part, several in lines.items():
         path = render.render(part, several, records, args.out, args.name)

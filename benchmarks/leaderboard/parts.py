@@ -73,14 +73,17 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
     a part of their own, with a table of their own.
 
     Raises:
-        SystemExit: if a model or the data are not there, one model is asked for more than one part, or a rate of the
-            head for a part without.
+        SystemExit: if a model, the data or the device are not there, one model is asked for more than one part, or a
+            rate of the head for a part without.
     """
     if not args.data.is_dir():
         raise SystemExit(f"--data is a folder laid out as shared/data, got {args.data}, which is none.")
     if args.model is not None and len(args.part) > 1:
         raise SystemExit(f"--model is for one part, got {len(args.part)} of them; name it with --part.")
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device is one that torch knows, such as cpu or cuda, got {args.device}.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a GPU that torch sees, got none; leave it out to run on the CPU.")
     boards = [board for board in BOARDS if board.part in args.part]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 
 import torch
@@ -27,12 +28,20 @@ def make_runs(args: argparse.Namespace) -> bool:
         _work(args)
         return True
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(args,)) for _ in range(args.workers)]
+    workers = [context.Process(target=_quietly_interrupted, args=(args,)) for _ in range(args.workers)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     return not any(worker.exitcode for worker in workers)
+
+
+def _quietly_interrupted(args: argparse.Namespace) -> None:
+    """[`_work`] in a process that gets the Ctrl-C of its terminal too, of which the first one tells."""
+    try:
+        _work(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _work(args: argparse.Namespace) -> None:

@@ -31,6 +31,18 @@ def dense(tmp_path) -> Path:
     return tmp_path / "dense"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("model_type", "nope"), ("architectures", ["Nope"]), ("hidden_size", 40)]
+)
+def test_a_dry_run_refuses_what_a_run_would(field, value, dense, tmp_path):
+    """A config that no model can be made of, or one of other shapes."""
+    settings = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(settings | {field: value}))
+    for dry_run in (False, True):
+        with pytest.raises(ValueError, match=r"nope|Nope|, here \("):
+            pack_checkpoint(dense, tmp_path / "new", dry_run=dry_run)
+
+
 @pytest.mark.parametrize("says", ["bfloat16", "float32", None])
 def test_pack_and_unpack_keep_the_dtype_of_each_tensor(says, dense, tmp_path):
     """Whatever config.json says, by which transformers rounds them all alike."""

@@ -109,6 +109,10 @@ def test_an_adapter_s_head_of_another_number_of_labels_by_another_name(packed, t
     tuned = get_peft_model(base, SppConfig(r=4, task_type="SEQ_CLS", modules_to_save=["classification_head"]))
     head = tuned.base_model.model.classification_head.modules_to_save["default"].out_proj.weight.detach().clone()
     tuned.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"got num_labels=5 and a head for 2 beside the adapter in .*; leave the number"
+    ):
+        merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", num_labels=5)
     merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", packed=packed)
     for name in ("adapter", "merged"):
         model = load_model(tmp_path / name)
@@ -116,13 +120,15 @@ def test_an_adapter_s_head_of_another_number_of_labels_by_another_name(packed, t
         assert any(torch.equal(parameter, head) for parameter in model.parameters())
 
 
-def test_a_head_that_the_adapter_brings_is_not_called_random(twins, tmp_path):
+def test_a_head_that_the_adapter_brings_is_not_called_random(twins, tmp_path, caplog):
     for source in twins:
         base = load_model(source, TASK, config={"num_labels": 3} | NEW_HEAD, on_missing=lambda names: None)
         get_peft_model(base, SppConfig(r=4, task_type="SEQ_CLS")).save_pretrained(tmp_path / f"{source.name}-adapter")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*random")
+            caplog.clear()
             assert load_model(tmp_path / f"{source.name}-adapter").config.num_labels == 3
+            assert "LOAD REPORT" not in caplog.text  # transformers' own, that the head is new
         settings = json.loads((tmp_path / f"{source.name}-adapter" / "adapter_config.json").read_text())
         settings["labels"] = ["no", "yes"]
         (tmp_path / f"{source.name}-adapter" / "adapter_config.json").write_text(json.dumps(settings))
@@ -142,3 +148,14 @@ def test_a_config_that_tells_another_number_of_labels(tmp_path):
     with pytest.raises(ValueError, match=r"tells another number of labels; give that in `config`, as {'num_labels'"):
         load_stored(open_model(tmp_path))
     assert load_stored(open_model(tmp_path), changes={"num_labels": 2}).config.num_labels == 2
+
+
+def test_shapes_of_another_config_are_not_blamed_on_a_head(tmp_path):
+    models.tiny_llama().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_size": 40}))
+    for task in (None, "causal_lm"):
+        with pytest.raises(
+            ValueError, match=r"got others for .*: its config.json is that of another model, or damaged"
+        ):
+            load_model(tmp_path, task)

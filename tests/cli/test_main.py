@@ -1,5 +1,6 @@
 """The command line as a new user meets it: help, each command from end to end, `--json`, errors, exit statuses."""
 
+import io
 import json
 import os
 import re
@@ -12,12 +13,19 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_sparse import PstConfig, SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
 from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, USAGE, main, make_parser
 
-from models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
+from models import WORDS, save_with_tokenizer, tiny_bart, tiny_bert, tiny_gpt2, tiny_llama
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +153,15 @@ def test_the_console_script_runs_a_command(pruned):
         assert json.loads(run.stdout)["pattern"] == "2:4"
 
 
+def test_a_name_that_the_terminal_cannot_write(pruned, monkeypatch):
+    """The work is done by then: the exit status says so."""
+    model = Path(pruned).rename(Path(pruned).with_name("pr\xfcned"))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["pack", str(model), str(model.with_name("packed"))]) == DONE
+    assert rb"pr\xfcned: packed" in written.getvalue()
+
+
 # Commands
 
 
@@ -200,6 +217,19 @@ def test_prune_tells_the_errors_that_it_measured(cli, llama, text, tmp_path):
     assert result["output_errors"] == [min(errors), max(errors)] and min(errors) > 0
     assert f"{max(errors):.3f} of the outputs" in cli("prune", llama, tmp_path / "b", *data, "--measure-error")[1]
     assert "\nerrors" not in cli("prune", llama, tmp_path / "c", *data)[1]
+
+
+def test_calibration_of_an_encoder_decoder(cli, text, tmp_path):
+    """T5 takes tokens for its decoder too, which is said before anything is pruned; BART makes them from the text."""
+    sizes = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    t5 = save_with_tokenizer(T5ForConditionalGeneration(T5Config(**sizes)), tmp_path / "t5")
+    arguments = [tmp_path / "out", "--data", text, "--num-sequences", "2", "--length", "8"]
+    for dry_run in ([], ["--dry-run"]):
+        status, _, err = cli("prune", t5, *arguments, *dry_run)
+        assert status == FAILED and not (tmp_path / "out").exists()
+        assert "got T5ForConditionalGeneration, whose decoder takes tokens of its own; prune it by magnitude" in err
+    bart = save_with_tokenizer(tiny_bart().model, tmp_path / "bart")  # its classifier's head wants an end of text
+    assert cli("prune", bart, *arguments)[0] == DONE
 
 
 def without_tokenizer(folder):
@@ -343,8 +373,8 @@ def test_evaluate_refuses_random_weights(cli, llama, pruned, tmp_path, text):
     """But the head that an adapter brings along is none."""
     for task, model in (("sequence_classification", llama), ("causal_lm", tmp_path / "bert")):
         save_with_tokenizer(tiny_bert(), tmp_path / "bert")
-        arguments = ["evaluate", model, "--data", text, "--task", task, "--label-column", "label"]
-        status, out, err = cli(*arguments)
+        labels = ["--label-column", "label"] if task == "sequence_classification" else []
+        status, out, err = cli("evaluate", model, "--data", text, "--task", task, *labels)
         assert status == FAILED and out == "" and "Evaluation measures trained weights, got none for" in err
     save_sparse(AutoModelForCausalLM.from_pretrained(pruned), tmp_path / "packed")
     status, out, err = cli("evaluate", tmp_path / "packed", "--data", text, "--task", "sequence_classification",
@@ -423,6 +453,11 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["report", "LLAMA", "--plot", "x.jpq"], "ending tells its format, one of .*png, .* got 'x.jpq'"),
         (["merge", "LLAMA", "NEW"], "got .* which has none"),
         (["pack", "LLAMA", "TEXT"], "which is a file"),
+        (["pack", "LLAMA", "NEW", "--max-shard-size", "5 G", "--dry-run"], "a number of bytes .* got '5 G'"),
+        (
+            ["prune", "BERT", "NEW", *TINY, "--task", "causal_lm"],
+            "got causal_lm for the model in .*bert'; name another",
+        ),
         (["verify", "LLAMA"], "pass --reference or --pattern"),
         (["verify", "LLAMA", "--pattern", "unstructured"], "got 'unstructured', which any zeros follow; pass the"),
         (["evaluate", "LLAMA"], "give one of the two"),
@@ -445,9 +480,12 @@ def test_bad_input(arguments, message, cli, llama, text, tmp_path):
     for name, content in wrong.values():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "nothing").mkdir()
+    no_decoder = DistilBertConfig(vocab_size=96, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    save_with_tokenizer(DistilBertModel(no_decoder), tmp_path / "bert")
     places = {"LLAMA": llama, "TEXT": text, "TEXT/new": text + "/new", "NEW": str(tmp_path / "new")}
     places |= {key: str(tmp_path / name) for key, (name, _) in wrong.items()}
     places |= {
+        "BERT": str(tmp_path / "bert"),
         "NOTHING": str(tmp_path / "nothing"),
         "TEXT/x.png": text + "/x.png",
         "NEW/x.png": f"{tmp_path}/new/x.png",

@@ -157,6 +157,17 @@ def test_batches_are_handed_on():
         ({"input_ids": [1]}, {}, "got one dict"),
         ([7], {}, "strings or dicts in it, got int"),
         ([{"sentence": "a"}], {}, r"a sequence of numbers such as `input_ids`, got \['sentence'\]; .* `text_column`"),
+        (
+            [{"text": "1"}, {"text": None}],
+            {"tokenizer": WordTokenizer(), "length": 2},
+            "got None, column 'text' of the r",
+        ),
+        (
+            [{"text": 0.5}],
+            {"tokenizer": WordTokenizer(), "length": 2},
+            "strings, got 0.5, .*another column in `text_c",
+        ),
+        (["1", None], {"tokenizer": WordTokenizer(), "length": 2}, "Calibration text is strings, got None; leave out"),
         ([{"input_ids": [1, 2]}, {"input_ids": [1], "labels": [1]}], {"batch_size": 2}, "have the same columns"),
         (rows(), {"num_sequences": 0}, "`num_sequences` is a positive integer, got 0"),
         (rows(), {"batch_size": True}, "`batch_size` is a positive integer, got True"),

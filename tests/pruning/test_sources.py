@@ -26,3 +26,27 @@ def test_patterns_are_patterns_still(tmp_path):
     for number in range(3):
         (tmp_path / f"rows{number}.jsonl").write_text(json.dumps({"text": str(number)}) + "\n")
     assert sorted(load_rows("json", files={"train": str(tmp_path / "rows[01].jsonl")})["text"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("path", ["DIR/nothing*.csv", "csv"])
+def test_a_pattern_that_no_file_matches_is_named(tmp_path, path):
+    """`datasets` says of it that it wants features."""
+    files = {"train": f"{tmp_path}/nothing*.csv"} if path == "csv" else None
+    with pytest.raises(ValueError, match=r"got '.*nothing\*.csv', which matches none; check the path"):
+        load_rows(path.replace("DIR", str(tmp_path)), files=files)
+
+
+def test_files_of_a_data_set_are_named_from_its_folder(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_text("text\n1.50\n")
+    (tmp_path / "rows" / "b.csv").write_text("text\nother\n")
+    for name in ("a.csv", "a*.csv"):
+        assert load_rows(tmp_path / "rows", files={"train": name}, texts=["text"])["text"] == ["1.50"]
+    with pytest.raises(ValueError, match=r"could not be loaded .*c.csv.*check the names"):
+        load_rows(tmp_path / "rows", files={"train": "c.csv"})
+
+
+def test_a_stream_has_no_parts(tmp_path):
+    (tmp_path / "rows.csv").write_text("text\nw1\n")
+    with pytest.raises(ValueError, match=r"got the split 'train\[:50%\]'; name a whole one, 'train', or do not"):
+        load_rows(tmp_path / "rows.csv", "train[:50%]", streaming=True)

@@ -114,6 +114,15 @@ def test_an_input_that_is_missing_is_none_in_alpacas_prompt(tmp_path):
     assert list(calibration_texts(data)) and "None" not in str(calibration_texts(data))
 
 
+def test_prompts_that_all_fill_the_length(tmp_path, sentences):
+    """More text would not help there, and a smaller length neither."""
+    data = {"prompt": "{text}", "completion": "{answer}", "max_length": 4}
+    with pytest.raises(
+        ValueError, match=r"got 40 rows without one .* room for its completion, so take a larger length"
+    ):
+        plan_finetune(language_model(tmp_path, sentences, data=data, prune=None))
+
+
 def test_prompts_that_fill_the_length_are_counted(tmp_path):
     rows = [{"question": " ".join(["w1"] * length), "answer": "w2"} for length in (3, 16, 20, 15)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -172,7 +181,7 @@ w4,NA,001,4
 """
 
 
-@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "stream"])
+@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "files of a folder", "stream"])
 def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     """pandas would make 730, 1.5, True and nothing of these answers."""
     (tmp_path / "rows").mkdir()
@@ -181,6 +190,8 @@ def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     source = {"path": str(tmp_path / "rows" if way == "folder" else file)}
     if way == "files":
         source = {"path": "csv", "files": {"train": str(file)}}
+    if way == "files of a folder":
+        source = {"path": str(tmp_path / "rows"), "files": {"train": "train.csv"}}
     data = DataPart(**source, prompt="{question}", completion="{answer}", streaming=way == "stream")
     rows = list(read_split(data, "train", data.streaming))
     answers = ["00730", "1.50", "true", "NA"]
@@ -202,6 +213,10 @@ def test_gaps_in_a_csv_file_and_options_for_pandas(tmp_path):
     assert texts() == ["w1", "-", None] and texts(keep_default_na=False) == ["w1", "-", ""]
     assert texts(na_filter=False) == ["w1", "-", ""]
     assert texts(na_values="-") == texts(na_values=["-"]) == ["w1", None, None]
+    (tmp_path / "quotes.tsv").write_text('text\tlabel\n"w1 w2\t1\nw3\t0\n"w4\t1\n')  # as docs/command-line.md says
+    quotes = {"path": str(tmp_path / "quotes.tsv"), "text": "text", "label": "label"}
+    assert len(read_split(DataPart(**quotes), "train")) == 1
+    assert len(read_split(DataPart(**quotes, options={"quoting": 3}), "train")) == 3
     number = DataPart(**columns, labels=None)
     assert [row["label"] for row in read_split(number, "train")] == [1, None, 0]
     with pytest.raises(

@@ -6,13 +6,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import EvalPrediction, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from peft_sparse.checkpoint import merge_checkpoint
 from peft_sparse.training import evaluate_recipe, finetune
 from peft_sparse.training.metrics import IGNORED, Metrics, other_outputs, row_sums
 
 from models import VOCAB_SIZE, WORDS, tiny_llama
-from recipes import language_model, write_rows
+from recipes import classifier, language_model, write_rows
 
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
@@ -112,3 +121,22 @@ def test_what_a_model_returns_beside_its_logits_is_not_kept(tmp_path, completion
     assert whole[0] == pytest.approx(whole[1], rel=1e-4) and whole[0] < 2 * VOCAB_SIZE
     assert {"cache_params", "aux_loss", "router_logits", "past_key_values"} <= set(other_outputs())
     assert not {"logits", "loss"} & set(other_outputs())
+
+
+@pytest.mark.parametrize("token", [None, 9], ids=["none", "a word"])
+def test_a_decoder_classifies_padded_rows_as_it_was_trained_to(tmp_path, token):
+    """It reads the last token that is no padding, of which its base's config.json has none, or another token's id."""
+    texts = [" ".join(WORDS[n + k] for k in range(1 + n % 5)) for n in range(20)]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
+    base = tiny_llama()
+    base.config.pad_token_id = token
+    result = finetune(asked := classifier(tmp_path, rows, base=base, output={"merge": True}))
+    merge_checkpoint(result.adapter, tmp_path / "merged")
+    for path in (result.adapter, result.merged, tmp_path / "merged"):
+        measured = evaluate_recipe(asked, path, progress=False)
+        assert measured["loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)

@@ -114,6 +114,8 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("model", {"num_labels": 3}, "is for task sequence_classification"),
         ("data", {"max_length": "128"}, "`data.max_length` is int"),
         ("data", {"max_length": 1}, "from 2 up"),
+        ("data", {"options": {"streaming": True}}, "got 'streaming' among them, which other keys of `data` say"),
+        ("data", {"label": "label"}, "`data.label` is for task sequence_classification, got 'label' for causal_lm"),
         ("data", {"labels": []}, r"at least two and each once, got \[\]; leave it out"),
         ("data", {"labels": ["a", "b", "a"]}, "each once, got 'a' twice"),
         ("data", {"prompt": "{a}"}, "names one column of `text`, or `prompt` and `completion`"),
@@ -208,6 +210,21 @@ def test_words_that_are_no_booleans(tmp_path):
 @pytest.mark.parametrize("folder", ["merged", "out/best", "out/merged/2", "../out"])
 def test_places_for_a_merged_model(folder):
     assert make_recipe(changed("output", merge=True, folder=folder)).merged_folder == Path(folder)
+
+
+def test_a_home_before_paths(monkeypatch):
+    """Trainer takes it for its checkpoints, which have to lie beside the adapter to be found again."""
+    monkeypatch.setenv("HOME", "/home/anyone")
+    monkeypatch.setenv("USERPROFILE", "/home/anyone")
+    values = changed("data", path="csv", files={"train": ["~/a.csv"]}, separator="~/") | {
+        "model": {"path": "~/llama"},
+        "training": {"output_dir": "~/out", "max_steps": 3},
+        "output": {"merge": True, "folder": "~/merged"},
+    }
+    recipe = make_recipe(values)
+    assert recipe.output_dir == Path(training_arguments(recipe).output_dir) == Path("/home/anyone/out")
+    assert recipe.merged_folder == Path("/home/anyone/merged") and recipe.model.path == "/home/anyone/llama"
+    assert recipe.data.files == {"train": ["/home/anyone/a.csv"]} and recipe.data.separator == "~/"
 
 
 def test_parts_and_streams():

@@ -12,7 +12,13 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    TrainerCallback,
+)
 
 from peft_sparse.evaluation.metrics import BUNDLED
 from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
@@ -237,6 +243,19 @@ def test_a_padding_token_that_the_model_has_not(tmp_path, sentences):
         plan_finetune(replace(asked, model=replace(asked.model, tokenizer=str(tmp_path / "added"))))
     windows = language_model(tmp_path, sentences, model={"tokenizer": str(tmp_path / "added")})
     assert plan_finetune(windows)["trainable"] > 0
+
+
+def test_a_padding_token_that_positions_are_not_counted_from(tmp_path, sentences):
+    """Trainer would write the tokenizer's into config.json, and the merged model count its positions from there."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = RobertaForSequenceClassification(RobertaConfig(vocab_size=96, max_position_embeddings=34, **sizes))
+    asked = classifier(tmp_path, sentences, base=base)
+    for start in (plan_finetune, finetune, evaluate_recipe):
+        with pytest.raises(
+            ValueError, match=r"the model's padding token, 1, got 0 as that of the tokenizer in .*bert'; n"
+        ):
+            start(asked)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_field_that_the_models_config_has_not(tmp_path, sentences):

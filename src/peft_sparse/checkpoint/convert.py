@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from peft_sparse.checkpoint.load import load_stored
+from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.merged import save_with_card
-from peft_sparse.checkpoint.models import auto_class, load_model
-from peft_sparse.checkpoint.save import save_sparse
+from peft_sparse.checkpoint.models import auto_class, load_model, pad_as
+from peft_sparse.checkpoint.save import save_sparse, shard_size
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
 from peft_sparse.linears import unpack_model
 from peft_sparse.storage import companions, locate, locate_companions, open_model
@@ -149,13 +150,13 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
         source: a folder with a dense model, or a name on the Hub.
         folder: where to; new or empty.
         task: see [`load_model`].
-        dry_run: read, and say what would be written.
+        dry_run: load it, and say what would be written.
         max_shard_size, trust_remote_code: see [`save_sparse`] and [`load_model`].
 
     Raises:
-        ValueError: if the source is packed already or is no model, or the folder is not empty.
+        ValueError: if the source is packed already or is no model, the folder is not empty, or the size is none.
     """
-    folder = check_new_folder(folder)
+    folder, limit = check_new_folder(folder), shard_size(max_shard_size)
     stored = open_model(locate(source))
     if stored.layout != "dense":
         raise ValueError(f"`pack` takes a dense model, got one that is packed ({stored.layout}) in {str(source)!r}.")
@@ -166,13 +167,13 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
             f"`pack` takes floating point weights, got a quantized model in {str(source)!r}; dequantize it with "
             "`model.dequantize()` and save that."
         )
+    model_cls = None if task is None else auto_class(task)
+    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     if dry_run:
         size = sum(_packed_bytes(tensor.read()) for tensor in stored.tensors.values())
         return _converted("packed", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
-    model_cls = None if task is None else auto_class(task)
-    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
-        save_sparse(model, temporary, max_shard_size=max_shard_size)
+        save_sparse(model, temporary, max_shard_size=limit)
         copy_tokenizer(stored.folder, temporary)
     return _converted("packed", source, folder, folder, _bytes(stored.folder), _bytes(folder))
 
@@ -240,6 +241,8 @@ def merge_checkpoint(
     origin = model.get_base_model().name_or_path
     keeps = str(getattr(settings.peft_type, "value", settings.peft_type)) != "PST"
     beside = locate_companions(origin)
+    if settings.task_type == "SEQ_CLS" and has_tokenizer(adapter):
+        pad_as(model.get_base_model(), load_tokenizer(adapter, trust_remote_code=trust_remote_code))
     merged = model.merge_and_unload()
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None
     report = sparsity_report(merged)

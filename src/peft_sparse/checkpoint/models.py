@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import AutoConfig
 from peft_sparse.checkpoint.labels import labels_of_head, named_labels
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
+from peft_sparse.pruning.checks import padding_of_positions
+from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.storage import open_model
 
 # task: transformers' class for it, and PEFT's task type
@@ -73,6 +77,7 @@ def load_model(
             f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
             "`peft-sparse pack`, or leave `packed` out."
         )
+    model_cls: Any = auto_class("sequence_classification") if task is None else auto_class(task)
     try:
         if stored_packed:
             changes = dict(config or {})
@@ -94,7 +99,8 @@ def load_model(
                 arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         else:
             arguments |= {"use_safetensors": True}  # never a pickle from the Hub
-        model_cls = auto_class(task) if task else _class_of_config(source, trust_remote_code)
+        if task is None:
+            model_cls = _class_of_config(source, trust_remote_code)
         model, info = model_cls.from_pretrained(
             source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
         )
@@ -113,13 +119,29 @@ def load_model(
     except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
+            why = "its config.json is that of another model, or damaged."
+            if "ForSequenceClassification" in model_cls.__name__:
+                why = "its head has another number of labels. Ask for that number, or for a new head "
+                why += "(`model.new_head` of a recipe)."
             raise ValueError(
-                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: its head "
-                "has another number of labels. Ask for that number, or for a new head (`model.new_head` of a recipe)."
+                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: {why}"
+            ) from error
+        if reason.startswith("Unrecognized configuration class"):  # and then all that there are
+            raise ValueError(
+                f"A task is one that transformers has a class of the model for, got {task} for the model in "
+                f"{str(source)!r}; name another one, or none where the class in config.json will do."
             ) from error
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
+
+
+def pad_as(model: Any, tokenizer: Any) -> None:
+    """Tell a model the token that its tokenizer pads with. A decoder that classifies reads a row's last token that is
+    another, and config.json may have a base's, or none. Where positions are counted from it, it stays."""
+    token, size = tokenizer.pad_token_id, vocabulary_size(model)
+    if token is not None and (size is None or token < size) and padding_of_positions(model) is None:
+        model.config.pad_token_id = token
 
 
 def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
@@ -196,6 +218,11 @@ def _load_adapter(
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
     if task == "sequence_classification" and (labels := labels_of_head(folder)):
+        if config.get("num_labels", labels) != labels:
+            raise ValueError(
+                f"A classifier has as many labels as its head, got num_labels={config['num_labels']} and a head for "
+                f"{labels} beside the adapter in {str(folder)!r}; leave the number out."
+            )
         # The adapter's head takes the place of the base's, whose number of labels may be another.
         names = adapter_settings(folder).get("labels") or []
         named = named_labels(names) if len(names) == labels else {}
@@ -207,15 +234,16 @@ def _load_adapter(
             )
         config = {"num_labels": labels, "ignore_mismatched_sizes": True} | named | config
     missing: list[str] = []
-    loaded = load_model(
-        base,
-        task,
-        dtype=dtype,
-        packed=packed,
-        trust_remote_code=trust_remote_code,
-        config=config,
-        on_missing=missing.extend,
-    )
+    with _without_report():
+        loaded = load_model(
+            base,
+            task,
+            dtype=dtype,
+            packed=packed,
+            trust_remote_code=trust_remote_code,
+            config=config,
+            on_missing=missing.extend,
+        )
     model = PeftModel.from_pretrained(loaded, str(folder))
     modules = model.get_base_model().named_modules()
     in_adapter = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
@@ -229,6 +257,22 @@ def _load_adapter(
             stacklevel=3,
         )
     return model
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports as new and random, to be trained, what a base lacks, such as the head that its adapter has.
+    What neither has is told after both are loaded."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _trained_for(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def prune_checkpoint(
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         documents = _whole(rows, column)
         arguments["batches"] = calibration_batches(documents, loaded, **settings)
+        _check_reads_text(model, arguments["batches"])
     if dry_run:
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
@@ -101,6 +103,22 @@ def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> No
             f"the result {str(folder)!r}; name another folder."
         )
     check_writable(kept)
+
+
+def _check_reads_text(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    """Raises:
+    ValueError: if it is an encoder-decoder that takes tokens for its decoder too: BART makes them itself, T5 does not.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return
+    try:
+        with torch.no_grad(), contextlib.suppress(RuntimeError, IndexError):  # a head may want more than one token
+            model(**{key: value[:1, :1] for key, value in batches[0].items()})
+    except ValueError as error:
+        raise ValueError(
+            f"Calibration text is all that a model reads, got {type(model).__name__}, whose decoder takes tokens of "
+            "its own; prune it by magnitude, or in Python with batches that have `labels`."
+        ) from error
 
 
 def _whole(rows: Any, column: str) -> Any:

@@ -75,7 +75,7 @@ def save_sparse(
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['README.md', 'config.json', 'generation_config.json', 'sparse_model.safetensors']
     """
-    folder, limit = Path(folder), _size(max_shard_size)
+    folder, limit = Path(folder), shard_size(max_shard_size)
     check_method(method)
     _check_model(model)
     _check_folder(folder)
@@ -129,7 +129,11 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _size(size: int | str) -> int:
+def shard_size(size: int | str) -> int:
+    """Bytes, of such a number or a text as "200MB".
+
+    Raises:
+        ValueError: for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(size), re.IGNORECASE)
     number = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
     if number < 1 or isinstance(size, bool):

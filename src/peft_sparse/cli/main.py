@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -140,6 +141,8 @@ def _message(error: Exception) -> str:
 def _print(outcome: shared.Outcome, as_json: bool) -> None:
     from peft_sparse.evaluation.strict_json import strict_json
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # all is done: no name in it may be an error of a terminal's
     print(strict_json(outcome.data) if as_json else outcome.text, flush=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -111,15 +111,27 @@ def context_length(model: nn.Module) -> int | None:
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model has embeddings for, beyond which it cannot run; None: it computes them, as Llama
     does, or needs none."""
-    limit, found = _limit_of_config(model), []
+    limit = _limit_of_config(model)
+    if limit is None:
+        return None
+    # RoBERTa and its kin count positions from behind the index of the padding token
+    taken = (0 if table.padding_idx is None else table.padding_idx + 1 for table in _position_tables(model))
+    return min((limit - first for first in taken), default=None)
+
+
+def padding_of_positions(model: nn.Module) -> int | None:
+    """The id of the padding token where positions are counted from behind it; None for models that do not."""
+    return next((table.padding_idx for table in _position_tables(model) if table.padding_idx is not None), None)
+
+
+def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
+    limit = _limit_of_config(model)
     for name, table in model.named_modules():
         if limit is None or not isinstance(table, nn.Embedding) or not name.endswith(_POSITION_TABLES):
             continue
         # OPT and BART have two rows more than positions; tables of another size are those of images
         if table.num_embeddings - getattr(table, "offset", 0) == limit:
-            # RoBERTa and its kin count positions from behind the index of the padding token
-            found.append(limit if table.padding_idx is None else limit - table.padding_idx - 1)
-    return min(found, default=None)
+            yield table
 
 
 def check_positions(model: nn.Module, name: str, length: int) -> None:

@@ -5,6 +5,7 @@ A batch is a dict of tensors as the model's forward takes them; see checks.py fo
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -75,7 +76,7 @@ def calibration_batches(
     if first is None:
         raise ValueError("A source of calibration data has at least one text, row or batch, got an empty one.")
     if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first and text_column in first):
-        documents = (item if isinstance(item, str) else item[text_column] for item in items)
+        documents = (_text_of(item, text_column) for item in items)
         rows = _windows(documents, tokenizer, num_sequences, length)
         if isinstance(source, str):  # windows from all over it
             rows = [rows[index] for index in torch.randperm(len(rows), generator=generator, device="cpu").tolist()]
@@ -101,6 +102,17 @@ def _in_random_order(source: Any, generator: torch.Generator) -> Iterator[Any]:
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         return iter(source)
     return (source[index] for index in torch.randperm(len(source), generator=generator, device="cpu").tolist())
+
+
+def _text_of(item: Any, column: str) -> str:
+    text = item.get(column) if isinstance(item, Mapping) else item
+    if not isinstance(text, str):
+        row = f", column {column!r} of the row {reprlib.repr(item)}" if isinstance(item, Mapping) else ""
+        raise ValueError(
+            f"Calibration text is strings, got {reprlib.repr(text)}{row}; leave out what is none, or name another "
+            "column in `text_column`."
+        )
+    return text
 
 
 def _windows(

@@ -42,7 +42,7 @@ def load_rows(
             data set on the Hub or in a folder, also one that `save_to_disk` wrote.
         split: such as "train", or "validation[:100]" where rows are not streamed.
         name: the data set's configuration, such as "wikitext-2-raw-v1".
-        files: split to file or files.
+        files: split to file or files; those of a data set are named from its folder.
         streaming: read rows as they are needed, and keep none.
         texts: columns of CSV files here that are text as it is written, where pandas would see a number (in 00730) or
             a truth value. Then only an empty field is None, in all columns, where pandas would take the words NA and
@@ -59,6 +59,11 @@ def load_rows(
     except ImportError as error:
         raise ImportError("Rows are read by the package `datasets`; `pip install datasets`.") from error
     file, asked = Path(path), str(path)
+    if streaming and "[" in split:
+        raise ValueError(
+            f"A stream is read as it comes, so that no part can be taken of it, got the split {split!r}; name a whole "
+            f"one, {split.partition('[')[0]!r}, or do not stream."
+        )
     if files is None and file.is_file() and file.suffix.lower() not in READERS:
         raise ValueError(
             f"A file's ending tells its format, one of {', '.join(READERS)}, got {asked!r}; rename it, or name a "
@@ -70,13 +75,9 @@ def load_rows(
         elif reader == "text":
             options = {"sample_by": "document"} | options
         files, path = {split.partition("[")[0]: _files_of(file)}, reader
-    for listed in _flat(files):
-        if "://" not in listed and not any(sign in listed for sign in "*?[") and not Path(listed).is_file():
-            raise ValueError(f"Data is in files that are there, got {listed!r}, which is none; check the path.")
-        if Path(listed).is_file() and not Path(listed).stat().st_size:
-            raise ValueError(
-                f"Data is in files with something in them, got {listed!r}, which is empty; check the path."
-            )
+    here = str(path) in READERS.values()
+    if here:  # those of a data set in a folder or on the Hub are named from there
+        _check_files(_flat(files))
     patterns = None if files is None else {key: _as_patterns(listed, str(path)) for key, listed in files.items()}
     try:
         if texts and _reads_csv(str(path), name, patterns):
@@ -93,7 +94,7 @@ def load_rows(
         raise ValueError(
             f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {asked!r} (split "
             f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
-            f"{'what is in it' if files is not None else 'the names and the connection'}."
+            f"{'what is in it' if here else 'the names and the connection'}."
         ) from error
 
 
@@ -106,6 +107,19 @@ def reader_of(path: str | Path) -> str | None:
     return READERS.get(path.suffix.lower())
 
 
+def _check_files(files: list[str]) -> None:
+    for file in files:
+        if "://" in file:
+            continue
+        if any(sign in file for sign in "*?[") and not Path(file).is_file():
+            if not glob.glob(file, recursive=True):  # `datasets` would say that it has no features
+                raise ValueError(f"Data is in files that are there, got {file!r}, which matches none; check the path.")
+        elif not Path(file).is_file():
+            raise ValueError(f"Data is in files that are there, got {file!r}, which is none; check the path.")
+        elif not Path(file).stat().st_size:
+            raise ValueError(f"Data is in files with something in them, got {file!r}, which is empty; check the path.")
+
+
 def _files_of(path: Path) -> str | list[str]:
     if not path.is_dir():
         return str(path)
@@ -114,12 +128,12 @@ def _files_of(path: Path) -> str | list[str]:
 
 
 def _reads_csv(path: str, name: str | None, files: dict[str, Any] | None) -> bool:
-    if files is not None or not Path(path).is_dir():
+    if not Path(path).is_dir():
         return path == "csv"
     from datasets import load_dataset_builder
     from datasets.packaged_modules.csv.csv import Csv
 
-    return isinstance(load_dataset_builder(path, name), Csv)
+    return isinstance(load_dataset_builder(path, name, data_files=files), Csv)
 
 
 def _as_written(texts: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:

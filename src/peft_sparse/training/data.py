@@ -92,10 +92,12 @@ def _split(
     _check_columns(data, first, split)
     examples, left_out = _read(rows, 1 if streaming else limit, encode)
     if not examples:
+        way_out = "windows of text are whole, so give more text or a smaller"
+        if data.text is None:
+            way_out = "a prompt leaves room for its completion, so take a larger"
         raise ValueError(
             f"Data has at least one example of at most data.max_length={data.max_length} tokens, got "
-            f"{'a stream' if streaming else f'{len(rows):,} rows'} without one in split {split!r}; windows of text "
-            "are whole, so give more text or a smaller length."
+            f"{'a stream' if streaming else f'{len(rows):,} rows'} without one in split {split!r}; {way_out} length."
         )
     if order is not None:
         return endless(rows, limit, encode, order, data.shuffle_buffer)

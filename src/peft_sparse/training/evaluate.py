@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from peft_sparse.checkpoint.lookup import has_tokenizer
-from peft_sparse.checkpoint.models import task_of
+from peft_sparse.checkpoint.models import pad_as, task_of
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning.checks import check_positions, context_length
@@ -89,8 +89,7 @@ def _evaluate(
         _check_label_order(names_of(model.config), data.labels)
     own = names_of(model.config) if part.task == "sequence_classification" else {}
     examples = make_examples(data, part, tokenizer, seed=0, train=False, own_labels=own)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    pad_as(model, tokenizer)
     found |= {"sparsity": sparsity_report(model).total_sparsity, "examples": len(examples.validation)}
     check_fit(recipe, model, tokenizer, examples)
     size = batch_size or recipe.training.get("per_device_eval_batch_size", 8)

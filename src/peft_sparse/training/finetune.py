@@ -24,6 +24,7 @@ from transformers import TrainingArguments, set_seed
 from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.merged import save_with_card
+from peft_sparse.checkpoint.models import pad_as
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
@@ -181,8 +182,7 @@ def _start_model(
         model, new = _model(recipe, tokenizer, examples)
     elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
         model, new = model_of(recipe, pruned), noted_new_modules(pruned)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    pad_as(model, tokenizer)
     return model, new
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import whoami
 from transformers import TrainingArguments
 
 from peft_sparse.evaluation.metrics import check_metrics_of_numbers
+from peft_sparse.pruning.checks import padding_of_positions
 from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.training.data import Examples
 from peft_sparse.training.recipe import Recipe
@@ -31,12 +32,20 @@ def check_hub(arguments: TrainingArguments) -> None:
 
 def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) -> None:
     """Raises:
-    ValueError: if the tokenizer, which `make_examples` has seen, cannot pad a batch, the model does not take the
-        examples, or it gives nothing that the recipe's metrics compare."""
+    ValueError: if the tokenizer, which `make_examples` has seen, cannot pad a batch, or the model counts positions
+        from another padding token; if the model does not take the examples, or gives nothing that the recipe's metrics
+        compare."""
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "A batch is padded with a tokenizer's pad, eos or unk token, got one without any of them in "
             f"{tokenizer.name_or_path!r}; add a `pad_token` of its vocabulary to the tokenizer_config.json there."
+        )
+    padding = padding_of_positions(model)
+    if padding not in (None, tokenizer.pad_token_id):  # Trainer would write the tokenizer's into the model's config
+        raise ValueError(
+            f"Positions are counted from behind the model's padding token, {padding}, got {tokenizer.pad_token_id} as "
+            f"that of the tokenizer in {tokenizer.name_or_path!r}; name the one that the model came with in "
+            "`model.tokenizer`."
         )
     if recipe.model.task == "sequence_classification" and model.config.num_labels == 1:
         check_metrics_of_numbers(recipe.evaluation.metrics)

@@ -104,6 +104,14 @@ def check_data(data: DataPart, task: str) -> None:
         value, least = getattr(data, name), 2 if name == "max_length" else 1
         if value is not None and value < least:
             raise ValueError(f"`data.{name}` is from {least} up, got {value}.")
+    taken = next(
+        (name for name in ("path", "name", "files", "split", "streaming", "texts") if name in data.options), None
+    )
+    if taken is not None:
+        raise ValueError(
+            f"`data.options` are what a reader takes besides, got {taken!r} among them, which other keys of `data` "
+            "say; leave it out."
+        )
     if data.files is None:
         _check_splits_of_file(data)
     if task == "sequence_classification":
@@ -115,6 +123,11 @@ def check_data(data: DataPart, task: str) -> None:
         if isinstance(data.text, list) and len(data.text) > 2:
             raise ValueError(f"`data.text` is one column, or two for pairs, got {data.text!r}.")
         return
+    if data.label is not None:
+        raise ValueError(
+            f"`data.label` is for task sequence_classification, got {data.label!r} for causal_lm, the task where none "
+            "is named; name the other one, or leave the label out."
+        )
     if data.template is not None and data.template not in TEMPLATES:
         raise ValueError(f"`data.template` is one of {', '.join(TEMPLATES)}, got {data.template!r}.")
     pair = data.prompt is not None and data.completion is not None

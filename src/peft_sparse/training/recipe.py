@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,14 @@ from peft_sparse.tuners.spp import SppConfig
 METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
+# Keys of a part that name files or folders.
+_PATHS = {
+    "model": ("path", "tokenizer"),
+    "prune": ("checkpoint_dir",),
+    "data": ("path", "files"),
+    "training": ("output_dir",),
+    "output": ("folder",),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     for part, content in values.items():
         if content is not None:
             check_type(part, content, dict[str, Any])
+    values = {part: _with_home(content, _PATHS.get(part, ())) for part, content in values.items()}
     for part in ("model", "adapter", "data", "training"):
         if not values.get(part):
             raise ValueError(f"A recipe has the parts model, adapter, data and training, got none for `{part}`.")
@@ -137,6 +147,19 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     check_training(recipe)
     check_output(recipe.output, recipe.output_dir)
     return recipe
+
+
+def _with_home(content: Any, paths: Sequence[str]) -> Any:
+    """A part whose paths may begin with `~`. Trainer takes it so for its own files, which belong beside the others."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: expanded(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [expanded(inner) for inner in value]
+        return os.path.expanduser(value) if isinstance(value, str) else value
+
+    return content and {key: expanded(value) if key in paths else value for key, value in content.items()}
 
 
 def _part(where: str, part: type[Any], values: Mapping[str, Any]) -> Any:
