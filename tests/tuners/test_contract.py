@@ -382,6 +382,23 @@ def test_gradient_checkpointing(config):
 
 
 @each_config
+def test_shapes_on_the_meta_device(config):
+    """As LoRA: to tell shapes, memory or operations of a model that is never loaded."""
+    with torch.device("meta"):
+        base = tiny_llama()
+    model = get_peft_model(base, config(), low_cpu_mem_usage=True)
+    model.add_adapter("other", config(), low_cpu_mem_usage=True)
+    for active in ("default", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        ids = tokens()["input_ids"].to("meta")
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        assert output.logits.is_meta and output.logits.shape == (2, 15, base.config.vocab_size)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained and all(p.grad.shape == p.shape for p in trained)
+
+
+@each_config
 def test_the_reference_can_be_put_to_work(config, monkeypatch):
     """Same loss and gradients; and the fused functions are not called."""
     found = []
