@@ -1,5 +1,6 @@
 """The report counts what is there: in memory, under adapters, and on disk."""
 
+import copy
 import json
 
 import pytest
@@ -8,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import peft_sparse  # noqa: F401 (registers the tuners)
-from peft_sparse.evaluation import sparsity_report
+from benchmarks.architectures import ARCHITECTURES
+from peft_sparse import SppConfig
+from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.linears import block_linears, get_weight
 from peft_sparse.pruning import prune_magnitude
 
@@ -109,6 +111,36 @@ def test_the_zeros_of_unmerged_pst_are_those_after_merging(tiny_llama):
     unmerged = sparsity_report(model)
     assert unmerged.total_sparsity == pytest.approx(0.75, abs=1e-3)
     assert sparsity_report(model.merge_and_unload()).layers == unmerged.layers
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (models.tiny_bert, ["classifier"]),
+        (models.tiny_llama, ["up_proj"]),
+        (models.tiny_llama, ["layers.1", "lm_head"]),
+        (ARCHITECTURES["Mixtral (MoE)"].build, ["experts"]),
+    ],
+)
+def test_modules_that_are_trained_whole_count_once(build, names):
+    """PEFT keeps the module and a copy for each adapter; the forward uses one of them."""
+    settings = {"target_modules": ["q_proj", "query"], "layers_to_transform": [0], "modules_to_save": names}
+    base = prune_magnitude(build(), "2:4")
+    before, copied = sparsity_report(base), copy.deepcopy(base)
+    model = get_peft_model(base, SppConfig(**settings))
+    model.add_adapter("other", SppConfig(**settings))
+    model.set_adapter("other")
+    assert sparsity_report(model) == before
+    assert verify_sparsity(model, reference=copied).ok
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.other" in name:
+                parameter.zero_()
+    trained = sparsity_report(model)
+    with model.disable_adapter():
+        assert sparsity_report(model) == before
+    unloaded = sparsity_report(model.merge_and_unload())
+    assert trained != before and trained == unloaded
 
 
 def test_the_table(tiny_llama):

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_sparse.linears import (
@@ -28,6 +29,7 @@ from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredLinear, StoredModel, 
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 Linears = Mapping[str, nn.Module | None]
+Part = TypeVar("Part", nn.Module, nn.Parameter)
 
 
 @dataclass
@@ -73,7 +75,7 @@ def linear_weights(
     # Names without the prefix that PEFT puts before them.
     get_base_model = getattr(source, "get_base_model", None)
     model: nn.Module = get_base_model() if get_base_model is not None else source
-    found, experts = block_linears(model) or linears_inside(model), _experts(model)
+    found, experts = _in_use(model, block_linears(model) or linears_inside(model)), _experts(model)
     if not found and not experts:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
 
@@ -107,11 +109,38 @@ def kept_weights(model: nn.Module) -> LinearWeights:
     return replace(now, read=lambda name: unpack_mask(*masks[name]), outside=lambda: iter(()))
 
 
+def _in_use(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Linears or parameters by the names that they have without PEFT's wrappers; of modules that an adapter trains
+    whole (`modules_to_save`), those that the forward uses."""
+    found = dict(parts)
+    for path, (used, unused) in _wrapped_modules(model).items():
+        found = {
+            path + name.removeprefix(used) if f"{name}.".startswith(f"{used}.") else name: part
+            for name, part in found.items()
+            if not f"{name}.".startswith(unused)
+        }
+    return found
+
+
+def _wrapped_modules(model: nn.Module) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By the full name of PEFT's wrapper of a module that is trained whole: the full name of what its forward uses,
+    the module or an adapter's copy of it, and those of the others, each with a dot behind."""
+    found = {}
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            names, active = list(wrapper.modules_to_save), wrapper.active_adapters
+            trained = bool(active) and not wrapper.disable_adapters and set(active) <= set(names)
+            used = f"{path}.modules_to_save.{active[0]}" if trained else f"{path}.original_module"
+            there = [f"{path}.original_module", *(f"{path}.modules_to_save.{name}" for name in names)]
+            found[path] = used, tuple(f"{other}." for other in there if other != used)
+    return found
+
+
 def _experts(model: nn.Module) -> dict[str, tuple[str, str]]:
     """By name: the parameter that an expert is a part of, and the tensor that the part is in files."""
     return {
         key.removesuffix(".weight"): (name, key)
-        for name, parameter in block_experts(model).items()
+        for name, parameter in _in_use(model, block_experts(model)).items()
         for key in sorted(as_in_files(model, name, parameter.detach().to("meta")))
     }
 
@@ -157,7 +186,10 @@ def _outside(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tor
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
     seen = adapters | {id(parameter) for parameter in block_experts(model).values()}
     seen |= {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    unused = tuple(start for _, others in _wrapped_modules(model).values() for start in others)
     for path, module in model.named_modules():
+        if f"{path}.".startswith(unused):
+            continue
         own = []
         for name, parameter in module.named_parameters(recurse=False):
             key = storage_key(model, f"{path}.{name}".lstrip("."), parameter)
