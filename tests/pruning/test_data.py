@@ -1,6 +1,7 @@
 """Calibration data from text, datasets and batches."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -145,6 +146,9 @@ def test_batches_are_handed_on():
     assert torch.equal(calibration_batches(images)[0]["pixel_values"], images[0]["pixel_values"])
 
 
+TEXT = {"tokenizer": WordTokenizer(), "length": 8}
+
+
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
@@ -158,6 +162,14 @@ def test_batches_are_handed_on():
         ([7], {}, "strings or dicts in it, got int"),
         ([{"sentence": "a"}], {}, r"a sequence of numbers such as `input_ids`, got \['sentence'\]; .* `text_column`"),
         ([{"input_ids": [1, 2]}, {"input_ids": [1], "labels": [1]}], {"batch_size": 2}, "have the same columns"),
+        (["1 2 3", None], TEXT, "A document of calibration text is a string, got NoneType; leave out"),
+        ([{"text": None}, {"text": None}], TEXT, "got NoneType in `text` of a row"),
+        (
+            [{"input_ids": [[1, 2], [3, 4]]}],
+            {},
+            "is one sequence, got a list of sequences in `input_ids`; give one row",
+        ),
+        ([{"input_ids": np.array([[1, 2]])}], {}, "got a ndarray of sequences"),
         (rows(), {"num_sequences": 0}, "`num_sequences` is a positive integer, got 0"),
         (rows(), {"batch_size": True}, "`batch_size` is a positive integer, got True"),
         (rows(), {"length": 1.5}, "`length` is a positive integer, got 1.5"),
