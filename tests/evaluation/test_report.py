@@ -82,6 +82,17 @@ def test_a_model_without_linears():
         sparsity_report(nn.Embedding(3, 4))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_that_was_never_loaded(adapted):
+    with torch.device("meta"):
+        model = models.tiny_llama()
+    if adapted:
+        model = get_peft_model(model, SppConfig(), low_cpu_mem_usage=True)
+    for check in (sparsity_report, verify_sparsity):
+        with pytest.raises(ValueError, match=r"got `model.layers.0.self_attn.q_proj`, which is on the meta device"):
+            check(model)
+
+
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_lora_fills_the_zeros_of_the_layers_it_adapts(factory):
     """Unmerged, disabled, merged and unloaded: always the weight that the forward uses."""

@@ -66,7 +66,7 @@ def linear_weights(
         linears: for a folder that does not tell which of its tensors are linears: those of a like model, by name.
 
     Raises:
-        ValueError: if there is no linear, or nothing that can be read.
+        ValueError: if there is no linear, or nothing that can be read; or, when it is read, a weight was never loaded.
     """
     if isinstance(source, LinearWeights):
         return source
@@ -85,7 +85,7 @@ def linear_weights(
 
     def read(name: str) -> torch.Tensor:
         if name not in experts:
-            return forward_weight(found[name])
+            return _loaded(name, forward_weight(found[name]))
         parameter, key = experts[name]
         return _as_matrix(stored_parts(parameter)[key])
 
@@ -107,6 +107,15 @@ def kept_weights(model: nn.Module) -> LinearWeights:
         weight = now.read(name)
         masks[name] = pack_mask(weight != 0), weight.shape[1]
     return replace(now, read=lambda name: unpack_mask(*masks[name]), outside=lambda: iter(()))
+
+
+def _loaded(name: str, weight: torch.Tensor) -> torch.Tensor:
+    if weight.is_meta:
+        raise ValueError(
+            f"A report reads the weights of a model, got `{name}`, which is on the meta device (never loaded); load "
+            "the model with its weights. What accelerate's hooks keep in CPU memory or on disk is fine."
+        )
+    return weight
 
 
 def _in_use(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
