@@ -489,3 +489,19 @@ def test_a_head_that_training_untied_is_said_to_be():
     model = get_peft_model(tiny_gpt2(), PstConfig(schedule="constant", sparsity=0.5, modules_to_save=["lm_head"]))
     with pytest.warns(UserWarning, match="A head is tied to the embeddings while they share a weight, got two"):
         assert not model.merge_and_unload().config.tie_word_embeddings
+
+
+@each_config
+def test_a_model_whose_head_training_untied_is_saved_whole(config, tmp_path):
+    """BART's config ties the encoder's and the decoder's embeddings as well, which then have weights of their own."""
+    architecture = ARCHITECTURES["BART"]
+    model = get_peft_model(pruned_model(architecture.build, config), config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.normal_()
+        expected = model.eval()(**architecture.batch()).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "dense")
+    save_sparse(merged, tmp_path / "packed")
+    for again in (merged, type(merged).from_pretrained(tmp_path / "dense"), load_sparse(tmp_path / "packed")):
+        with torch.no_grad():
+            torch.testing.assert_close(again.eval()(**architecture.batch()).logits, expected)
