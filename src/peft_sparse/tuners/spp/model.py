@@ -10,8 +10,8 @@ from torch import nn
 
 from peft_sparse.linears import (
     bits,
+    block_linears,
     in_out_features,
-    linears_inside,
     num_zeros,
     quantized_weight,
     unwrap,
@@ -62,11 +62,12 @@ def _is_pruned(linear: nn.Module) -> bool:
 
 
 def _warn_of_trained_whole(names: tuple[str, ...], model: nn.Module) -> None:
-    """Where `modules_to_save` names modules with pruned linears: PEFT trains a copy of them, zeros included."""
+    """Where `modules_to_save` names modules with pruned linears: PEFT trains a copy of them, zeros included. (A head
+    has zeros too, if it is tied to embeddings with a padding token.)"""
     whole = tuple(f"{name}." for name, _ in model.named_modules() if name.endswith(names))
     pruned = [
         name
-        for name, linear in linears_inside(model).items()
+        for name, linear in block_linears(model).items()
         if f"{name}.".startswith(whole) and not weight_parameter(unwrap(linear)).is_meta and _is_pruned(unwrap(linear))
     ]
     if pruned and int(os.environ.get("RANK", 0)) == 0:
