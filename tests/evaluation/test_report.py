@@ -3,8 +3,10 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -112,6 +114,38 @@ def test_lora_fills_the_zeros_of_the_layers_it_adapts(factory):
     unloaded = sparsity_report(model.merge_and_unload())
     assert unloaded.layers == unmerged.layers
     assert unloaded.outside == unmerged.outside
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.HiraConfig(target_modules=["q_proj"], init_weights=False),
+        lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, init_weights=False),
+        lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
+        lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False),
+        lambda: LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+    ],
+)
+def test_other_methods_of_peft_have_the_zeros_that_they_merge_to(tiny_llama, config):
+    """What they call a delta weight is not always added."""
+    model = get_peft_model(prune_magnitude(tiny_llama, "2:4"), config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "boft_R" in name:
+                parameter.normal_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    unmerged = sparsity_report(model)
+    assert sparsity_report(cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))) == unmerged
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model.get_model_status().merged_adapters
+    assert sparsity_report(model.merge_and_unload()) == unmerged
+
+
+def test_factors_that_were_never_loaded(tiny_llama):
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A.to("meta")
+    with pytest.raises(ValueError, match=r"got `model.layers.0.self_attn.q_proj`, which is on the meta device"):
+        sparsity_report(model)
 
 
 def test_the_zeros_of_unmerged_pst_are_those_after_merging(tiny_llama):
