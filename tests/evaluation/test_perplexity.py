@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.architectures import ARCHITECTURES
 from peft_sparse.evaluation import perplexity
 
 import models
@@ -42,6 +44,24 @@ def test_mode_is_put_back(tiny_gpt2):
 def test_errors(tiny_llama, input_ids, window, message: str):
     with pytest.raises(ValueError, match=message):
         perplexity(tiny_llama, input_ids, window)
+
+
+def prompt_tuned() -> PeftModel:
+    return get_peft_model(models.tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (models.tiny_bert, r"got shape \(1, 2\) from BertForSequenceClassification for 8 tokens"),
+        (lambda: models.tiny_llama().model, "got a BaseModelOutputWithPast without any from LlamaModel for 8 tokens"),
+        (ARCHITECTURES["T5"].build, "got T5ForConditionalGeneration, whose encoder sees them all"),
+        (prompt_tuned, r"got shape \(1, 12, 96\) from PeftModelForCausalLM for 8 tokens"),
+    ],
+)
+def test_other_models(build, message: str):
+    with pytest.raises(ValueError, match=message):
+        perplexity(build(), torch.arange(8), progress=False)
 
 
 def test_a_window_beyond_the_positions(tiny_gpt2, tiny_llama):

@@ -1,15 +1,19 @@
 """The report counts what is there: in memory, under adapters, and on disk."""
 
+import copy
 import json
 
+import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import peft_sparse  # noqa: F401 (registers the tuners)
-from peft_sparse.evaluation import sparsity_report
+from benchmarks.architectures import ARCHITECTURES
+from peft_sparse import SppConfig
+from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.linears import block_linears, get_weight
 from peft_sparse.pruning import prune_magnitude
 
@@ -80,6 +84,17 @@ def test_a_model_without_linears():
         sparsity_report(nn.Embedding(3, 4))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_that_was_never_loaded(adapted):
+    with torch.device("meta"):
+        model = models.tiny_llama()
+    if adapted:
+        model = get_peft_model(model, SppConfig(), low_cpu_mem_usage=True)
+    for check in (sparsity_report, verify_sparsity):
+        with pytest.raises(ValueError, match=r"got `model.layers.0.self_attn.q_proj`, which is on the meta device"):
+            check(model)
+
+
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_lora_fills_the_zeros_of_the_layers_it_adapts(factory):
     """Unmerged, disabled, merged and unloaded: always the weight that the forward uses."""
@@ -101,6 +116,38 @@ def test_lora_fills_the_zeros_of_the_layers_it_adapts(factory):
     assert unloaded.outside == unmerged.outside
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.HiraConfig(target_modules=["q_proj"], init_weights=False),
+        lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, init_weights=False),
+        lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
+        lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False),
+        lambda: LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+    ],
+)
+def test_other_methods_of_peft_have_the_zeros_that_they_merge_to(tiny_llama, config):
+    """What they call a delta weight is not always added."""
+    model = get_peft_model(prune_magnitude(tiny_llama, "2:4"), config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "boft_R" in name:
+                parameter.normal_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    unmerged = sparsity_report(model)
+    assert sparsity_report(cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))) == unmerged
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model.get_model_status().merged_adapters
+    assert sparsity_report(model.merge_and_unload()) == unmerged
+
+
+def test_factors_that_were_never_loaded(tiny_llama):
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A.to("meta")
+    with pytest.raises(ValueError, match=r"got `model.layers.0.self_attn.q_proj`, which is on the meta device"):
+        sparsity_report(model)
+
+
 def test_the_zeros_of_unmerged_pst_are_those_after_merging(tiny_llama):
     from peft_sparse import PstConfig
 
@@ -109,6 +156,36 @@ def test_the_zeros_of_unmerged_pst_are_those_after_merging(tiny_llama):
     unmerged = sparsity_report(model)
     assert unmerged.total_sparsity == pytest.approx(0.75, abs=1e-3)
     assert sparsity_report(model.merge_and_unload()).layers == unmerged.layers
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (models.tiny_bert, ["classifier"]),
+        (models.tiny_llama, ["up_proj"]),
+        (models.tiny_llama, ["layers.1", "lm_head"]),
+        (ARCHITECTURES["Mixtral (MoE)"].build, ["experts"]),
+    ],
+)
+def test_modules_that_are_trained_whole_count_once(build, names):
+    """PEFT keeps the module and a copy for each adapter; the forward uses one of them."""
+    settings = {"target_modules": ["q_proj", "query"], "layers_to_transform": [0], "modules_to_save": names}
+    base = prune_magnitude(build(), "2:4")
+    before, copied = sparsity_report(base), copy.deepcopy(base)
+    model = get_peft_model(base, SppConfig(**settings))
+    model.add_adapter("other", SppConfig(**settings))
+    model.set_adapter("other")
+    assert sparsity_report(model) == before
+    assert verify_sparsity(model, reference=copied).ok
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.other" in name:
+                parameter.zero_()
+    trained = sparsity_report(model)
+    with model.disable_adapter():
+        assert sparsity_report(model) == before
+    unloaded = sparsity_report(model.merge_and_unload())
+    assert trained != before and trained == unloaded
 
 
 def test_the_table(tiny_llama):

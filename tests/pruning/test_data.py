@@ -1,6 +1,7 @@
 """Calibration data from text, datasets and batches."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -145,6 +146,9 @@ def test_batches_are_handed_on():
     assert torch.equal(calibration_batches(images)[0]["pixel_values"], images[0]["pixel_values"])
 
 
+TEXT = {"tokenizer": WordTokenizer(), "length": 8}
+
+
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
@@ -157,18 +161,16 @@ def test_batches_are_handed_on():
         ({"input_ids": [1]}, {}, "got one dict"),
         ([7], {}, "strings or dicts in it, got int"),
         ([{"sentence": "a"}], {}, r"a sequence of numbers such as `input_ids`, got \['sentence'\]; .* `text_column`"),
-        (
-            [{"text": "1"}, {"text": None}],
-            {"tokenizer": WordTokenizer(), "length": 2},
-            "got None, column 'text' of the r",
-        ),
-        (
-            [{"text": 0.5}],
-            {"tokenizer": WordTokenizer(), "length": 2},
-            "strings, got 0.5, .*another column in `text_c",
-        ),
-        (["1", None], {"tokenizer": WordTokenizer(), "length": 2}, "Calibration text is strings, got None; leave out"),
+        ([{"text": "1"}, {"text": None}], TEXT, "got None, column 'text' of the r"),
+        ([{"text": 0.5}], TEXT, "strings, got 0.5, .*another column in `text_c"),
+        (["1", None], TEXT, "Calibration text is strings, got None; leave out"),
         ([{"input_ids": [1, 2]}, {"input_ids": [1], "labels": [1]}], {"batch_size": 2}, "have the same columns"),
+        (
+            [{"input_ids": [[1, 2], [3, 4]]}],
+            {},
+            "is one sequence, got a list of sequences in `input_ids`; give one row",
+        ),
+        ([{"input_ids": np.array([[1, 2]])}], {}, "got a ndarray of sequences"),
         (rows(), {"num_sequences": 0}, "`num_sequences` is a positive integer, got 0"),
         (rows(), {"batch_size": True}, "`batch_size` is a positive integer, got True"),
         (rows(), {"length": 1.5}, "`length` is a positive integer, got 1.5"),

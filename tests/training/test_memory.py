@@ -74,7 +74,7 @@ def test_activations_saved_elsewhere(config):
     assert_same(gradients(make(config), save_on_cpu()), gradients(make(config)))
 
 
-@pytest.mark.parametrize("config", ["spp", "pst"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_what_saved_tensors_hooks_see_is_activations_and_what_is_there_anyway(config):
     """Hooks that move tensors get one copy of each input; no effective weight is among what they see."""
     model, seen = make(config), []

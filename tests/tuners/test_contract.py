@@ -382,6 +382,23 @@ def test_gradient_checkpointing(config):
 
 
 @each_config
+def test_shapes_on_the_meta_device(config):
+    """As LoRA: to tell shapes, memory or operations of a model that is never loaded."""
+    with torch.device("meta"):
+        base = tiny_llama()
+    model = get_peft_model(base, config(), low_cpu_mem_usage=True)
+    model.add_adapter("other", config(), low_cpu_mem_usage=True)
+    for active in ("default", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        ids = tokens()["input_ids"].to("meta")
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        assert output.logits.is_meta and output.logits.shape == (2, 15, base.config.vocab_size)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained and all(p.grad.shape == p.shape for p in trained)
+
+
+@each_config
 def test_the_reference_can_be_put_to_work(config, monkeypatch):
     """Same loss and gradients; and the fused functions are not called."""
     found = []
@@ -472,3 +489,19 @@ def test_a_head_that_training_untied_is_said_to_be():
     model = get_peft_model(tiny_gpt2(), PstConfig(schedule="constant", sparsity=0.5, modules_to_save=["lm_head"]))
     with pytest.warns(UserWarning, match="A head is tied to the embeddings while they share a weight, got two"):
         assert not model.merge_and_unload().config.tie_word_embeddings
+
+
+@each_config
+def test_a_model_whose_head_training_untied_is_saved_whole(config, tmp_path):
+    """BART's config ties the encoder's and the decoder's embeddings as well, which then have weights of their own."""
+    architecture = ARCHITECTURES["BART"]
+    model = get_peft_model(pruned_model(architecture.build, config), config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.normal_()
+        expected = model.eval()(**architecture.batch()).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "dense")
+    save_sparse(merged, tmp_path / "packed")
+    for again in (merged, type(merged).from_pretrained(tmp_path / "dense"), load_sparse(tmp_path / "packed")):
+        with torch.no_grad():
+            torch.testing.assert_close(again.eval()(**architecture.batch()).logits, expected)

@@ -81,3 +81,16 @@ def test_weights_without_a_module_do_not_replace_it(config, tmp_path):
     with pytest.raises(ValueError, match=r"got \['norm'\] in the model and none of them .*Nothing was loaded"):
         model.load_adapter(tmp_path, "default")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@each_config
+def test_what_an_adapter_trains_whole_gets_no_other_one_by_default(config, tmp_path):
+    base = lambda: prune_magnitude(tiny_llama())  # noqa: E731
+    model = get_peft_model(base(), config(exclude_modules=["up_proj"], modules_to_save=["up_proj"]))
+    with pytest.warns(UserWarning, match=r"so `model.layers.\*.mlp.up_proj.original_module`, .* get no adapter"):
+        model.add_adapter("other", config())
+    model.set_adapter("other")
+    filled(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "other")
+    ids = torch.arange(3, 13)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

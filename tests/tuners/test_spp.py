@@ -1,5 +1,7 @@
 """What is SPP's own: any number of rows, dropout on the update alone, zeros implied by the base and kept exactly."""
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -193,3 +195,17 @@ def test_2_4_survives_training_and_merge():
         found = get_weight(linear) == 0
         assert (found.reshape(-1, 4).sum(1) == 2).all()
         assert torch.equal(found, zeros[name])
+
+
+def test_zeros_of_modules_that_are_trained_whole_are_not_kept(tmp_path):
+    """And nothing is said of a head and embeddings, or of what was trained and is loaded."""
+    with pytest.warns(
+        UserWarning, match=r"trains 6 pruned ones whole \(the first is `model.layers.0.mlp.gate_proj`\)"
+    ):
+        model = get_peft_model(prune_magnitude(tiny_llama(), "2:4"), SppConfig(modules_to_save=["mlp"]))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SPP keeps the zeros")
+        PeftModel.from_pretrained(prune_magnitude(tiny_llama(), "2:4"), tmp_path)
+        others = SppConfig(modules_to_save=["lm_head", "embed_tokens"])
+        get_peft_model(prune_magnitude(tiny_llama(), "2:4"), others)

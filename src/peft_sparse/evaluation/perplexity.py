@@ -33,7 +33,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
 
     Raises:
         ValueError: if `input_ids` is not one row of at least 2 tokens of the model's, or `window` is below 2 or beyond
-            the positions that the model has embeddings for.
+            the positions that the model has embeddings for; or if the model is no causal language model.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,6 +59,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         raise ValueError(
             f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."
         )
+    _check_causal(model)
     check_positions(model, "window", min(window, len(input_ids)))
     check_token_inputs(model, [{"input_ids": input_ids[None]}])
     device = next(model.parameters()).device
@@ -68,10 +69,35 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
             if len(piece) < 2:
                 continue
             piece = piece.to(device)
-            logits = model(input_ids=piece[None]).logits[0, :-1].float()  # (window - 1, vocabulary)
+            logits = _logits(model, piece)[:-1].float()  # (window - 1, vocabulary)
             total += F.cross_entropy(logits, piece[1:].to(logits.device), reduction="sum").item()
             predicted += len(piece) - 1
     return perplexity_of(total, predicted)
+
+
+def _check_causal(model: nn.Module) -> None:
+    """An encoder has seen the text that its decoder predicts, and logits are those of the tokens themselves and not of
+    the next ones: they would give a number, but no perplexity."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "Perplexity is of a causal language model, which predicts each token from those before it, got "
+            f"{type(model).__name__}, whose encoder sees them all; take the loss that it gives for `input_ids` and "
+            "`labels` instead."
+        )
+
+
+def _logits(model: nn.Module, piece: torch.Tensor) -> torch.Tensor:
+    """(tokens, vocabulary) of (tokens,)."""
+    output = model(input_ids=piece[None])
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != (1, len(piece)):
+        found = f"a {type(output).__name__} without any" if logits is None else f"shape {tuple(logits.shape)}"
+        raise ValueError(
+            "Perplexity is of a causal language model, whose logits have the shape (sequences, tokens, vocabulary), "
+            f"got {found} from {type(model).__name__} for {len(piece)} tokens; load it with AutoModelForCausalLM, "
+            "without adapters that put tokens before the text."
+        )
+    return logits[0]
 
 
 def perplexity_of(total: float, predicted: float) -> float:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_sparse.linears import (
     as_stored,
+    bits,
     block_experts,
     block_linears,
     linears_inside,
@@ -28,6 +32,7 @@ from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredLinear, StoredModel, 
 from peft_sparse.tuners.sparse_layer import SparseLayer
 
 Linears = Mapping[str, nn.Module | None]
+Part = TypeVar("Part", nn.Module, nn.Parameter)
 
 
 @dataclass
@@ -64,7 +69,7 @@ def linear_weights(
         linears: for a folder that does not tell which of its tensors are linears: those of a like model, by name.
 
     Raises:
-        ValueError: if there is no linear, or nothing that can be read.
+        ValueError: if there is no linear, or nothing that can be read; or, when it is read, a weight was never loaded.
     """
     if isinstance(source, LinearWeights):
         return source
@@ -73,7 +78,7 @@ def linear_weights(
     # Names without the prefix that PEFT puts before them.
     get_base_model = getattr(source, "get_base_model", None)
     model: nn.Module = get_base_model() if get_base_model is not None else source
-    found, experts = block_linears(model) or linears_inside(model), _experts(model)
+    found, experts = _in_use(model, block_linears(model) or linears_inside(model)), _experts(model)
     if not found and not experts:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
 
@@ -83,7 +88,7 @@ def linear_weights(
 
     def read(name: str) -> torch.Tensor:
         if name not in experts:
-            return forward_weight(found[name])
+            return _loaded(name, forward_weight(found[name]))
         parameter, key = experts[name]
         return _as_matrix(stored_parts(parameter)[key])
 
@@ -107,11 +112,47 @@ def kept_weights(model: nn.Module) -> LinearWeights:
     return replace(now, read=lambda name: unpack_mask(*masks[name]), outside=lambda: iter(()))
 
 
+def _loaded(name: str, weight: torch.Tensor) -> torch.Tensor:
+    if weight.is_meta:
+        raise ValueError(
+            f"A report reads the weights of a model, got `{name}`, which is on the meta device (never loaded); load "
+            "the model with its weights. What accelerate's hooks keep in CPU memory or on disk is fine."
+        )
+    return weight
+
+
+def _in_use(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Linears or parameters by the names that they have without PEFT's wrappers; of modules that an adapter trains
+    whole (`modules_to_save`), those that the forward uses."""
+    found = dict(parts)
+    for path, (used, unused) in _wrapped_modules(model).items():
+        found = {
+            path + name.removeprefix(used) if f"{name}.".startswith(f"{used}.") else name: part
+            for name, part in found.items()
+            if not f"{name}.".startswith(unused)
+        }
+    return found
+
+
+def _wrapped_modules(model: nn.Module) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By the full name of PEFT's wrapper of a module that is trained whole: the full name of what its forward uses,
+    the module or an adapter's copy of it, and those of the others, each with a dot behind."""
+    found = {}
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            names, active = list(wrapper.modules_to_save), wrapper.active_adapters
+            trained = bool(active) and not wrapper.disable_adapters and set(active) <= set(names)
+            used = f"{path}.modules_to_save.{active[0]}" if trained else f"{path}.original_module"
+            there = [f"{path}.original_module", *(f"{path}.modules_to_save.{name}" for name in names)]
+            found[path] = used, tuple(f"{other}." for other in there if other != used)
+    return found
+
+
 def _experts(model: nn.Module) -> dict[str, tuple[str, str]]:
     """By name: the parameter that an expert is a part of, and the tensor that the part is in files."""
     return {
         key.removesuffix(".weight"): (name, key)
-        for name, parameter in block_experts(model).items()
+        for name, parameter in _in_use(model, block_experts(model)).items()
         for key in sorted(as_in_files(model, name, parameter.detach().to("meta")))
     }
 
@@ -131,7 +172,7 @@ def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
 def forward_weight(linear: nn.Module) -> torch.Tensor:
     """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
     they are disabled. Of a sharded model it is gathered, in all processes at once."""
-    here = linear.weights_loaded() if isinstance(linear, SparseLayer) else weights_loaded(linear, unwrap(linear))
+    here = linear.weights_loaded() if isinstance(linear, SparseLayer) else weights_loaded(*linear.modules())
     with here as was_sharded:
         weight = _weight_with_adapters(linear)
         return weight.clone() if was_sharded else weight
@@ -142,6 +183,8 @@ def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
     if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
         return dense_weight(weight)
     names = [name for name in linear.active_adapters if name in linear._get_available_adapters()]
+    if not isinstance(linear, SparseLayer) and bits(unwrap(linear)) is None:
+        return _merged_by_peft(linear) if names else dense_weight(weight)
     for name in names:
         if isinstance(linear, SparseLayer):
             weight = linear.effective_weight(name, weight)
@@ -151,13 +194,45 @@ def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
     return dense_weight(weight)
 
 
+def _merged_by_peft(layer: Any) -> torch.Tensor:
+    """What another method's layer would merge its active adapters to. Only the method knows: what it calls a delta
+    weight is added by LoRA, multiplied by HiRA and OFT, and two tensors of BOFT.
+
+    Merged is a copy that has the factors in common with the layer, and a base layer of its own.
+    """
+    own, base = _shallow(layer), _shallow(unwrap(layer))
+    base._parameters = {
+        name: None if parameter is None else nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, parameter in base._parameters.items()
+    }
+    own._modules["base_layer"] = base
+    if any(parameter.is_meta for parameter in layer.parameters()):  # to add those would do nothing
+        return dense_weight(stored_weight(base)).to("meta")
+    with suppress(NotImplementedError):  # of a method without merging
+        own.merge()
+    return dense_weight(stored_weight(base))
+
+
+def _shallow(module: Any) -> Any:
+    """A module with the same contents, in containers of its own."""
+    found = copy.copy(module)
+    found.__dict__ = {
+        name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for name, value in module.__dict__.items()
+    }
+    return found
+
+
 def _outside(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[torch.Tensor]:
     tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = {id(parameter) for layer in tuner_layers for parameter in layer.parameters()}
     adapters -= {id(parameter) for layer in tuner_layers for parameter in unwrap(layer).parameters()}
     seen = adapters | {id(parameter) for parameter in block_experts(model).values()}
     seen |= {id(weight_parameter(unwrap(linear))) for linear in linears.values()}
+    unused = tuple(start for _, others in _wrapped_modules(model).values() for start in others)
     for path, module in model.named_modules():
+        if f"{path}.".startswith(unused):
+            continue
         own = []
         for name, parameter in module.named_parameters(recurse=False):
             key = storage_key(model, f"{path}.{name}".lstrip("."), parameter)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -134,11 +136,12 @@ def add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Ten
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear of `x` is computed: autocast's where it is on, else that of `x`."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 
 
-def autocast_off(x: torch.Tensor) -> torch.autocast:
-    """A context without autocast: a backward may be called inside of one, but chooses its dtypes itself."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+def autocast_off(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast: a backward may be called inside of one, but chooses its dtypes itself. On the meta
+    device there is none, and torch refuses to be asked."""
+    return nullcontext() if x.is_meta else torch.autocast(device_type=x.device.type, enabled=False)

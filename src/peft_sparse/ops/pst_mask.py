@@ -87,7 +87,7 @@ def pst_mask(
     if reference_in_use():
         with autocast_off(weight):
             return reference.pst_mask(weight, int(pruned), group_size, factors, scales)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or weight.is_meta:  # which has no scores to select by
         tensors = [tensor for tensor in factors if tensor is not None]
         names = "".join(name for name, tensor in factors._asdict().items() if tensor is not None)
         return _pst_mask_op(cache.handle, weight, pruned, group_size, tensors, names, *scales)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from peft_sparse._switch import Switch
+from peft_sparse.ops.blocks import autocast_off
 from peft_sparse.sparsity import (
     PackedWeight,
     Weight,
@@ -68,7 +69,7 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
     size, longer = divmod(out_features, num_groups)
     sizes = torch.full((num_groups,), size, dtype=torch.int64, device=device)
     sizes[:longer] += 1
-    return torch.arange(num_groups, device=device).repeat_interleave(sizes)
+    return torch.arange(num_groups, device=device).repeat_interleave(sizes, output_size=out_features)
 
 
 def dense(weight: Weight) -> torch.Tensor:
@@ -182,7 +183,7 @@ def pst_updated_weight(weight: torch.Tensor, factors: PstFactors, scales: PstSca
     dtype = score_dtype(weight.dtype)
     updated = weight.to(dtype)
     if factors.U is not None and factors.V is not None:
-        with torch.autocast(weight.device.type, enabled=False):
+        with autocast_off(weight):
             updated = torch.addmm(updated, factors.U.to(dtype), factors.V.to(dtype), alpha=scales.beta)
     if factors.D is not None:
         updated = updated + factors.D.to(dtype)
@@ -213,7 +214,7 @@ def pst_weight(weight: torch.Tensor, mask: torch.Tensor, factors: PstFactors, sc
     Returns:
         (out, in), at least float32.
     """
-    with torch.autocast(weight.device.type, enabled=False):  # which would form products in half precision
+    with autocast_off(weight):  # which would form products in half precision
         updated = pst_updated_weight(weight, factors, scales)
         scores = pst_scores(updated, factors, scales)
         straight_through = mask.to(scores.dtype) + (scores - scores.detach())

@@ -88,7 +88,7 @@ def calibration_batches(
     ):
         return _first_sequences(items, num_sequences)
     else:
-        rows = [sequences_of(row, length) for row in islice(items, num_sequences)]
+        rows = [sequences_of(_one_sequence(row), length) for row in islice(items, num_sequences)]
         if not all(rows):
             raise ValueError(
                 f"A row of calibration data has a sequence of numbers such as `input_ids`, got {list(first)}; "
@@ -96,6 +96,20 @@ def calibration_batches(
             )
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     return [collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+
+
+def _one_sequence(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raises:
+    ValueError: if a row has several sequences, as lists or numpy's arrays: what a tokenizer makes of several texts, or
+        of one for numpy."""
+    ids = row.get("input_ids")
+    first = ids[0] if isinstance(ids, (list, tuple)) and ids else None
+    if getattr(ids, "ndim", 1) > 1 or isinstance(first, (list, tuple)) or getattr(first, "ndim", 0):
+        raise ValueError(
+            f"A row of calibration data is one sequence, got a {type(ids).__name__} of sequences in `input_ids`; give "
+            "one row for each, or a batch of tensors (`return_tensors='pt'` of the tokenizer, with padding)."
+        )
+    return row
 
 
 def _in_random_order(source: Any, generator: torch.Generator) -> Iterator[Any]:

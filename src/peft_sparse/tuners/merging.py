@@ -204,3 +204,17 @@ def keep_tied(model: Any) -> None:
         "`config.tie_word_embeddings` is False now.",
         stacklevel=4,
     )
+    _separate_what_is_not_tied(model)
+
+
+def _separate_what_is_not_tied(model: Any) -> None:
+    """Give modules that only the config tied, as BART's encoder and decoder to the embeddings, weights of their own:
+    what several have in common is saved once, and loaded it would be that of one, and random numbers in the others."""
+    with torch.device("meta"):
+        new = type(model)._from_config(model.config)
+    for name, other in getattr(model, "all_tied_weights_keys", {}).items():
+        weight = model.get_parameter(name)
+        tied = weight is model.get_parameter(other)
+        if tied and not weight.is_meta and new.get_parameter(name) is not new.get_parameter(other):
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, nn.Parameter(weight.detach().clone(), weight.requires_grad))

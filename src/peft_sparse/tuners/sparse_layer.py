@@ -149,7 +149,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def _adapted_forward(self, adapter_names: list[str], x: torch.Tensor) -> torch.Tensor:
         if self._bits is not None:  # as the base layer does, whose weight has no dtype to cast to
             return self._forward_adapters(x.to(compute_dtype(self.base_layer, x)), adapter_names).to(x.dtype)
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which knows no meta device
             x = self._cast_input_dtype(x, weight_parameter(self.base_layer).dtype)
         return self._forward_adapters(x, adapter_names)
 

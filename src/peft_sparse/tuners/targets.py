@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_sparse.linears import (
@@ -30,15 +31,17 @@ _UNTIE = (
 
 def default_targets(model: nn.Module) -> set[str]:
     """What `target_modules=None` means: names that match the linears inside the model's repeated blocks, but no
-    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with. Warns
-    with the names of what is left out.
+    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with, or that
+    another adapter trains whole. Warns with the names of what is left out.
 
     Raises:
         ValueError: if the model has no repeated blocks.
     """
     names, linears = block_linear_names(model), block_linears(model)
     not_called, shared = linears_not_called(model), shared_weights(model)
-    called = [full for full in linears if full not in not_called] or list(linears)
+    whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
+    copied = [full for full in linears if full.startswith(whole)]
+    called = [full for full in linears if full not in not_called and full not in copied] or list(linears)
     targets = {full for full in called if unwrap(linears[full]) not in shared} or set(called)  # see `check_alone`
     if routers := [full for full in block_linears(model, routers=True) if full not in linears]:
         warnings.warn(
@@ -46,7 +49,13 @@ def default_targets(model: nn.Module) -> set[str]:
             f"{names_in_blocks(routers)} get no adapter; to adapt one, name it in `target_modules` beside the others.",
             stacklevel=2,
         )
-    if taken := [full for full in linears if full not in called]:
+    if copied:
+        warnings.warn(
+            f"The default targets are linears that no adapter trains whole, so {names_in_blocks(copied)} get no "
+            "adapter: `modules_to_save` of an adapter that is there already names them.",
+            stacklevel=2,
+        )
+    if taken := [full for full in linears if full not in called and full not in copied]:
         warnings.warn(
             f"The default targets are linears that are called, so {len(taken)} of {len(linears)} get no adapter: "
             f"{names_in_blocks(taken)}, whose weight {not_called[taken[0]]} takes without calling it, or not always.",

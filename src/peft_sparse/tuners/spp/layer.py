@@ -102,9 +102,10 @@ class SppLinear(SparseLayer):
         # Each adapter's own update sees its own dropped input: X W^T + sum of drop_k(X) (W_k - W_(k-1))^T.
         weight = self.base_weight
         y = ops.packed_linear(x, weight, self.base_layer.bias)
-        for name in adapter_names:
+        for index, name in enumerate(adapter_names):
+            if index:  # after the last adapter it would be formed for nothing
+                weight = self.effective_weight(adapter_names[index - 1], weight)
             y = y + self._adapted_update(self.spp_dropout[name](x), weight, name)
-            weight = self.effective_weight(name, weight)
         return y
 
     def _drops(self, adapter_name: str) -> bool:

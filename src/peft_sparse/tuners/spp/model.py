@@ -8,7 +8,15 @@ import warnings
 
 from torch import nn
 
-from peft_sparse.linears import bits, in_out_features, num_zeros, quantized_weight, unwrap, weight_parameter
+from peft_sparse.linears import (
+    bits,
+    block_linears,
+    in_out_features,
+    num_zeros,
+    quantized_weight,
+    unwrap,
+    weight_parameter,
+)
 from peft_sparse.sparsity import FourBitWeight, lost_blocks
 from peft_sparse.tuners.sparse_config import SparseConfig
 from peft_sparse.tuners.sparse_model import SparseTuner
@@ -28,13 +36,15 @@ class SppModel(SparseTuner):
     prefix: str = "spp_"
     tuner_layer_cls = SppLinear
 
+    def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if not peft_config._awaits_weights:  # else they have been trained
+            _warn_of_trained_whole(peft_config._names_found, model)
+
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
         linears = {name: unwrap(module) for name, module in targets.items()}
         dense = [
-            name
-            for name, linear in linears.items()
-            if not weight_parameter(linear).is_meta
-            and num_zeros(linear) < DENSE_BELOW * math.prod(in_out_features(linear))
+            name for name, linear in linears.items() if not weight_parameter(linear).is_meta and not _is_pruned(linear)
         ]
         if dense and int(os.environ.get("RANK", 0)) == 0:  # the others may not have loaded the weights yet
             warnings.warn(
@@ -45,6 +55,28 @@ class SppModel(SparseTuner):
             )
         quantized = {name: linear for name, linear in linears.items() if bits(linear) is not None}
         _warn_about_quantized({n: m for n, m in quantized.items() if not weight_parameter(m).is_meta})
+
+
+def _is_pruned(linear: nn.Module) -> bool:
+    return num_zeros(linear) >= DENSE_BELOW * math.prod(in_out_features(linear))
+
+
+def _warn_of_trained_whole(names: tuple[str, ...], model: nn.Module) -> None:
+    """Where `modules_to_save` names modules with pruned linears: PEFT trains a copy of them, zeros included. (A head
+    has zeros too, if it is tied to embeddings with a padding token.)"""
+    whole = tuple(f"{name}." for name, _ in model.named_modules() if name.endswith(names))
+    pruned = [
+        name
+        for name, linear in block_linears(model).items()
+        if f"{name}.".startswith(whole) and not weight_parameter(unwrap(linear)).is_meta and _is_pruned(unwrap(linear))
+    ]
+    if pruned and int(os.environ.get("RANK", 0)) == 0:
+        warnings.warn(
+            "SPP keeps the zeros of the linears that it adapts, but `modules_to_save` trains "
+            f"{len(pruned)} pruned ones whole (the first is `{pruned[0]}`), and the first step fills their zeros; to "
+            "keep them, leave those modules out of `modules_to_save`.",
+            stacklevel=2,
+        )
 
 
 def _warn_about_quantized(linears: dict[str, nn.Module]) -> None:
