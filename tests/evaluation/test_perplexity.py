@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
 
 from benchmarks.architectures import ARCHITECTURES
 from peft_sparse.evaluation import perplexity
@@ -56,6 +56,7 @@ def prompt_tuned() -> PeftModel:
         (models.tiny_bert, r"got shape \(1, 2\) from BertForSequenceClassification for 8 tokens"),
         (lambda: models.tiny_llama().model, "got a BaseModelOutputWithPast without any from LlamaModel for 8 tokens"),
         (ARCHITECTURES["T5"].build, "got T5ForConditionalGeneration, whose encoder sees them all"),
+        (lambda: BertForMaskedLM(models.tiny_bert().config), "got BertForMaskedLM, whose encoder sees them all"),
         (prompt_tuned, r"got shape \(1, 12, 96\) from PeftModelForCausalLM for 8 tokens"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,13 +77,15 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
 
 
 def _check_causal(model: nn.Module) -> None:
-    """An encoder has seen the text that its decoder predicts, and logits are those of the tokens themselves and not of
-    the next ones: they would give a number, but no perplexity."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    """An encoder has seen the text that its decoder predicts, and logits of a masked language model are those of the
+    tokens themselves: both would give a number, but no perplexity."""
+    get_base_model = getattr(model, "get_base_model", None)
+    base: Any = model if get_base_model is None else get_base_model()
+    name = type(base).__name__
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or name.endswith("ForMaskedLM"):
         raise ValueError(
             "Perplexity is of a causal language model, which predicts each token from those before it, got "
-            f"{type(model).__name__}, whose encoder sees them all; take the loss that it gives for `input_ids` and "
-            "`labels` instead."
+            f"{name}, whose encoder sees them all; take the loss that it gives for `input_ids` and `labels` instead."
         )
 
 
