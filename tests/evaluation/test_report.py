@@ -95,6 +95,17 @@ def test_a_model_that_was_never_loaded(adapted):
             check(model)
 
 
+def test_an_adapter_on_parameters_is_refused():
+    """It hid the experts, and its own factors were counted in their place."""
+    model = ARCHITECTURES["Mixtral (MoE)"].build()
+    before = sparsity_report(model).to_dict()
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    adapted = get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"parameter `model.layers.0.mlp.experts.gate_up_proj`, which .* first"):
+        sparsity_report(adapted)
+    assert sparsity_report(adapted.merge_and_unload()).to_dict() == before
+
+
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_lora_fills_the_zeros_of_the_layers_it_adapts(factory):
     """Unmerged, disabled, merged and unloaded: always the weight that the forward uses."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,21 +13,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from peft_sparse.evaluation.forward_weight import forward_weight
 from peft_sparse.linears import (
     as_stored,
-    bits,
     block_experts,
     block_linears,
     linears_inside,
     storage_key,
-    stored_weight,
     unwrap,
     weight_parameter,
     weights_loaded,
 )
-from peft_sparse.sparsity import dense_weight, pack_mask, unpack_mask
+from peft_sparse.sparsity import pack_mask, unpack_mask
 from peft_sparse.storage import CONFIG_KEY, PRUNING, StoredLinear, StoredModel, as_in_files, locate, open_model
-from peft_sparse.tuners.sparse_layer import SparseLayer
 
 Linears = Mapping[str, nn.Module | None]
 Part = TypeVar("Part", nn.Module, nn.Parameter)
@@ -69,7 +65,8 @@ def linear_weights(
         linears: for a folder that does not tell which of its tensors are linears: those of a like model, by name.
 
     Raises:
-        ValueError: if there is no linear, or nothing that can be read; or, when it is read, a weight was never loaded.
+        ValueError: if there is no linear, nothing that can be read, or an adapter on parameters (`target_parameters`);
+            or, when it is read, a weight was never loaded.
     """
     if isinstance(source, LinearWeights):
         return source
@@ -78,6 +75,7 @@ def linear_weights(
     # Names without the prefix that PEFT puts before them.
     get_base_model = getattr(source, "get_base_model", None)
     model: nn.Module = get_base_model() if get_base_model is not None else source
+    _check_parameters_alone(model)
     found, experts = _in_use(model, block_linears(model) or linears_inside(model)), _experts(model)
     if not found and not experts:
         raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
@@ -99,6 +97,15 @@ def linear_weights(
         linears=found | dict.fromkeys(experts),
         errors=_pruning_errors(getattr(getattr(model, "config", None), CONFIG_KEY, None)),
     )
+
+
+def _check_parameters_alone(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "parameter_name"):  # PEFT's `target_parameters`
+            raise ValueError(
+                f"A report reads linears and experts, got an adapter on the parameter `{name}.{module.parameter_name}`"
+                ", which stands between it and the experts; `merge_and_unload()` first."
+            )
 
 
 def kept_weights(model: nn.Module) -> LinearWeights:
@@ -166,61 +173,6 @@ def _in_files(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(-1, weight.shape[-1])
-
-
-@torch.no_grad()
-def forward_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight that the forward of a linear uses, (out, in): with unmerged adapters their effect is included, unless
-    they are disabled. Of a sharded model it is gathered, in all processes at once."""
-    here = linear.weights_loaded() if isinstance(linear, SparseLayer) else weights_loaded(*linear.modules())
-    with here as was_sharded:
-        weight = _weight_with_adapters(linear)
-        return weight.clone() if was_sharded else weight
-
-
-def _weight_with_adapters(linear: nn.Module) -> torch.Tensor:
-    weight = stored_weight(unwrap(linear))
-    if not isinstance(linear, BaseTunerLayer) or linear.merged or linear.disable_adapters:
-        return dense_weight(weight)
-    names = [name for name in linear.active_adapters if name in linear._get_available_adapters()]
-    if not isinstance(linear, SparseLayer) and bits(unwrap(linear)) is None:
-        return _merged_by_peft(linear) if names else dense_weight(weight)
-    for name in names:
-        if isinstance(linear, SparseLayer):
-            weight = linear.effective_weight(name, weight)
-        elif hasattr(linear, "get_delta_weight"):
-            delta = as_stored(unwrap(linear), linear.get_delta_weight(name))  # back to (out, in)
-            weight = dense_weight(weight) + delta
-    return dense_weight(weight)
-
-
-def _merged_by_peft(layer: Any) -> torch.Tensor:
-    """What another method's layer would merge its active adapters to. Only the method knows: what it calls a delta
-    weight is added by LoRA, multiplied by HiRA and OFT, and two tensors of BOFT.
-
-    Merged is a copy that has the factors in common with the layer, and a base layer of its own.
-    """
-    own, base = _shallow(layer), _shallow(unwrap(layer))
-    base._parameters = {
-        name: None if parameter is None else nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        for name, parameter in base._parameters.items()
-    }
-    own._modules["base_layer"] = base
-    if any(parameter.is_meta for parameter in layer.parameters()):  # to add those would do nothing
-        return dense_weight(stored_weight(base)).to("meta")
-    with suppress(NotImplementedError):  # of a method without merging
-        own.merge()
-    return dense_weight(stored_weight(base))
-
-
-def _shallow(module: Any) -> Any:
-    """A module with the same contents, in containers of its own."""
-    found = copy.copy(module)
-    found.__dict__ = {
-        name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
-        for name, value in module.__dict__.items()
-    }
-    return found
 
 
 def _outside(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[torch.Tensor]:
