@@ -52,6 +52,15 @@ def test_a_classifier_is_sparsified_and_merged(tmp_path, sentences):
     assert adapter["loss"] == pytest.approx(measured["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_run_that_diverges_says_so_and_keeps_what_it_wrote(tmp_path, sentences, merge):
+    recipe = classifier(tmp_path, sentences, output={"merge": merge}, training={"learning_rate": 1e30})
+    with pytest.raises(ValueError, match=r"got NaN or infinity in `.*: it diverged; lower `training.learning_rate`"):
+        finetune(recipe)
+    assert json.loads((recipe.output_dir / "result.json").read_text())["steps"] == 6
+    assert not (recipe.output_dir / "merged").exists()
+
+
 def test_what_is_logged(tmp_path, sentences):
     result = finetune(classifier(tmp_path, sentences))
     logged = [entry for entry in result.log if "loss" in entry]

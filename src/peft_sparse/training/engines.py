@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from peft_sparse.tuners.adapter_files import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -46,3 +50,15 @@ def save_adapter(trainer: Trainer, folder: str) -> None:
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")  # with shards for checkpoints `save_model` saves nothing
     trainer.save_model(folder)
+
+
+def check_trained(folder: str) -> None:
+    """Raises:
+    ValueError: if the adapter that was saved there has NaN or infinity, which loading and merging it refuse."""
+    with safe_open(Path(folder, WEIGHTS), "pt") as file:
+        diverged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    if diverged:
+        raise ValueError(
+            f"Training ends with finite numbers, got NaN or infinity in `{diverged[0]}` ({len(diverged)} in all) of "
+            f"{folder!r}: it diverged; lower `training.learning_rate`, or warm up for longer."
+        )

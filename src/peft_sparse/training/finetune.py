@@ -41,7 +41,7 @@ from peft_sparse.training.build import (
     training_arguments,
 )
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
-from peft_sparse.training.engines import check_merge_in_one_process, loaded_whole, save_adapter
+from peft_sparse.training.engines import check_merge_in_one_process, check_trained, loaded_whole, save_adapter
 from peft_sparse.training.fit import check_fit, check_hub
 from peft_sparse.training.metrics import other_outputs
 from peft_sparse.training.recipe import Recipe
@@ -60,7 +60,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
 
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
-            an earlier run in the folder and `resume` is not asked for, or none to resume.
+            an earlier run in the folder and `resume` is not asked for, or none to resume; or, when all is written, if
+            the training diverged.
     """
     begin = time.perf_counter()
     arguments = training_arguments(recipe)
@@ -98,6 +99,7 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
         try:
+            check_trained(result.adapter)
             if recipe.output.merge:
                 _merge(recipe, model, result)
         finally:  # the training is done, whatever merging says
