@@ -34,6 +34,7 @@ from benchmarks.leaderboard import (
     parts,
     plan,
     pst_methods,
+    render,
     runs,
     search,
     settings,
@@ -443,6 +444,16 @@ def test_a_loss_is_stated_and_a_difference_within_the_spread_is_none():
     assert "no verdict" in single[0]
 
 
+def test_rows_of_several_checkpoints_are_told_apart():
+    rows = [_row("spp", [10.0, 10.2]), _row("hira", [9.0, 9.1]), _row("full", [1.0, 2.0], case="wanda 75%")]
+    for row in rows:
+        row.columns = {"fingerprint": "one"}
+    assert render._checkpoints(rows) == []
+    rows[1].columns = {"fingerprint": "two"}
+    assert render._checkpoints(rows)[0].startswith("Rows of wanda 2:4 start from checkpoints")
+    assert "bit for bit: one SPP; two HIRA." in render._checkpoints(rows)[0]
+
+
 @pytest.fixture
 def tables(tmp_path):
     """Two tables as the command writes them, of a task and of the same one at another budget."""
@@ -453,8 +464,9 @@ def tables(tmp_path):
     }  # fmt: skip
     for name, budget in (("", Budget("small", 120, 16, 64, 4, 500, None)), ("-variants", SMOKE)):
         base = tmp_path / f"encoders-tiny-{budget.name}{name}"
-        lines = [f"{case},{row},{mean},{spread},{trained}" for row, (case, mean, spread, trained) in results.items()]
-        base.with_name(f"{base.name}.csv").write_text("\n".join(["case,row,mean,spread,trainable", *lines]))
+        lines = [f"{case},{row},{mean},{spread},{n},{len(row)}" for row, (case, mean, spread, n) in results.items()]
+        head = "case,row,mean,spread,trainable,fingerprint"
+        base.with_name(f"{base.name}.csv").write_text("\n".join([head, *lines]))
         with base.with_name(f"{base.name}-runs.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerows([["part", "model", "budget"], ["encoders", "tiny", json.dumps(budget.as_dict())]])
@@ -470,6 +482,7 @@ def test_the_overview_has_what_is_not_beaten_at_as_few_parameters_in_bold(tables
     assert cells["one-shot magnitude, then tuned"] == "0.7 ± 0.01"  # fewer are better: PST's
     assert cells["PST without R C"] == "0.75 ± 0.001"  # a tenth more is better
     assert "| **0.79** |" in page  # a single seed beats nothing and is not beaten
+    assert "[sst2 90%](encoders-tiny-small.md) †<br>accuracy, 120 steps" in page  # fingerprints differ
     assert page.count("[sst2 90%]") == 1  # not that of the named table
     assert "| PST (ours) | 1 / 0 / 0 | 0 / 1 / 0 | 1 / 0 / 0 | 0 / 0 / 0 |" in page
 

@@ -29,7 +29,7 @@ the zeros lost, memory and seconds a step too. Mean ± standard deviation over s
 rates, the same number for each row of a table.
 
 **Bold**: no sparse row of the column that trains as few parameters (up to a tenth more) is better beyond the spread;
-one that trains more may be.
+one that trains more may be. **†**: not all rows start from the same checkpoint, bit for bit; the table says which do.
 """
 TOLERANCE = 1.1  # of the number of trained parameters: a rank is a whole number, so that none is met exactly
 
@@ -41,6 +41,7 @@ class Cell:
     mean: float
     spread: float | None
     trained: int
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _columns(table: Path, budget: Budget) -> Iterator[Column]:
         for row in csv.DictReader(file):
             if row["mean"]:
                 spread = float(row["spread"]) if row["spread"] else None
-                cell = Cell(float(row["mean"]), spread, int(row["trainable"] or 0))
+                cell = Cell(float(row["mean"]), spread, int(row["trainable"] or 0), row["fingerprint"])
                 cases.setdefault(row["case"], {})[row["row"]] = cell
     for case, cells in cases.items():
         if is_dense(case):
@@ -94,7 +95,8 @@ def _columns(table: Path, budget: Budget) -> Iterator[Column]:
         dense = cases.get(f"{task_of(case)} dense") or cases.get("dense") or {}
         metric = [TASKS[task_of(case)].metric] if task_of(case) in TASKS else []
         settings = [*metric, f"{budget.steps} steps"]
-        head = f"[{case}]({table.with_suffix('.md').name})<br>{', '.join(settings)}"
+        several = len({cell.fingerprint for cell in cells.values()}) > 1
+        head = f"[{case}]({table.with_suffix('.md').name}){' †' if several else ''}<br>{', '.join(settings)}"
         yield Column(head, {**dense, **cells}, frozenset(dense))
 
 

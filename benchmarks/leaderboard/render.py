@@ -128,6 +128,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     where = {name: sorted({str(row.columns[name]) for row in rows if row.columns.get(name)}) for name in WHERE_FROM}
     text = "; ".join(f"{name} {', '.join(values)}" for name, values in where.items() if values)
     return [
+        *_checkpoints(rows),
         f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a CPU"
         " (which others on the machine lengthen less), by the clock on a GPU,"
         " which all workers share. Peak: tensors in the first steps beyond "
@@ -135,6 +136,24 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "",
         f"Measured with {text}." if text else "",
     ]
+
+
+def _checkpoints(rows: Sequence[Row]) -> list[str]:
+    """What is to be known of the cases whose rows do not start from one checkpoint, bit for bit."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.columns.get("fingerprint"):
+            found.setdefault(row.case, {}).setdefault(row.columns["fingerprint"], []).append(row.title)
+    notes = []
+    for case, several in found.items():
+        which = "; ".join(f"{fingerprint} {', '.join(titles)}" for fingerprint, titles in several.items())
+        if len(several) > 1:
+            notes += [
+                f"Rows of {case} start from checkpoints that were pruned alike, but on several machines, and "
+                f"are not the same bit for bit: {which}.",
+                "",
+            ]
+    return notes
 
 
 # The chart

@@ -74,7 +74,8 @@ def rows_of(lines: Sequence[Line], records: Mapping[str, Record], titles: Mappin
 
 def _columns(records: list[Record]) -> dict[str, Any]:
     first = records[0]
-    found: dict[str, Any] = {"trainable": first.get("trainable", 0), "fingerprint": first.get("fingerprint")}
+    prints = sorted({str(record["fingerprint"]) for record in records if record.get("fingerprint")})
+    found: dict[str, Any] = {"trainable": first.get("trainable", 0), "fingerprint": " ".join(prints)}
     for name, value in first.items():
         if name.startswith(("acc_", "zeroshot", "BLEU")) and isinstance(value, (int, float)):
             values = [record[name] for record in records]
