@@ -4,10 +4,10 @@
     <folder>/<name of block>.safetensors   the weights of the block's linears as (out, in), by full name
 
 A file is written beside its place and moved there, so one that is there is whole unless something else damaged it,
-which its checksum tells; such a block is pruned again, and a list of blocks is believed only if they have all that is to be
-pruned. Every file carries the digest of its run's fingerprint: method,
-pattern, sparsity of each linear, calibration data, and all weights of the model as it came, with the config that says
-what it computes with them. The result depends on each of them, so another run is refused.
+which its checksum tells; such a block is pruned again. A run is done if its blocks have all that it prunes, whatever
+their list says. Every file carries the digest of its run's fingerprint: method, pattern, sparsity of each linear,
+calibration data, and all weights of the model as it came, with the config that says what it computes with them. The
+result depends on each of them, so another run is refused.
 """
 
 from __future__ import annotations
