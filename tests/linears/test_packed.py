@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -264,6 +265,8 @@ def test_what_cannot_be_packed_is_refused():
     assert not [module for module in adapted.modules() if isinstance(module, PackedLinear)]
     with pytest.raises(ValueError, match="meta device"):
         pack_model(tiny_llama().to("meta"))
+    with pytest.raises(ValueError, match="offloaded, or never loaded"):
+        pack_model(cpu_offload(prune_magnitude(tiny_llama()), execution_device="cpu"))
 
 
 def test_plain_transformers_never_reads_a_packed_model(tmp_path):
