@@ -149,6 +149,10 @@ def test_a_state_dict_that_is_no_weight_is_refused():
     with pytest.raises(RuntimeError, match="each bit of its bitmask that is set has a value"):
         packed.load_state_dict(state)
     assert torch.equal(packed(x), expected)
+    other = PackedLinear.from_linear(pruned(KINDS["Linear"], zeros=0.9)).state_dict()
+    with pytest.raises(RuntimeError, match=r"as many values as the layer, \d+, got \d+ of another mask"):
+        packed.load_state_dict(other)
+    assert torch.equal(packed(x), expected)
 
 
 @pytest.mark.parametrize(
