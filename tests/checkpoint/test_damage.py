@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from peft_sparse.checkpoint import load_sparse, save_sparse, shards
+from peft_sparse.checkpoint import commit, load_sparse, save_sparse, shards
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.storage.files import SafetensorsFile, crc32
 from peft_sparse.storage.format import config_crc32, file_metadata
@@ -359,6 +361,21 @@ def test_a_save_waits_until_another_one_is_in_its_place(model, tmp_path, monkeyp
     second.join()
     assert waited == [True]
     assert same(load_sparse(folder), other)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_is_forked_while_files_move_stops_no_later_save(tmp_path):
+    with commit.locked(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with commit.locked(tmp_path, wait=False) as free:
+            assert free
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_error_while_saving_changes_nothing(model, saved, copy, monkeypatch):

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from peft_sparse.storage.folders import pending, read_config
@@ -63,7 +63,8 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         yield descriptor is None or _lock(descriptor, wait)
     finally:
         if descriptor is not None:
-            os.close(descriptor)  # and the lock is gone
+            _unlock(descriptor)
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, wait: bool) -> bool:
@@ -74,6 +75,12 @@ def _lock(descriptor: int, wait: bool) -> bool:
     except OSError:  # a file system without locks
         return True
     return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Not by closing alone: a process that was forked meanwhile has the file open too."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _replace(folder: Path, temporary: Path) -> None:
