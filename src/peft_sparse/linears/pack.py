@@ -17,7 +17,7 @@ from peft_sparse.linears.hooks import offload_hook
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.saving import allow_save_pretrained, is_packed, refuse_save_pretrained
 from peft_sparse.linears.sharing import shared_weights
-from peft_sparse.linears.weights import in_out_features, num_zeros, plain_class, weight_parameter
+from peft_sparse.linears.weights import forward_replaced, in_out_features, num_zeros, plain_class, weight_parameter
 
 
 def pack_model(
@@ -123,7 +123,7 @@ def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]
 def _is_plain(linear: nn.Module) -> bool:
     """Whether nothing is attached to an nn.Linear or Conv1D that its packed form would not have."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    attached = any(getattr(linear, name, None) for name in hooks) or "forward" in linear.__dict__
+    attached = any(getattr(linear, name, None) for name in hooks) or forward_replaced(linear)
     return plain_class(linear) in (nn.Linear, Conv1D) and not attached
 
 
