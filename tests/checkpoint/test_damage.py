@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from peft_sparse.checkpoint import load_sparse, save_sparse
+from peft_sparse.checkpoint import commit, load_sparse, save_sparse, shards
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.storage.files import SafetensorsFile, crc32
 from peft_sparse.storage.format import config_crc32, file_metadata
@@ -283,23 +286,23 @@ def steps_of(monkeypatch, action, last: int | None) -> int:
     return done
 
 
-@pytest.mark.parametrize("shards", ["30KB", "1GB"])
-def test_whenever_a_save_ends_the_folder_holds_the_old_model_or_the_new(model, saved, tmp_path, monkeypatch, shards):
+@pytest.mark.parametrize("size", ["30KB", "1GB"])
+def test_whenever_a_save_ends_the_folder_holds_the_old_model_or_the_new(model, saved, tmp_path, monkeypatch, size):
     new = prune_magnitude(models.tiny_llama(seed=2), sparsity=0.8)
-    total = steps_of(monkeypatch, lambda: save_sparse(new, tmp_path / "whole", max_shard_size=shards), None)
+    total = steps_of(monkeypatch, lambda: save_sparse(new, tmp_path / "whole", max_shard_size=size), None)
     assert total > 8
     found = []
     for last in range(total + 10):
         folder = Path(shutil.copytree(saved, tmp_path / f"old-{last}"))
         try:
-            steps_of(monkeypatch, lambda: save_sparse(new, folder, max_shard_size=shards), last)  # noqa: B023
+            steps_of(monkeypatch, lambda: save_sparse(new, folder, max_shard_size=size), last)  # noqa: B023
             ended = False
         except Ended:
             ended = True
         loaded = load_sparse(folder)
         found.append("new" if same(loaded, new) else "old")
         assert same(loaded, new) or same(loaded, model)
-        save_sparse(new, folder, max_shard_size=shards)  # and the next save tidies up
+        save_sparse(new, folder, max_shard_size=size)  # and the next save tidies up
         assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
         assert same(load_sparse(folder), new)
         if not ended:
@@ -320,6 +323,59 @@ def test_a_first_save_that_ends_leaves_nothing_that_loads(model, tmp_path, monke
             except ValueError:
                 continue
         assert same(load_sparse(folder), model)
+
+
+def test_a_save_while_another_one_writes(model, saved, tmp_path, monkeypatch):
+    """As of two ranks: neither takes the other's new files for what a killed save has left."""
+    other, folder = prune_magnitude(models.tiny_llama(seed=2), sparsity=0.8), tmp_path / "both"
+    real, inside = shards.pack_folder, []
+
+    def pack(*args):
+        real(*args)
+        if not inside:
+            inside.append("the other one")
+            save_sparse(other, folder)
+            assert same(load_sparse(folder), other)
+
+    monkeypatch.setattr("peft_sparse.checkpoint.save.pack_folder", pack)
+    save_sparse(model, folder, max_shard_size="30KB")
+    assert same(load_sparse(folder), model)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in saved.iterdir()}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks on folders")
+def test_a_save_waits_until_another_one_is_in_its_place(model, tmp_path, monkeypatch):
+    other, folder = prune_magnitude(models.tiny_llama(seed=2), sparsity=0.8), tmp_path / "both"
+    second = threading.Thread(target=save_sparse, args=(other, folder))
+    real, waited = os.replace, []
+
+    def replace(*args):
+        real(*args)
+        if not waited and threading.current_thread() is not second:
+            second.start()
+            second.join(timeout=1)
+            waited.append(second.is_alive())
+
+    monkeypatch.setattr(os, "replace", replace)
+    save_sparse(model, folder)
+    second.join()
+    assert waited == [True]
+    assert same(load_sparse(folder), other)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_is_forked_while_files_move_stops_no_later_save(tmp_path):
+    with commit.locked(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with commit.locked(tmp_path, wait=False) as free:
+            assert free
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_error_while_saving_changes_nothing(model, saved, copy, monkeypatch):

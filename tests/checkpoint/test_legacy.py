@@ -78,6 +78,17 @@ def test_parts_that_do_not_fit_are_an_error_that_names_the_tensor(sample, part):
         load_sparse(sample)
 
 
+@pytest.mark.parametrize("shape", [[], [-16, 8], [0, 8], [128]])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shape_that_no_weight_has(sample, shape, packed):
+    name = "model.layers.0.mlp.down_proj"
+    edit(sample, lambda tensors: tensors.update({f"{name}.shape": torch.tensor(shape, dtype=torch.int64)}))
+    with pytest.raises(
+        ValueError, match=rf"`{name}.weight` is damaged: a packed weight has two dimensions or more, got"
+    ):
+        load_sparse(sample, packed=packed)
+
+
 def test_a_part_that_is_missing(sample):
     edit(sample, lambda tensors: tensors.pop("model.layers.0.mlp.down_proj.shape"))
     with pytest.raises(ValueError, match=r"exactly the tensors of its model, got missing keys .*down_proj.weight"):

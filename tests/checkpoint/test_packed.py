@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -75,6 +76,31 @@ def test_train_merge_save(tmp_path):
         assert {layer.pattern for layer in report.layers} == {"2:4"}
     ours, theirs = (load_sparse(tmp_path / name)(IDS).logits for name in ("True", "False"))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("factory", [models.tiny_llama, models.tiny_gpt2])
+@pytest.mark.parametrize("away", ["memory", "memory, bitmasks too", "disk", "a device_map"])
+def test_weights_that_are_elsewhere(factory, away, tmp_path):
+    model = prune_magnitude(factory(), sparsity=0.75)
+    save_sparse(model, tmp_path / "a")
+    packed = load_sparse(tmp_path / "a", packed=True)
+    if away == "disk":
+        disk_offload(packed, str(tmp_path / "away"), execution_device="cpu")
+    elif away == "a device_map":
+        places = {"transformer": "disk"} if "gpt2" in factory.__name__ else {"model": "disk"}
+        dispatch_model(packed, places | {"lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path / "away"))
+    else:
+        cpu_offload(packed, execution_device="cpu", offload_buffers="bitmasks" in away)
+    with torch.no_grad():
+        expected = packed(IDS).logits
+    with pytest.raises(ValueError, match=r"Unpacking needs weights in memory, got `.*`, which is offloaded; load"):
+        unpack_model(packed)
+    save_sparse(packed, tmp_path / "b")
+    again = load_sparse(tmp_path / "b")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(packed(IDS).logits, expected)
 
 
 def test_other_dtype_and_a_damaged_tensor(tmp_path):

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -229,6 +231,33 @@ def test_models_without_blocks(ratios, where):
         torch.testing.assert_close(model(x), expected)
     remove_acceleration(model)
     assert type(linear) is nn.Linear
+
+
+@pytest.mark.parametrize("keep_dense", [True, False])
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_forward_that_was_replaced_is_not_left_behind(keep_dense, offload):
+    """Offloading keeps the accelerated forward, and a packed linear without its numbers unpacks to none."""
+    model = prune_magnitude(tiny_llama(), sparsity=0.8)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        accelerate_sparse(model, kernel="csr", keep_dense=keep_dense)
+        if offload:
+            cpu_offload(model, execution_device="cpu")
+        else:
+            dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        with pytest.raises(
+            ValueError, match=r"have their own forward, got `model.layers.0.*`, whose forward was repl"
+        ):
+            remove_acceleration(model)
+        if not offload:
+            accelerate_sparse(model)
+        torch.testing.assert_close(model(IDS).logits, expected)
+        remove_hook_from_submodules(model)
+        remove_acceleration(model)
+        assert torch.equal(model(IDS).logits, expected)
+        report = accelerate_sparse(model, kernel="csr", keep_dense=keep_dense)  # as if there had been no hook
+        assert all(layer.choices for layer in report.layers)
+        torch.testing.assert_close(model(IDS).logits, expected)
 
 
 def test_tied_weights_and_hooks_stay(ratios):

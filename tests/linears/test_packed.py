@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -148,6 +149,10 @@ def test_a_state_dict_that_is_no_weight_is_refused():
     with pytest.raises(RuntimeError, match="each bit of its bitmask that is set has a value"):
         packed.load_state_dict(state)
     assert torch.equal(packed(x), expected)
+    other = PackedLinear.from_linear(pruned(KINDS["Linear"], zeros=0.9)).state_dict()
+    with pytest.raises(RuntimeError, match=r"as many values as the layer, \d+, got \d+ of another mask"):
+        packed.load_state_dict(other)
+    assert torch.equal(packed(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +269,8 @@ def test_what_cannot_be_packed_is_refused():
     assert not [module for module in adapted.modules() if isinstance(module, PackedLinear)]
     with pytest.raises(ValueError, match="meta device"):
         pack_model(tiny_llama().to("meta"))
+    with pytest.raises(ValueError, match="offloaded, or never loaded"):
+        pack_model(cpu_offload(prune_magnitude(tiny_llama()), execution_device="cpu"))
 
 
 def test_plain_transformers_never_reads_a_packed_model(tmp_path):

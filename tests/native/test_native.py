@@ -4,6 +4,7 @@ All of it runs once more in a process that torch tells to do without AVX-512, if
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -259,6 +260,49 @@ def test_compiled_once_and_again_where_the_cache_is_damaged(fresh, monkeypatch):
 def test_a_cache_that_cannot_be_written_to(fresh):
     fresh.write_text("a file where the folder should be")
     assert native.native_in_use()
+
+
+@needs_kernels
+@pytest.mark.parametrize("home", ["none", "closed"])
+def test_a_user_whose_home_is_no_place_for_a_cache(fresh, monkeypatch, home):
+    """As in a container that is run as another user than its own."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home == "none":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    else:
+        monkeypatch.setenv("HOME", str(fresh))
+        real = os.stat
+
+        def stat(path, **arguments):
+            if str(path).startswith(str(fresh)):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return real(path, **arguments)
+
+        monkeypatch.setattr(os, "stat", stat)
+        monkeypatch.setattr(build, "_keep", lambda *_: stat(fresh))
+    assert native.native_in_use()
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", ["temporary files", "cache"])
+def test_a_disk_that_nothing_may_be_run_from(fresh, monkeypatch, place):
+    real = ctypes.CDLL
+
+    def load(path, *arguments, **settings):
+        if path is not None and (fresh in Path(path).parents) == (place == "cache"):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return real(path, *arguments, **settings)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert native.native_in_use()
+
+
+@needs_kernels
+def test_no_place_for_temporary_files(fresh, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(fresh / "gone"))
+    with pytest.warns(UserWarning, match="native kernels cannot be compiled: there is no place for temporary files"):
+        assert not native.native_in_use()
 
 
 def test_without_a_compiler_pytorch_does_it(fresh, monkeypatch, tmp_path):

@@ -147,18 +147,21 @@ def test_a_killed_process(tmp_path):
     assert_same(prune(models.tiny_llama(), tmp_path / "state"), state_of(prune(models.tiny_llama())))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "one bit", "deleted"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "deleted", "weight", "number", "quote", "key"])
 @pytest.mark.parametrize("block", ["model.layers.0", "model.layers.1"])
 def test_a_damaged_block_is_pruned_again(tmp_path, pruned_blocks, damage, block):
-    expected = state_of(prune(models.tiny_llama(), tmp_path))
+    """The last four are one bit: of a weight, of an error of outputs, and of what makes that readable."""
+    done = prune(models.tiny_llama(), tmp_path)
+    expected, errors = state_of(done), done.config.peft_sparse["pruning"]["errors"]
     pruned_blocks.clear()
     file = tmp_path / f"{block}.safetensors"
     content = bytearray(file.read_bytes())
-    content[-5] ^= 16
+    number = content.index(b'": 0.')
+    content[{"number": number + 5, "quote": number, "key": content.index(b"errors")}.get(damage, -5)] ^= 1
     if damage == "deleted":
         file.unlink()
     else:
-        file.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "one bit": content}[damage])
+        file.write_bytes({"truncated": content[: len(content) // 2], "emptied": b""}.get(damage, content))
     model = models.tiny_llama()
     if damage == "deleted":
         prune(model, tmp_path)
@@ -166,9 +169,20 @@ def test_a_damaged_block_is_pruned_again(tmp_path, pruned_blocks, damage, block)
         with pytest.warns(UserWarning, match=rf"{block}.safetensors' cannot be read .* and is pruned again"):
             prune(model, tmp_path)
     assert_same(model, expected)
+    assert model.config.peft_sparse["pruning"]["errors"] == errors
     assert pruned_blocks == [block]
     assert_same(prune(models.tiny_llama(), tmp_path), expected)  # whole again
     assert pruned_blocks == [block]
+
+
+@pytest.mark.parametrize("names", [["model.layers.1"] * 2, ["model.layers.1"], ["model.layers.0", "model.layers.q"]])
+def test_a_damaged_list_of_blocks(tmp_path, names):
+    """One bit, and it has block 1 twice: block 0 would stay dense."""
+    expected = state_of(prune(models.tiny_llama(), tmp_path))
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"blocks": names}))
+    assert_same(prune(models.tiny_llama(), tmp_path), expected)
+    assert json.loads((tmp_path / MANIFEST).read_text()) == manifest
 
 
 def test_what_was_left_half_written_is_ignored(tmp_path):
@@ -253,7 +267,7 @@ def test_a_block_of_another_run_is_refused(tmp_path):
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "run": {}, "blocks": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "run": {}, "blocks": []}', '{"format": 1, "run": {}}'])
 def test_a_folder_that_cannot_be_read(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)
     model = models.tiny_llama()

@@ -3,6 +3,10 @@
 The new files are written into a folder of their own inside the target. When they are complete, that folder gets the
 name that belongs to the new config.json, and config.json is replaced, which is the moment: from then on readers find
 its files in that folder (`storage/folders.py`) until they are in their places too.
+
+Several saves may write into one target at a time, as those of all ranks of a training run do: each holds a lock on
+its own new folder, so that none takes it for what a save that was killed has left, and files are put in their places
+by one after the other. The last one is what the target holds then.
 """
 
 from __future__ import annotations
@@ -11,10 +15,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from peft_sparse.storage.folders import pending, read_config
+
+try:
+    import fcntl
+except ImportError:  # Windows, where saves into one folder have to wait for each other by themselves
+    fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = ".sparse_model-"
 
@@ -25,17 +34,53 @@ def new_files(folder: Path) -> Iterator[Path]:
     `folder`. After an error it is removed, and nothing has changed."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY + "new-", dir=folder))
+    with ExitStack() as held:
+        with locked(folder):  # nobody tidies up between the two
+            temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY + "new-", dir=folder))
+            held.enter_context(locked(temporary))
+        try:
+            yield temporary
+            for path in temporary.iterdir():
+                flush(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if created and not any(folder.iterdir()):
+                folder.rmdir()
+            raise
+        with locked(folder):
+            _replace(folder, temporary)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """A folder that no other process or thread has locked meanwhile, where the system can lock folders.
+
+    Args:
+        wait: until another one has let go of it; False: the result is False then.
+    """
+    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
-        yield temporary
-        for path in temporary.iterdir():
-            flush(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if created and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    _replace(folder, temporary)
+        yield descriptor is None or _lock(descriptor, wait)
+    finally:
+        if descriptor is not None:
+            _unlock(descriptor)
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Not by closing alone: a process that was forked meanwhile has the file open too."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _replace(folder: Path, temporary: Path) -> None:
@@ -51,9 +96,12 @@ def _replace(folder: Path, temporary: Path) -> None:
             shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
     flush(folder)
+    moving.rmdir()
     for path in folder.iterdir():
         if path.name.startswith(_TEMPORARY) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            with locked(path, wait=False) as left:
+                if left:  # by a save that was killed
+                    shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith("sparse_model") and path.is_file() and path.name not in names:
             path.unlink()  # of an earlier save with other shards
 

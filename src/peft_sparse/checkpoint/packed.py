@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.linears import PackedLinear, block_linears, refuse_save_pretrained
+from peft_sparse.linears import PackedLinear, block_linears, refuse_save_pretrained, weights_loaded
+from peft_sparse.pruning.offload import stored_state
 from peft_sparse.storage import StoredTensor, as_in_files, names_in_model
 from peft_sparse.storage.format import pack_matrix
 
@@ -71,9 +72,9 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
 
 
 def unpacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without the weights of packed linears."""
+    """The state dict without the weights of packed linears; what is offloaded is in it."""
     inside = {f"{name}.{part}" for name in packed_linears(model) for part in ("values", "bitmask")}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+    return {name: tensor for name, tensor in stored_state(model) if name not in inside}
 
 
 def packed_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,7 +83,8 @@ def packed_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
     Raises:
         ValueError: if files have a weight together with others."""
     for name, module in packed_linears(model).items():
-        weight = module.dense_weight().detach()
+        with weights_loaded(module):
+            weight = module.dense_weight().detach()
         found = as_in_files(model, f"{name}.weight", weight.T.contiguous() if module.conv1d else weight)
         if len(found) != 1:
             raise ValueError(

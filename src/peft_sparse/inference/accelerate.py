@@ -25,6 +25,7 @@ from peft_sparse.linears import (
     allow_save_pretrained,
     block_linears,
     check_model,
+    forward_replaced,
     in_out_features,
     install,
     is_linear,
@@ -135,8 +136,18 @@ def remove_acceleration(model: nn.Module) -> nn.Module:
 
     Returns:
         `model`.
+
+    Raises:
+        ValueError: if something has replaced an accelerated linear's forward. Nothing is changed then.
     """
     check_model(model)
+    for name, module in model.named_modules():
+        if acceleration_of(module) is not None and forward_replaced(module):
+            raise ValueError(
+                f"Acceleration is removed from linears that have their own forward, got `{name}`, whose forward was "
+                "replaced, as offloading does it; undo that first, for example with "
+                "`accelerate.hooks.remove_hook_from_submodules(model)`."
+            )
     for module in list(model.modules()):
         acceleration = acceleration_of(module)
         if acceleration is None:
@@ -262,7 +273,7 @@ def _apply(
         acceleration = operands.get(id(linear))
         if acceleration is not None:
             install(linear, acceleration)
-        elif not _was_packed(linear):
+        elif not _was_packed(linear) and not forward_replaced(linear):  # which may call the accelerated one
             uninstall(linear)
         made[id(linear)] = linear
     refuse_save_pretrained(model)

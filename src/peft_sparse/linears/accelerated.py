@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
-from peft_sparse.linears.weights import plain_class
+from peft_sparse.linears.weights import forward_replaced, plain_class
 from peft_sparse.ops.reference import transformed
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -266,7 +266,7 @@ def refuses_acceleration(linear: nn.Module) -> str | None:
     """Why nothing can be added to this linear; None if it can."""
     if plain_class(linear) not in _ACCELERATED:
         return f"{type(linear).__name__} has a forward of its own"
-    if "forward" in linear.__dict__:
+    if forward_replaced(linear):
         return "its forward was replaced, as offloading does it"
     if any(t is None or type(t) not in _PLAIN_TENSORS for t in _tensors(linear)):
         return "its weight is no plain tensor"
@@ -277,12 +277,14 @@ def refuses_acceleration(linear: nn.Module) -> str | None:
 
 def install(linear: nn.Module, acceleration: Acceleration) -> None:
     """Accelerate a linear, in place: it stays the object that it is, wherever it is used."""
+    linear.__dict__.pop("forward", None)  # the old class's, see `forward_replaced`
     linear.__dict__["_acceleration"] = acceleration
     linear.__class__ = _ACCELERATED[plain_class(linear)]
 
 
 def uninstall(linear: nn.Module) -> None:
     """The inverse of [`install`]."""
+    linear.__dict__.pop("forward", None)
     linear.__class__ = plain_class(linear)
     linear.__dict__.pop("_acceleration", None)
 

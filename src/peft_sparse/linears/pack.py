@@ -13,10 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.blocks import Names, check_model, select_linears
+from peft_sparse.linears.hooks import offload_hook
 from peft_sparse.linears.packed import PackedLinear
 from peft_sparse.linears.saving import allow_save_pretrained, is_packed, refuse_save_pretrained
 from peft_sparse.linears.sharing import shared_weights
-from peft_sparse.linears.weights import in_out_features, num_zeros, plain_class, weight_parameter
+from peft_sparse.linears.weights import forward_replaced, in_out_features, num_zeros, plain_class, weight_parameter
 
 
 def pack_model(
@@ -63,7 +64,8 @@ def pack_model(
                 f"Packing replaces plain linears, got `{name}`, which carries an adapter ({type(linear).__name__}); "
                 "pack the model first and add the adapter then, or call `merge_and_unload()`."
             )
-        if _is_plain(linear) and linear.get_parameter("weight").is_meta:
+        away = offload_hook(linear) is not None  # whose forward is the hook's
+        if away or (_is_plain(linear) and linear.get_parameter("weight").is_meta):
             raise ValueError(
                 f"Packing needs weights in memory, got `{name}`, which is on the meta device (offloaded, or never "
                 "loaded); load the model without offloading."
@@ -89,10 +91,16 @@ def unpack_model(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: if a packed linear carries an adapter, or `model` is no module. Nothing is changed then.
+        ValueError: if a packed linear carries an adapter or is offloaded, or `model` is no module. Nothing is changed
+            then.
     """
     check_model(model)
     for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and offload_hook(module) is not None:
+            raise ValueError(
+                f"Unpacking needs weights in memory, got `{name}`, which is offloaded; load the model without "
+                "offloading, or without `packed=True`."
+            )
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedLinear):
             raise ValueError(
                 f"Unpacking replaces plain linears, got `{name}`, which carries an adapter ({type(module).__name__}); "
@@ -115,7 +123,7 @@ def packable_linears(model: nn.Module, linears: Iterable[nn.Module]) -> set[int]
 def _is_plain(linear: nn.Module) -> bool:
     """Whether nothing is attached to an nn.Linear or Conv1D that its packed form would not have."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    attached = any(getattr(linear, name, None) for name in hooks) or "forward" in linear.__dict__
+    attached = any(getattr(linear, name, None) for name in hooks) or forward_replaced(linear)
     return plain_class(linear) in (nn.Linear, Conv1D) and not attached
 
 

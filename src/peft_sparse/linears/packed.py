@@ -146,6 +146,11 @@ class PackedLinear(nn.Module):
         try:  # a bitmask that does not fit its values would shift all that follow
             if values is not None and bitmask is not None:
                 _check(values, bitmask, self.in_features, None)
+            if values is not None and values.shape != self.values.shape:  # the bitmask would be taken without them
+                raise ValueError(
+                    f"A state dict has as many values as the layer, {self.values.numel()}, got {values.numel()} of "
+                    "another mask; load that model with `load_sparse(..., packed=True)`, or pack its dense weights."
+                )
         except ValueError as error:
             error_msgs.append(f"`{prefix.removesuffix('.')}`: {error}")
             return

@@ -40,6 +40,13 @@ def plain_class(linear: nn.Module) -> type[nn.Module]:
     return getattr(type(linear), "plain_linear_class", type(linear))
 
 
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether a module has another forward than its class, as offloading gives it. A hook of accelerate that was
+    removed leaves the class's own on the module."""
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 # What `computes_linear` found, as long as the modules live, and the rows and columns that it tries at most.
 _COMPUTES_LINEAR: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _TRIED = 64

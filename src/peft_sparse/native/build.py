@@ -50,24 +50,43 @@ def load_library() -> ctypes.CDLL:
         raise Unavailable(f"need a C compiler ({', '.join(COMPILERS)}), and none is installed")
     command = (*compiler.split(), *_ALWAYS, *FLAGS[capability])
     name = f"kernels-{_digest(command)}.so"
-    kept = cache_folder() / name
-    if kept.is_file():
+    folder = cache_folder()
+    kept = None if folder is None else folder / name
+    if kept is not None and os.path.isfile(kept):  # also where one may not look
         with suppress(OSError):  # damaged, or on a disk that nothing may be run from: compiled again
             return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory(prefix="peft-sparse-") as folder:
-        made = Path(folder) / name
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="peft-sparse-")
+    except OSError as error:
+        raise Broken(f"cannot be compiled: there is no place for temporary files ({error})") from error
+    with temporary:
+        made = Path(temporary.name) / name
         _compile((*command, *(str(path) for path in sources() if path.suffix == ".c")), made)
-        with suppress(OSError):  # a cache that cannot be written to; the next process compiles again
-            _keep(made, kept)
-        try:
-            return ctypes.CDLL(str(made))  # outlives its file
-        except OSError as error:
-            raise Broken(f"were compiled but cannot be loaded ({error})") from error
+        if kept is not None:
+            with suppress(OSError):  # a cache that cannot be written to; the next process compiles again
+                _keep(made, kept)
+        return _load(made, kept)
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$XDG_CACHE_HOME/peft_sparse`, by default `~/.cache/peft_sparse`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_sparse"
+def _load(made: Path, kept: Path | None) -> ctypes.CDLL:
+    """What was compiled, which outlives its file; its copy, where temporary files are on a disk that nothing may be
+    run from."""
+    try:
+        return ctypes.CDLL(str(made))
+    except OSError as error:
+        with suppress(OSError):
+            if kept is not None:
+                return ctypes.CDLL(str(kept))
+        raise Broken(f"were compiled but cannot be loaded ({error})") from error
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: `$XDG_CACHE_HOME/peft_sparse`, by default `~/.cache/peft_sparse`; None for a
+    user who has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_sparse"
+    except RuntimeError:
+        return None
 
 
 def sources() -> list[Path]:

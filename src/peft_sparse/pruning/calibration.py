@@ -61,7 +61,7 @@ def prune_block_by_block(
     """
     changes = _Changes(model, targets, prune)
     try:
-        if checkpoint is not None and checkpoint.is_finished():
+        if checkpoint is not None and checkpoint.is_finished(targets):
             for name in checkpoint.blocks:
                 changes.load(checkpoint.load(name))
             changes.settle()

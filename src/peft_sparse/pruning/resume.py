@@ -4,9 +4,10 @@
     <folder>/<name of block>.safetensors   the weights of the block's linears as (out, in), by full name
 
 A file is written beside its place and moved there, so one that is there is whole unless something else damaged it,
-which its checksum tells; such a block is pruned again. Every file carries the digest of its run's fingerprint: method,
-pattern, sparsity of each linear, calibration data, and all weights of the model as it came, with the config that says
-what it computes with them. The result depends on each of them, so another run is refused.
+which its checksum tells; such a block is pruned again. A run is done if its blocks have all that it prunes, whatever
+their list says. Every file carries the digest of its run's fingerprint: method, pattern, sparsity of each linear,
+calibration data, and all weights of the model as it came, with the config that says what it computes with them. The
+result depends on each of them, so another run is refused.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ class Checkpoint:
     def _check_same(self, found: Any) -> None:
         if found is None:
             return
-        if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("run"), dict):
+        whole = (
+            isinstance(found, dict) and isinstance(found.get("run"), dict) and isinstance(found.get("blocks"), list)
+        )
+        if not whole or found.get("format") != FORMAT:
             raise ValueError(
                 f"`checkpoint_dir` has the state of a run in format {FORMAT}, got something else in "
                 f"{str(self._manifest)!r}; name another folder."
@@ -105,9 +109,15 @@ class Checkpoint:
         content = {"format": FORMAT, "run": self.fingerprint, "blocks": self.blocks}
         _write(self._manifest, json.dumps(content, indent=1).encode())
 
-    def is_finished(self) -> bool:
-        """Whether every block of the run is there and whole."""
-        return bool(self.blocks) and all(self.load(name) is not None for name in self.blocks)
+    def is_finished(self, targets: Iterable[str]) -> bool:
+        """Whether every block of the run is there and whole, and they have all linears that the run prunes."""
+        there: list[str] = []
+        for name in self.blocks:
+            saved = self.load(name)
+            if saved is None:
+                return False
+            there += saved.tensors
+        return sorted(there) == sorted(targets)
 
     def load(self, block: str) -> SavedBlock | None:
         """What was saved of a block; None if nothing was, or not all that is wanted.
@@ -130,10 +140,11 @@ class Checkpoint:
                 f"`checkpoint_dir` continues the run that it was made by, got {str(path)!r} of another run; name "
                 "another folder, or delete that file. Nothing was pruned."
             )
-        if metadata.get("crc32") != _checksum(tensors):
+        text = metadata.get("errors", "")
+        if metadata.get("crc32") != _checksum(tensors, text):
             _warn_broken(path, "its checksum is wrong")
             return None
-        errors = json.loads(metadata["errors"])
+        errors = json.loads(text)
         if self.with_errors and not errors:
             return None
         return SavedBlock(tensors, errors if self.with_errors else {})
@@ -141,7 +152,8 @@ class Checkpoint:
     def save(self, block: str, tensors: dict[str, torch.Tensor], errors: dict[str, float]) -> None:
         """Write a block that is done."""
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        metadata = {"run": self.digest, "crc32": _checksum(tensors), "errors": json.dumps(errors)}
+        text = json.dumps(errors)
+        metadata = {"run": self.digest, "crc32": _checksum(tensors, text), "errors": text}
         _write(self._path(block), save(tensors, metadata))
 
     def _path(self, block: str) -> Path:
@@ -162,8 +174,8 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    value = 0
+def _checksum(tensors: dict[str, torch.Tensor], errors: str) -> str:
+    value = zlib.crc32(errors.encode())
     for name in sorted(tensors):
         value = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), value))
     return f"{value:08x}"

@@ -148,7 +148,11 @@ def is_legacy(files: list[SafetensorsFile]) -> bool:
 
 
 def legacy_tensors(files: list[SafetensorsFile]) -> dict[str, StoredTensor]:
-    """All tensors of files that compressed-tensors wrote with `sparse-bitmask` or `sparse-24-bitmask`, by name."""
+    """All tensors of files that compressed-tensors wrote with `sparse-bitmask` or `sparse-24-bitmask`, by name.
+
+    Raises:
+        ValueError: if one has a shape that no weight has.
+    """
     where = {key: file for file in files for key in file.header}
     found: dict[str, StoredTensor] = {}
     parts: set[str] = set()
@@ -157,6 +161,11 @@ def legacy_tensors(files: list[SafetensorsFile]) -> dict[str, StoredTensor]:
         data, bitmask, shape = (Part(where[key], key) for key in keys)
         dense_shape = tuple(int(size) for size in shape.read().reshape(-1))
         name = f"{module}.weight"
+        if len(dense_shape) < 2 or min(dense_shape) < 1:
+            raise ValueError(
+                f"`{name}` is damaged: a packed weight has two dimensions or more, got the shape {dense_shape}, "
+                f"in {str(shape.file.path)!r}; save or download it again."
+            )
         found[name] = StoredTensor(name, dense_shape, data.file.dtype(data.key), data, bitmask)
         parts.update(keys, [module + ROW_OFFSETS])
     return found | {key: _plain(file, key) for key, file in where.items() if key not in parts}
