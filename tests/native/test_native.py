@@ -4,6 +4,7 @@ All of it runs once more in a process that torch tells to do without AVX-512, if
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -259,6 +260,42 @@ def test_compiled_once_and_again_where_the_cache_is_damaged(fresh, monkeypatch):
 def test_a_cache_that_cannot_be_written_to(fresh):
     fresh.write_text("a file where the folder should be")
     assert native.native_in_use()
+
+
+@needs_kernels
+def test_a_user_without_a_home(fresh, monkeypatch):
+    """No HOME, and no entry among the system's users: `Path.home` raises a RuntimeError."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert native.native_in_use()
+
+
+@needs_kernels
+def test_a_home_of_somebody_else(fresh, monkeypatch):
+    """What pathlib asks is denied in it, to all but root."""
+    stat = Path.stat
+
+    def denied(path, **kwargs):
+        if path.is_relative_to(fresh):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    assert native.native_in_use()
+
+
+@needs_kernels
+def test_no_place_for_temporary_files(fresh, monkeypatch):
+    def full(**_):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", full)
+    with pytest.warns(UserWarning, match="nothing can be written to a temporary folder .*; PyTorch computes the same"):
+        assert not native.native_in_use()
 
 
 def test_without_a_compiler_pytorch_does_it(fresh, monkeypatch, tmp_path):

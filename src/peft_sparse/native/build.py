@@ -50,24 +50,34 @@ def load_library() -> ctypes.CDLL:
         raise Unavailable(f"need a C compiler ({', '.join(COMPILERS)}), and none is installed")
     command = (*compiler.split(), *_ALWAYS, *FLAGS[capability])
     name = f"kernels-{_digest(command)}.so"
-    kept = cache_folder() / name
-    if kept.is_file():
+    cache = cache_folder()
+    kept = None if cache is None else cache / name
+    if kept is not None and os.path.isfile(kept):  # `Path.is_file` raises where one may not look
         with suppress(OSError):  # damaged, or on a disk that nothing may be run from: compiled again
             return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory(prefix="peft-sparse-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="peft-sparse-")
+    except OSError as error:
+        raise Broken(f"cannot be compiled: nothing can be written to a temporary folder ({error})") from error
+    with temporary as folder:
         made = Path(folder) / name
         _compile((*command, *(str(path) for path in sources() if path.suffix == ".c")), made)
-        with suppress(OSError):  # a cache that cannot be written to; the next process compiles again
-            _keep(made, kept)
+        if kept is not None:
+            with suppress(OSError):  # a cache that cannot be written to; the next process compiles again
+                _keep(made, kept)
         try:
             return ctypes.CDLL(str(made))  # outlives its file
         except OSError as error:
             raise Broken(f"were compiled but cannot be loaded ({error})") from error
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$XDG_CACHE_HOME/peft_sparse`, by default `~/.cache/peft_sparse`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_sparse"
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: `$XDG_CACHE_HOME/peft_sparse`, by default `~/.cache/peft_sparse`; None for a
+    user without a home, as in some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_sparse"
+    except RuntimeError:
+        return None
 
 
 def sources() -> list[Path]:
