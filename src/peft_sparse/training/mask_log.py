@@ -1,6 +1,7 @@
 """What a training log says of the masks: how sparse they are, how much of them changed, and how scores lie.
 
-    sparsity         share of the adapted weights that the forward uses as zero
+    sparsity         share of the adapted weights that the forward uses as zero; of PST, that its masks prune, without
+                     zeros that a base had before and the masks keep
     mask_churn       share of them that changed state, kept or pruned, since the last log
     score_mean, score_std, score_kept_mean, score_pruned_mean     of PST's scores over all layers
 
