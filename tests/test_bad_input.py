@@ -501,7 +501,10 @@ MODELS = {
         "got Embedding in `model.embed_tok.*; take",
     ),
     "an embedding of GPT-2": Case(
-        gpt2, adapt(lambda: PstConfig(target_modules=["c_attn", "wte"])), "got Embedding in `transformer.wte`; take"
+        gpt2,
+        adapt(lambda: PstConfig(target_modules=["c_attn", "wte"])),
+        "PstModel adapts torch.nn.Linear and transformers' Conv1D with floating point weights, "
+        "got Embedding in `transformer.wte`; take",
     ),
     "a whole attention": Case(
         bert, adapt(lambda: SppConfig(target_modules=["attention"])), "got BertAttention in .*attention`; take"

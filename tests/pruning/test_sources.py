@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-pytest.importorskip("datasets")
-
 from peft_sparse.pruning import load_rows
+
+datasets = pytest.importorskip("datasets")
 
 
 @pytest.mark.parametrize("name", ["rows[1].jsonl", "a b*c/rows.jsonl", "rows?.jsonl", "[x]/rows.jsonl"])
@@ -50,3 +50,12 @@ def test_a_stream_has_no_parts(tmp_path):
     (tmp_path / "rows.csv").write_text("text\nw1\n")
     with pytest.raises(ValueError, match=r"got the split 'train\[:50%\]'; name a whole one, 'train', or do not"):
         load_rows(tmp_path / "rows.csv", "train[:50%]", streaming=True)
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    """A home folder that is read-only, or none, as in some containers."""
+    (tmp_path / "rows.csv").write_text("text\nw1\n")
+    (tmp_path / "home").write_text("no folder")  # root may write into any that is one
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+    with pytest.raises(ValueError, match=r"in a cache, got '.*home.datasets', .* HF_DATASETS_CACHE to a folder"):
+        load_rows(tmp_path / "rows.csv")

@@ -1,6 +1,7 @@
 """A recipe's rows as examples: what they hold, and what is refused before anything is written."""
 
 import json
+import sys
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def test_data_that_does_not_fit_is_an_error_before_anything_is_written(tmp_path, sentences, data, message):
     with pytest.raises(ValueError, match=message):
         finetune(classifier(tmp_path, sentences, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_package_that_reads_rows_it_is_named(tmp_path, sentences, monkeypatch):
+    asked = language_model(tmp_path, sentences, data={"text": "text"})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for run in (plan_finetune, finetune):
+        with pytest.raises(ImportError, match="read by the package `datasets`; `pip install datasets`"):
+            run(asked)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,7 @@ import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
 
-from peft_sparse import PstConfig, SppConfig, prune_magnitude
+from peft_sparse import PstConfig, SppConfig, prune_magnitude, sparsity_report
 from peft_sparse.training.mask_log import MaskLog, counted_sparsity, score_statistics
 from peft_sparse.tuners.pst import PstLinear
 
@@ -75,3 +75,28 @@ def test_numbers_of_a_model_whose_weights_accelerate_keeps_elsewhere(config):
         model = get_peft_model(cpu_offload(base, execution_device="cpu") if offloaded else base, config)
         found.append(MaskLog(model).measure(model))
     assert found[0]["sparsity"] in (0.5, 0.75) and found[1] == found[0]
+
+
+@pytest.mark.parametrize("last", ["a", "b"])
+def test_of_several_adapters_in_a_layer_the_zeros_are_those_of_the_last(last):
+    """It is given what the one before has made of the base weight, and its mask is what the forward has."""
+    shares = {"a": 0.75, "b": 0.5}
+    model = get_peft_model(tiny_llama(), PstConfig(sparsity=shares["a"], init_weights=False), adapter_name="a")
+    model.add_adapter("b", PstConfig(sparsity=shares["b"], init_weights=False))
+    order = ["b", "a"] if last == "a" else ["a", "b"]
+    model.base_model.set_adapter(order)
+    log = MaskLog(model)
+    model.base_model.set_sparsity_step(10, 10)
+    numbers, masks, scores, kept = log.measure(model), [], [], []
+    for layer in layers_of(model):
+        given = layer.effective_weight(order[0])
+        masks.append((layer.effective_weight(last, given) != 0).flatten())
+        for name, weight in zip(order, (None, given), strict=True):
+            scores.append(layer.get_scores(name, weight).flatten())
+            kept.append(layer.get_mask(name, weight).flatten())
+    share = sparsity_report(model).total_sparsity
+    assert share == pytest.approx(shares[last]) and numbers["sparsity"] == share
+    assert numbers["mask_churn"] == pytest.approx(float((~torch.cat(masks)).double().mean()))  # all were kept before
+    assert counted_sparsity(model)["sparsity"] == share
+    kept_mean = torch.cat(scores)[torch.cat(kept)].double().mean()
+    assert numbers["score_kept_mean"] == pytest.approx(float(kept_mean), rel=1e-5)

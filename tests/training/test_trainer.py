@@ -176,6 +176,24 @@ def test_scores_have_their_own_learning_rate(tmp_path):
     }  # fmt: skip
 
 
+def test_each_rate_is_logged_by_its_name(tmp_path):
+    """Trainer logs the rate of the first group, which are the scores."""
+    model = get_peft_model(tiny_bert(), PstConfig(task_type="SEQ_CLS"))
+    optimizer = torch.optim.AdamW(pst_param_groups(model, lr=4e-5, score_lr=8e-2, head_lr=2e-3))
+    run = Trainer(
+        model, arguments(tmp_path, save_strategy="no", logging_strategy="steps", logging_steps=1),
+        train_dataset=Sentences(), optimizers=(optimizer, None), callbacks=[SparsityCallback()],
+    )  # fmt: skip
+    run.train()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(entries) == run.state.max_steps
+    for entry in entries:
+        left = 1 - (entry["step"] - 1) / len(entries)  # linear decay, as used by the step
+        assert entry["learning_rate"] == pytest.approx(4e-5 * left)
+        assert entry["score_learning_rate"] == pytest.approx(8e-2 * left)
+        assert entry["head_learning_rate"] == pytest.approx(2e-3 * left)
+
+
 def test_the_rate_of_movements_scores_makes_no_difference():
     """They start at zero, Adam's steps are in proportion to the rate, and the mask takes only their order."""
 

@@ -31,7 +31,7 @@ def is_adapter(source: str | Path) -> bool:
 
 def adapter_settings(folder: str | Path) -> dict[str, Any]:
     """What the adapter_config.json of a folder has."""
-    return json.loads((Path(folder) / "adapter_config.json").read_text())
+    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def base_of_adapter(folder: str | Path) -> str | Path:

@@ -80,7 +80,7 @@ def finish(folder: Path, shards: ShardWriter, facts: dict[str, str | None]) -> N
         "files": checksums,
     }
     config[CONFIG_KEY]["crc32"] = config_crc32(config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class ShardWriter:
@@ -149,7 +149,7 @@ class ShardWriter:
         if count > 1:
             weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return names
 
 

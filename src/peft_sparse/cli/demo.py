@@ -96,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
                     results[part], table = run(options)
                 printed.append(table)
                 results["seconds"] = time.perf_counter() - start
-                results_file.write_text(json.dumps(results, indent=2) + "\n")  # a part is kept if the next one fails
+                # a part is kept if the next one fails
+                results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     except data.DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -72,7 +72,7 @@ class Checkpoint:
         try:
             if make:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            found = json.loads(self._manifest.read_text()) if self._manifest.exists() else None
+            found = json.loads(self._manifest.read_bytes()) if self._manifest.exists() else None
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`checkpoint_dir` is a folder for the state of one pruning run, got {str(folder)!r}, which cannot be "

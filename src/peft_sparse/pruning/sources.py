@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,18 +85,38 @@ def load_rows(
             options = _as_written(texts, options)
         return datasets.load_dataset(str(path), name, data_files=patterns, split=split, streaming=streaming, **options)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # `datasets` wraps what a reader says of a file into "an error occurred"
-        if isinstance(cause, UnicodeDecodeError):
-            raise ValueError(
-                f"Text is stored as UTF-8, got {asked!r} with the byte 0x{cause.object[cause.start]:02x}, which is "
-                "none (at a guess latin-1 or UTF-16); store it again as UTF-8."
-            ) from error
-        reason = " ".join(str(cause).split())
-        raise ValueError(
-            f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {asked!r} (split "
-            f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
-            f"{'what is in it' if here else 'the names and the connection'}."
-        ) from error
+        raise _no_rows(error, asked, split, here, datasets.config.HF_DATASETS_CACHE) from error
+
+
+def _no_rows(error: Exception, asked: str, split: str, here: bool, cache: Path) -> ValueError:
+    """What to say of an error of `datasets`, which keeps the rows that it reads in `cache`."""
+    cause = error.__cause__ or error  # `datasets` wraps what a reader says of a file into "an error occurred"
+    if isinstance(cause, UnicodeDecodeError):
+        return ValueError(
+            f"Text is stored as UTF-8, got {asked!r} with the byte 0x{cause.object[cause.start]:02x}, which is "
+            "none (at a guess latin-1 or UTF-16); store it again as UTF-8."
+        )
+    reason = " ".join(str(cause).split())
+    if isinstance(cause, OSError) and not _is_writable(cache):
+        return ValueError(
+            f"The package `datasets` keeps rows that it reads in a cache, got {str(cache)!r}, where nothing can be "
+            f"written ({type(cause).__name__}: {reason}); set the environment variable HF_DATASETS_CACHE to a folder "
+            "that can be."
+        )
+    return ValueError(
+        f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {asked!r} (split "
+        f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
+        f"{'what is in it' if here else 'the names and the connection'}."
+    )
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def reader_of(path: str | Path) -> str | None:

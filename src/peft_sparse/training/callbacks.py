@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
+from peft_sparse.training.param_groups import named_rates
 from peft_sparse.tuners.pst import driven_adapters
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ class SparsityCallback(TrainerCallback):
     With each training loss it also logs `sparsity`, `mask_churn` (the share of weights that changed state since the
     last log) and statistics of PST's scores; of SPP, which has no schedule, sparsity and churn. All of them are over
     the adapted weights: `sparsity_report` of a model whose blocks hold others too, such as fused experts, tells a
-    smaller share. They reach `state.log_history` and every callback behind this one. Those that `report_to` names come
-    before the callbacks of a Trainer; `log_before_reporters` lets them have the numbers too.
+    smaller share. With the groups of [`pst_param_groups`] each learning rate is logged by its name; Trainer alone logs
+    that of the scores, which come first. They reach `state.log_history` and every callback behind this one. Those that
+    `report_to` names come before the callbacks of a Trainer; `log_before_reporters` lets them have the numbers too.
 
     Args:
         best_at_final_sparsity: forget, in each step, the best metric seen before the final sparsity was reached, so
@@ -44,12 +46,18 @@ class SparsityCallback(TrainerCallback):
         self.best_at_final_sparsity = best_at_final_sparsity
         self.log = log
         self._masks: MaskLog | None = None
+        self._rates: dict[str, float] = {}  # of the last optimizer step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         _set_sparsity(model, state)
         self._masks = MaskLog(model) if self.log else None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rates = named_rates(kwargs.get("optimizer"))  # a log comes after the scheduler's step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -64,7 +72,8 @@ class SparsityCallback(TrainerCallback):
         logs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         if logs is not None and "loss" in logs and self._masks is not None:
-            _add_to_log(state, logs, self._masks.measure(model))
+            rates = self._rates if "learning_rate" in logs else {}
+            _add_to_log(state, logs, rates | self._masks.measure(model))
 
 
 def log_before_reporters(trainer: Trainer, *callbacks: TrainerCallback) -> None:

@@ -82,8 +82,6 @@ def _split(
     data: DataPart, split: str, limit: int | None, encode: Encode, labels: Labels | None, order: int | None
 ) -> Any:
     """The examples of one split; `order` is the seed of a stream's, None where it is no stream."""
-    import datasets
-
     streaming = order is not None
     rows = read_split(data, split, streaming, labels)
     first = next(iter(rows), None)
@@ -107,6 +105,8 @@ def _split(
             f"{data.max_length} tokens, so that no completion would be learned; a larger one keeps them.",
             stacklevel=2,
         )
+    import datasets  # not before `read_split`, which tells who has none how to get it
+
     return datasets.Dataset.from_list(examples)
 
 

@@ -1,6 +1,7 @@
 """What a training log says of the masks: how sparse they are, how much of them changed, and how scores lie.
 
-    sparsity         share of the adapted weights that the forward uses as zero
+    sparsity         share of the adapted weights that the forward uses as zero; of PST, that its masks prune, without
+                     zeros that a base had before and the masks keep
     mask_churn       share of them that changed state, kept or pruned, since the last log
     score_mean, score_std, score_kept_mean, score_pruned_mean     of PST's scores over all layers
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ class MaskLog:
 
     def __init__(self, model: nn.Module, scores: bool = True) -> None:
         self.scores = scores
-        self._masks = {place: pack_mask(mask) for place, mask in _masks(model)}
+        self._masks = {name: pack_mask(mask) for name, mask in _masks(model)}
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -40,13 +42,13 @@ class MaskLog:
         Weights that are sharded over processes are in no process whole: then only `sparsity` is told, of PST.
         """
         weights = zeros = changed = 0
-        for place, mask in _masks(model):
+        for name, mask in _masks(model):
             packed = pack_mask(mask)
-            before = self._masks.get(place)
+            before = self._masks.get(name)
             if before is not None:
                 width = mask.shape[1]
                 changed += int((unpack_mask(before.to(packed.device), width) != mask).sum())
-            self._masks[place] = packed
+            self._masks[name] = packed
             weights, zeros = weights + mask.numel(), zeros + int((~mask).sum())
         if not weights:
             return counted_sparsity(model)
@@ -55,11 +57,12 @@ class MaskLog:
 
 
 def counted_sparsity(model: nn.Module) -> dict[str, float]:
-    """PST's sparsity by its counts alone, which every process has."""
+    """PST's sparsity by its counts alone, which every process has; of several adapters in a layer the last one's."""
     weights = zeros = 0
-    for layer, adapter_name in _pst_adapters(model):
-        weights += layer.in_features * layer.out_features
-        zeros += layer.sparsity_progress(adapter_name)[1] * layer.num_groups(adapter_name)
+    for layer in sparse_layers(model):
+        if isinstance(layer, PstLinear) and (names := layer._present(layer.active_adapters)):
+            weights += layer.in_features * layer.out_features
+            zeros += layer.sparsity_progress(names[-1])[1] * layer.num_groups(names[-1])
     return {"sparsity": zeros / weights} if weights else {}
 
 
@@ -71,11 +74,12 @@ def score_statistics(model: nn.Module) -> dict[str, float]:
         {} for a model without PST layers; a mean over nothing, such as the pruned ones at sparsity 0, is left out.
     """
     count = kept_count = total = squares = kept_total = 0.0
-    for layer, adapter_name in _pst_adapters(model):
-        if not _is_whole(layer):
+    driven = set(driven_adapters(model)) if has_pst_layers(model) else set()
+    for layer, adapter_name, weight in _adapted(model):
+        if not isinstance(layer, PstLinear) or (layer, adapter_name) not in driven:
             continue
-        scores = layer.get_scores(adapter_name)
-        kept = scores[layer.get_mask(adapter_name)]
+        scores = layer.get_scores(adapter_name, weight)
+        kept = scores[layer.get_mask(adapter_name, weight)]
         count, kept_count = count + scores.numel(), kept_count + kept.numel()
         total += float(scores.sum(dtype=torch.float64))
         squares += float(scores.double().square().sum())
@@ -101,24 +105,33 @@ def has_pst_layers(model: nn.Module) -> bool:
     return any(isinstance(layer, PstLinear) for layer in model.modules())
 
 
-def _pst_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
-    return driven_adapters(model) if has_pst_layers(model) else []
+@torch.no_grad()
+def _masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name of the layer, bool mask (out, in)), True = kept: of its last adapter, whose weight the forward uses; for
+    SPP where that weight is not zero."""
+    for layer, adapter_name, weight in _adapted(model):
+        if adapter_name != layer._present(layer.active_adapters)[-1]:
+            continue
+        if isinstance(layer, PstLinear):
+            yield layer._module_name, layer.get_mask(adapter_name, weight)
+        else:
+            yield layer._module_name, dense_weight(layer.effective_weight(adapter_name, weight)) != 0
 
 
 @torch.no_grad()
-def _masks(model: nn.Module) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
-    """((number of the layer, adapter), bool mask (out, in)) of each adapter, True = kept; of SPP where the weight that
-    the forward uses is not zero."""
-    for number, layer in enumerate(sparse_layers(model)):
+def _adapted(model: nn.Module) -> Iterator[tuple[SparseLayer, str, Any]]:
+    """Layers whose weights are in this process, each with its active adapters in order, and the weight that these are
+    given: what the adapters before have made of the base weight."""
+    for layer in sparse_layers(model):
         if not _is_whole(layer):
             continue
-        for adapter_name in layer._present(layer.active_adapters):
-            if isinstance(layer, PstLinear):
-                yield (number, adapter_name), layer.get_mask(adapter_name)
-            else:
-                with layer.weights_loaded():
-                    mask = dense_weight(layer.effective_weight(adapter_name)) != 0
-                yield (number, adapter_name), mask
+        with layer.weights_loaded():
+            weight, before = layer.base_weight, None
+            for adapter_name in layer._present(layer.active_adapters):
+                if before is not None:
+                    weight = layer.effective_weight(before, weight)
+                yield layer, adapter_name, weight
+                before = adapter_name
 
 
 def _is_whole(layer: SparseLayer) -> bool:

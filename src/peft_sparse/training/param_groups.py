@@ -62,6 +62,21 @@ def pst_param_groups(
     return [{"name": name, **group} for name, group in groups.items() if "params" in group]
 
 
+def named_rates(optimizer: Any) -> dict[str, float]:
+    """The learning rates of an optimizer with the groups of [`pst_param_groups`], called as recipes call them; {} for
+    another one."""
+    rates = {group.get("name"): float(group["lr"]) for group in getattr(optimizer, "param_groups", [])}
+    if not rates.keys() & {"scores", "weights"}:
+        return {}
+    head = rates.get("others", rates.get("others_without_decay"))
+    named = {
+        "learning_rate": rates.get("weights"),
+        "score_learning_rate": rates.get("scores"),
+        "head_learning_rate": head,
+    }
+    return {name: rate for name, rate in named.items() if rate is not None}
+
+
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     parts = name.split(".")
     if any(factor in parts for factor in SCORE_FACTORS):

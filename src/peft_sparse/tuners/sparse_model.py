@@ -45,6 +45,8 @@ class SparseTuner(BaseTuner):
     """Base of `PstModel` and `SppModel`."""
 
     tuner_layer_cls: type[SparseLayer] = SparseLayer
+    # What the method adapts, for messages.
+    _linears = "torch.nn.Linear and transformers' Conv1D with floating point weights"
     # Default targets are found by structure, in `_prepare_model`, so there is no table of model types.
     target_module_mapping: dict[str, list[str]] = {}
     _just_loaded: dict[str, torch.Tensor]
@@ -91,7 +93,7 @@ class SparseTuner(BaseTuner):
     def _check_target(self, name: str, module: nn.Module) -> None:
         """Raises:
         ValueError: if the module cannot be adapted."""
-        check_linear(name, module, type(self).__name__, self.tuner_layer_cls)
+        check_linear(name, module, type(self).__name__, self.tuner_layer_cls, self._linears)
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
         """What a method wants of its targets, by full name; raises ValueError or warns."""

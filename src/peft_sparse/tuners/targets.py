@@ -74,9 +74,9 @@ def default_targets(model: nn.Module) -> set[str]:
     return names if by_name == targets else targets
 
 
-def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type) -> None:
+def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type, linears: str) -> None:
     """Raises:
-    ValueError: if a tuner, whose layers are of this class, cannot adapt a module."""
+    ValueError: if a tuner, whose layers are of this class and adapt `linears`, cannot adapt a module."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
         raise ValueError(
             f"{tuner} adapts plain linears, got `{name}`, which carries an adapter of another "
@@ -84,10 +84,7 @@ def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type) -> N
         )
     if not isinstance(module, BaseTunerLayer) and not is_linear(module):
         raise ValueError(
-            f"{tuner} adapts torch.nn.Linear, transformers' Conv1D and PackedLinear with floating "
-            "point weights, and Linear4bit and Linear8bitLt of bitsandbytes with quantised ones, got "
-            f"{type(module).__name__} in `{name}`"
-            f"{_odd_about(module)}; take it out of "
+            f"{tuner} adapts {linears}, got {type(module).__name__} in `{name}`{_odd_about(module)}; take it out of "
             "`target_modules`, or exclude it with `exclude_modules`."
         )
     if not isinstance(module, BaseTunerLayer):

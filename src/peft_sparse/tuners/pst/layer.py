@@ -199,11 +199,16 @@ class PstLinear(SparseLayer):
     def _mask(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         return unpack_mask(self._packed_mask(adapter_name, weight), self.in_features)
 
-    def get_scores(self, adapter_name: str) -> torch.Tensor:
-        """S of the base weight as it is now, (out, in) in at least float32: what the mask was selected from."""
+    def get_scores(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """S, (out, in) in at least float32: what the mask was selected from.
+
+        Args:
+            weight: W, (out, in); None: the base weight as it is now.
+        """
         with self.weights_loaded():
             factors, scales = self.factors(adapter_name), self._settings[adapter_name].scales
-            updated = ops.reference.pst_updated_weight(self.base_weight, factors, scales)
+            weight = self.base_weight if weight is None else weight
+            updated = ops.reference.pst_updated_weight(weight, factors, scales)
             return ops.reference.pst_scores(updated, factors, scales)
 
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:

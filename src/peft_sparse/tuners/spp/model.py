@@ -35,6 +35,10 @@ class SppModel(SparseTuner):
 
     prefix: str = "spp_"
     tuner_layer_cls = SppLinear
+    _linears = (
+        "torch.nn.Linear, transformers' Conv1D and PackedLinear with floating point weights, and Linear4bit and "
+        "Linear8bitLt of bitsandbytes with quantised ones"
+    )
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
