@@ -383,17 +383,18 @@ def test_gradient_checkpointing(config):
 
 @each_config
 def test_shapes_on_the_meta_device(config):
-    """As LoRA: to tell shapes, memory or operations of a model that is never loaded."""
+    """As LoRA: to tell shapes, memory or operations of a model that is never loaded. (Not of a Llama: the rotary
+    embeddings of transformers 5.0 ask torch for the autocast of that device, which it does not know.)"""
     with torch.device("meta"):
-        base = tiny_llama()
+        base = tiny_bert()
     model = get_peft_model(base, config(), low_cpu_mem_usage=True)
     model.add_adapter("other", config(), low_cpu_mem_usage=True)
     for active in ("default", ["default", "other"]):
         model.base_model.set_adapter(active)
         ids = tokens()["input_ids"].to("meta")
-        output = model(input_ids=ids, labels=ids)
+        output = model(input_ids=ids, labels=torch.zeros(2, dtype=torch.int64, device="meta"))
         output.loss.backward()
-        assert output.logits.is_meta and output.logits.shape == (2, 15, base.config.vocab_size)
+        assert output.logits.is_meta and output.logits.shape == (2, 2)
         trained = [p for p in model.parameters() if p.requires_grad]
         assert trained and all(p.grad.shape == p.shape for p in trained)
 
