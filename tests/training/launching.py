@@ -61,8 +61,8 @@ def config_file(engine: str, runs: list[dict], **config: str) -> Path:
     return copy
 
 
-def accelerate_launch(file: Path, *arguments: str) -> None:
-    """`accelerate launch` with a config file, in a port of its own."""
+def accelerate_launch(file: Path, *arguments: str) -> str:
+    """`accelerate launch` with a config file, in a port of its own. What it printed."""
     process = subprocess.run(
         [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
@@ -71,6 +71,7 @@ def accelerate_launch(file: Path, *arguments: str) -> None:
         env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    return process.stdout
 
 
 def launched_environment(file: Path) -> dict[str, str]:

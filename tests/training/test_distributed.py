@@ -187,8 +187,9 @@ def test_a_recipe_evaluates(tmp_path, engine):
         return file
 
     alone = finetune(load_recipe(recipe(tmp_path / "alone", 1)))
-    command = [str(HERE / "command_script.py"), "finetune", str(recipe(tmp_path / engine, 2))]
-    accelerate_launch(CONFIGS / f"{engine}.yaml", "--num_processes", "2", *command)
+    command = [str(HERE / "command_script.py"), "finetune", "--json", str(recipe(tmp_path / engine, 2))]
+    printed = accelerate_launch(CONFIGS / f"{engine}.yaml", "--num_processes", "2", *command)
+    assert json.loads(printed)["metrics"].keys() == alone.metrics.keys()  # by one process
     found = json.loads((tmp_path / engine / "run" / "result.json").read_text())
     assert len(found["log"]) == len(alone.log)
     for entry, expected in zip(found["log"], alone.log, strict=True):

@@ -15,11 +15,13 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a command: for `--json`, for people, and the exit status."""
+    """The result of a command: for `--json`, for people, the exit status, and whether it is printed: of several
+    processes by one."""
 
     data: dict[str, Any]
     text: str
     status: int = field(default=0)
+    printed: bool = True
 
 
 class Parser(argparse.ArgumentParser):

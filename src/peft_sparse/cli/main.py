@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None, before_running: Callable[[], Any] = 
             before_running()
             with _noted(interrupts), hub.no_long_wait():
                 outcome: shared.Outcome = options.run(options)
-        _print(outcome, options.json)
+        if outcome.printed:
+            _print(outcome, options.json)
         return outcome.status
     except KeyboardInterrupt:
         return _interrupted()

@@ -61,11 +61,13 @@ def run(options: argparse.Namespace) -> Outcome:
     recipe = load_recipe(options.config, overrides)
     if options.dry_run:
         plan = plan_finetune(recipe, options.resume)
-        return Outcome(plan | {"dry_run": True}, table(plan) + "\n(dry run, nothing was trained or written)")
+        text = table(plan) + "\n(dry run, nothing was trained or written)"
+        return Outcome(plan | {"dry_run": True}, text, printed=PartialState().is_main_process)
     result = finetune(recipe, options.resume)
     # Else nccl may wait at the exit for processes that are gone already, and gloo's threads may abort the interpreter
     # that ends before they do. They end with the group, once no model holds it.
     gc.collect()
-    PartialState().destroy_process_group()
+    state = PartialState()
+    state.destroy_process_group()
     data = {key: value for key, value in result.to_dict().items() if key != "log"}  # that is in result.json
-    return Outcome(data, str(result))
+    return Outcome(data, str(result), printed=state.is_main_process)
