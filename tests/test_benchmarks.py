@@ -207,13 +207,14 @@ def test_compile_step_says_that_there_is_no_compiler(monkeypatch, capsys):
 @pytest.mark.slow
 def test_peak_memory_in_a_child_process():
     def peak(peer):
-        build, tiny = (partial(peers.layer_step, peer, size, size, 8, torch.float32, CPU) for size in (2048, 32))
+        build, tiny = (partial(peers.layer_step, peer, size, size, 8, torch.float32, CPU) for size in (4096, 32))
         return memory.peak(build, tiny, CPU, threads=1)
 
-    weight_mb = 4 * 2048**2 / memory.MB
+    weight_mb = 4 * 4096**2 / memory.MB
     full, spp, authors_spp = peak("full"), peak("spp"), peak("spp_authors")
     assert full.built == pytest.approx(weight_mb, rel=0.3)
-    # Gradient, two moments, temporaries of AdamW; what libraries take, on one machine 8 MB more than on another.
+    # Gradient, two moments, temporaries of AdamW. What libraries take differs by 20 MB between machines, which is why
+    # the weight is a large one.
     assert 2.9 * weight_mb < full.step < 7 * weight_mb
     assert spp.step < authors_spp.step
 
