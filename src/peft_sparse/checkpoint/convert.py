@@ -19,8 +19,9 @@ import torch
 from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.merged import save_with_card
-from peft_sparse.checkpoint.models import auto_class, load_model, pad_as
+from peft_sparse.checkpoint.models import load_model, pad_as
 from peft_sparse.checkpoint.save import save_sparse, shard_size
+from peft_sparse.checkpoint.tasks import auto_class
 from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
 from peft_sparse.linears import unpack_model
 from peft_sparse.storage import companions, locate, locate_companions, open_model

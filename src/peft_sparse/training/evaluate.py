@@ -13,7 +13,8 @@ import torch
 from transformers import TrainingArguments
 
 from peft_sparse.checkpoint.lookup import has_tokenizer
-from peft_sparse.checkpoint.models import pad_as, task_of
+from peft_sparse.checkpoint.models import pad_as
+from peft_sparse.checkpoint.tasks import task_of
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning.checks import check_positions, context_length

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_sparse.checkpoint.models import TASKS
+from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
 from peft_sparse.training.labels import check_labels
