@@ -27,7 +27,7 @@ from peft_sparse.linears import (
     shared_weights,
     warn_of_dense_parameters,
 )
-from peft_sparse.pruning.offload import Weight
+from peft_sparse.pruning.offload import OffloadableWeight
 from peft_sparse.sparsity import Pattern, select_mask
 from peft_sparse.tuners.field_checks import check_names
 
@@ -90,7 +90,7 @@ def find_targets(
     for name, linear in targets.items():
         pattern.check_width(in_out_features(linear)[0], name)
     for name in targets:
-        weight = Weight(model, name)
+        weight = OffloadableWeight(model, name)
         if not weight.in_memory:
             raise ValueError(
                 f"A pruner changes weights in memory, got `{name}`, which is on the meta device (never loaded); load "

@@ -22,7 +22,7 @@ from torch import nn
 
 from peft_sparse.linears import find_block_lists, get_weight, in_out_features, linears_inside
 from peft_sparse.pruning.data import Batch
-from peft_sparse.pruning.offload import BlockMover, Weight, execution_device
+from peft_sparse.pruning.offload import BlockMover, OffloadableWeight, execution_device
 from peft_sparse.pruning.padding import TokenMasks, may_see_text, update_hook
 from peft_sparse.sparsity import ColumnNorms
 
@@ -42,7 +42,7 @@ def empty_norms(linear: nn.Module) -> ColumnNorms:
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Another `forward` for a module, which gets its own back afterwards."""
     # Not the module itself: models read attributes of their blocks. Some libraries have replaced `forward` already.
     before = vars(module).get("forward")
@@ -118,7 +118,7 @@ class Walk:
                 steps.append(Step(block_list.name, name, block, linears))
         self.mover.check_blocks(self.model, [step.block for step in steps])
         for block in dict.fromkeys(step.block for step in steps if self.mover.device is not None):
-            self.replaced.enter_context(forward_replaced(block, self.mover.forward_of(block)))
+            self.replaced.enter_context(replaced_forward(block, self.mover.forward_of(block)))
         order: list[Step] = []
         dense: dict[str, Any] = {}
 
@@ -137,7 +137,7 @@ class Walk:
 
         with ExitStack() as replaced:
             for step in steps:
-                replaced.enter_context(forward_replaced(step.block, observed(step)))
+                replaced.enter_context(replaced_forward(step.block, observed(step)))
             self._forward(0)
         for step in steps:
             if step.linears and not step.calls:
@@ -183,7 +183,13 @@ class Walk:
                 self.spare[list_name] = copy.deepcopy(self.outputs[list_name][self.index])
             return self.spare[list_name]
 
-        (self.replaced if replaced is None else replaced).enter_context(forward_replaced(step.block, answer))
+        (self.replaced if replaced is None else replaced).enter_context(replaced_forward(step.block, answer))
+
+    def pass_on(self, step: Step) -> None:
+        """Run all batches through a block that is done, which answers with what it returns from now on; nothing where
+        blocks have to run again."""
+        if self.answers:
+            self.finish(step, [self.output_of(step, index) for index in range(len(self.batches))])
 
     def gather(self, step: Step, new_statistics: Callable[[nn.Module], Any]) -> dict[str, Any]:
         """The statistics of a block's targets over all batches, by full name."""
@@ -196,7 +202,7 @@ class Walk:
         """The statistics of the targets of all blocks, in one forward per batch of the model as it is."""
         with self._gathering(steps, new_statistics) as statistics, ExitStack() as seen:
             for step in steps[:-1]:
-                seen.enter_context(forward_replaced(step.block, self._seen(step, step.block.forward)))
+                seen.enter_context(replaced_forward(step.block, self._seen(step, step.block.forward)))
             for index in range(len(self.batches)):
                 self.output_of(steps[-1], index)
         return statistics
@@ -208,7 +214,7 @@ class Walk:
         for step in steps:
             hooks += self.masks.hooks_for(step.block, list(step.linears.values()))
             for name, linear in step.linears.items():
-                with Weight(self.model, name).loaded():  # for its device
+                with OffloadableWeight(self.model, name).loaded():  # for its device
                     statistics[name] = new_statistics(linear)
                 hook = update_hook(self.masks, partial(self._update, name, statistics[name]))
                 hooks.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
@@ -222,10 +228,8 @@ class Walk:
                 raise_no_input(name, len(self.batches))
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
-        in_decoder, of_text = (
-            self.has_decoder and step.list_name != self.first_list,
-            may_see_text(self.model, step.name),
-        )
+        in_decoder = self.has_decoder and step.list_name != self.first_list
+        of_text = may_see_text(self.model, step.name)
 
         def see(*args: Any, **kwargs: Any) -> Any:
             self.masks.enter_block(in_decoder, of_text, args, kwargs)
@@ -245,7 +249,7 @@ class Walk:
                 raise _Reached
             return self.output
 
-        with forward_replaced(step.block, stop_after):
+        with replaced_forward(step.block, stop_after):
             try:
                 self._forward(index)
             except _Reached:
