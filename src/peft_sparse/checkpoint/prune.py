@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from peft_sparse.checkpoint.convert import Converted, check_new_folder, check_writable, new_folder, save_model
+from peft_sparse.checkpoint.convert import Converted
 from peft_sparse.checkpoint.lookup import load_tokenizer
 from peft_sparse.checkpoint.models import load_model
+from peft_sparse.checkpoint.new_folder import check_new_folder, check_writable, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
@@ -85,10 +86,9 @@ def prune_checkpoint(
     with new_folder(folder) as temporary:
         save_model(model, temporary, packed, beside)
     report = sparsity_report(folder)
-    counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     errors = [layer.error for layer in report.layers if layer.error is not None]
     moved = (min(errors), max(errors)) if errors else None
-    return Converted("pruned", str(source), str(folder), True, *counts, output_errors=moved)
+    return Converted.of("pruned", source, folder, report, output_errors=moved)
 
 
 def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:

@@ -102,7 +102,7 @@ def _check_picture(path: str) -> None:
     """Raises:
     ValueError: if no picture can be written there.
     ImportError: if matplotlib is not installed."""
-    from peft_sparse.checkpoint.convert import check_writable
+    from peft_sparse.checkpoint.new_folder import check_writable
     from peft_sparse.evaluation.plots import picture_formats
 
     file, formats = Path(path), picture_formats()

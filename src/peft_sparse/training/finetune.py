@@ -21,10 +21,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import pad_as
+from peft_sparse.checkpoint.new_folder import copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
