@@ -148,12 +148,12 @@ def unpack_checkpoint(
     stored = open_model(locate(source))
     if stored.layout == "dense":
         raise ValueError(f"`unpack` takes a packed model, got a dense one in {str(source)!r}.")
-    before = _bytes(stored.folder)
+    before, model_cls = _bytes(stored.folder), None if task is None else auto_class(task)
     if dry_run:
         after = sum(tensor.read().nbytes for tensor in stored.tensors.values())
         report = sparsity_report(stored.folder)
         return Converted.of("unpacked", source, folder, report, False, bytes_before=before, bytes_after=after)
-    model = load_stored(stored, exact=True, trust_remote_code=trust_remote_code)
+    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_model(model, temporary, False, stored.folder)
     after, report = _bytes(folder), sparsity_report(folder)
