@@ -33,6 +33,7 @@ from peft_sparse.tuners.adapter_state import (
 )
 from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
+from peft_sparse.tuners.offloading import keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.targets import check_alone, check_linear, default_targets
@@ -130,7 +131,7 @@ class SparseTuner(BaseTuner):
         """Bring in adapter weights that accelerate has offloaded, for good: to train them after a whole model with
         adapters was dispatched. Base weights stay where they are. Make the optimizer afterwards."""
         for layer in self.sparse_layers():
-            layer.keep_adapters_loaded()
+            keep_adapters_loaded(layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The last thing that PEFT does when it has loaded an adapter, after it dispatched an offloaded model anew.
@@ -138,9 +139,8 @@ class SparseTuner(BaseTuner):
         for name, layer in self.named_modules():
             if isinstance(layer, self.tuner_layer_cls):
                 prefix = f"base_model.{name}."
-                layer.keep_adapters_loaded(
-                    {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-                )
+                own = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+                keep_adapters_loaded(layer, own)
                 if not autocast_adapter_dtype:
                     cast_to_base_dtype(layer, adapter_name)
         super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -249,8 +249,9 @@ class SparseTuner(BaseTuner):
             names = [name for name in names if name not in layer.merged_adapters]
             with layer.weights_loaded():
                 merged = layer.merged_weight(names)
-                errors.add(layer._module_name, merged, layer.requantized(merged, dtype))
-                untrained += [layer._module_name] * any(map(layer.prunes_untrained, layer._present(names)))
+                errors.add(layer.module_name, merged, layer.requantized(merged, dtype))
+                if any(layer.prunes_untrained(name) for name in layer.present_adapters(names)):
+                    untrained.append(layer.module_name)
         errors.warn(dtype)
         if len(untrained) < len(layers):
             warn_of_untrained(untrained)

@@ -63,7 +63,7 @@ def driven_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
         ValueError: if there are none, or several of which none is trainable.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, PstLinear)]
-    active = [(layer, name) for layer in layers for name in layer._present(layer.active_adapters)]
+    active = [(layer, name) for layer in layers for name in layer.present_adapters(layer.active_adapters)]
     if not active:
         raise ValueError(
             f"A sparsity schedule drives PST layers, got {type(model).__name__} without an active one; make them with "
