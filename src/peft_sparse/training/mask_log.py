@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from peft_sparse.linears import is_share
 from peft_sparse.sparsity import dense_weight, pack_mask, unpack_mask
 from peft_sparse.tuners.pst import PstLinear, driven_adapters
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -135,5 +135,5 @@ def _adapted(model: nn.Module) -> Iterator[tuple[SparseLayer, str, Any]]:
 
 
 def _is_whole(layer: SparseLayer) -> bool:
-    """Whether all of a layer's weights are in this process: FSDP leaves shards in their place, ZeRO-3 nothing."""
-    return not any(isinstance(p, DTensor) or p.numel() == 0 for p in layer.parameters())
+    """Whether all of a layer's weights are in this process, and not shares of FSDP2 or ZeRO-3."""
+    return not any(map(is_share, layer.parameters()))
