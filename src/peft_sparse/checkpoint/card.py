@@ -138,7 +138,9 @@ def _how_to_load(stored: StoredModel) -> str:
     known = transformers_class(name) is not None or name.startswith("Auto")
     where = '"path or name of this repository"'
     if stored.layout == "packed":
-        more = "" if known else ", trust_remote_code=True" if "auto_map" in stored.config else f", model_cls={name}"
+        more = ""
+        if not known:
+            more = ", trust_remote_code=True" if "auto_map" in stored.config else f", model_cls={name}"
         code = f"from peft_sparse import load_sparse\n\nmodel = load_sparse({where}{more})"
         return (
             f"```python\n{code}\n```\n\nThe zeros are not stored, so that plain transformers cannot read these files; "

@@ -224,7 +224,9 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
         if len({value.shape for value in values}) == 1:
             batch[key] = torch.stack(values)
             continue
-        padding = pad_token_id if key.endswith("input_ids") else -100 if key == "labels" else 0
+        padding = -100 if key == "labels" else 0
+        if key.endswith("input_ids"):
+            padding = pad_token_id
         batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
         mask = key.replace("input_ids", "attention_mask")
         if key.endswith("input_ids") and mask not in rows[0]:
