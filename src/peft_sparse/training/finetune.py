@@ -43,7 +43,7 @@ from peft_sparse.training.build import (
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, check_trained, loaded_whole, save_adapter
 from peft_sparse.training.fit import check_fit, check_hub
-from peft_sparse.training.metrics import other_outputs
+from peft_sparse.training.metrics import other_outputs, without_times
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import FinetuneResult
 from peft_sparse.training.start import where_to_start
@@ -85,7 +85,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     trained = trainer.train(resume_from_checkpoint=start.checkpoint, ignore_keys_for_eval=other_outputs())
     measured = {} if start.trained else {"train_loss": trained.metrics["train_loss"]}
     if examples.validation is not None and recipe.evaluation.at_end:
-        measured |= _numbers(trainer.evaluate(ignore_keys=other_outputs()))
+        numbers = without_times(trainer.evaluate(ignore_keys=other_outputs()))
+        measured |= {name: float(value) for name, value in numbers.items()}
     result = FinetuneResult(
         method=recipe.method,
         steps=trainer.state.global_step,
@@ -246,9 +247,3 @@ def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
             )
     result.merged, result.sparsity = str(folder), sparsity_report(folder).total_sparsity
     result.zeros_lost = None if report is None else report.lost
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Without how long it took."""
-    times = ("_runtime", "_per_second", "epoch")
-    return {key: float(value) for key, value in metrics.items() if not key.endswith(times)}
