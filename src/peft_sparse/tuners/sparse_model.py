@@ -30,6 +30,7 @@ from peft_sparse.tuners.adapter_state import (
     check_adapter_state,
     check_modules_to_save,
     labels_of,
+    names_with_weights,
 )
 from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
@@ -86,6 +87,7 @@ class SparseTuner(BaseTuner):
         for name, module in targets.items():
             self._check_target(name, module)
         check_alone(targets, model)
+        peft_config._names_found = names_with_weights(model, peft_config.modules_to_save)
         check_modules_to_save(peft_config, model, targets)
         self._check_targets(targets, peft_config)
         if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
