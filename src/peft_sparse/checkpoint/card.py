@@ -53,6 +53,18 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
 
     Raises:
         ValueError: if there is no model, or another `method`.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     card = write_model_card(folder, method="spp").read_text(encoding="utf-8")
+        >>> [line for line in card.splitlines() if line.startswith("#")]
+        ['# Sparse model', '## Measured sparsity', '## Size', '## How to load', '## Citation']
     """
     check_method(method)
     path = Path(folder) / "README.md"

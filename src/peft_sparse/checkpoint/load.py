@@ -70,6 +70,19 @@ def load_sparse(
         ValueError: if there is no such checkpoint, or if any of it is damaged; the message names the tensor, and the
             file where that is missing or unreadable; or for a field that the config has not.
         TypeError: for an argument that is none of these.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_sparse import prune_magnitude, save_sparse
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_sparse(prune_magnitude(LlamaForCausalLM(config), sparsity=0.75), folder)
+        ...     model = load_sparse(folder, packed=True)
+        >>> model.model.layers[0].mlp.up_proj
+        PackedLinear(in_features=32, out_features=64, bias=False, kept=25.0%)
     """
     folder = locate(dir_or_repo, **download)
     stored = open_model(folder, verify_checksums)

@@ -161,6 +161,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
     """Replace all quantised linears of bitsandbytes by nn.Linear, in place; all other floating point parameters are
     cast to the same dtype. A transformers model no longer counts as quantised.
 
+    Args:
+        model: without adapters on quantised linears.
+        dtype: torch.bfloat16, torch.float16 or torch.float32.
+
     Returns:
         `model`.
 

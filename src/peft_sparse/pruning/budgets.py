@@ -91,6 +91,12 @@ def uniform_sparsity(
 
     Raises:
         ValueError: see [`prune_magnitude`].
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        >>> budget = uniform_sparsity(model, 0.5, target_modules=["0", "1"])
+        >>> [int(share * 9) for share in budget.values()]  # 9 of 18, where 0.5 by itself gives 4 and 4
+        [5, 4]
     """
     check_sparsity("sparsity", sparsity)
     targets = find_targets(model, _unstructured(group), target_modules, exclude_modules)

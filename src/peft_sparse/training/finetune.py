@@ -58,10 +58,17 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
             that is finished stays as it is, and its result is returned again; one that has all its steps, but was
             stopped before its end, is evaluated, saved and merged.
 
+    Returns:
+        What the run did, which is also in result.json.
+
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
             an earlier run in the folder and `resume` is not asked for, or none to resume; or, when all is written, if
             the training diverged.
+
+    Examples:
+        >>> # result = finetune(load_recipe("configs/spp_causal_lm.yaml", ["training.max_steps=20"]))
+        >>> # print(result.metrics, result.merged)
     """
     begin = time.perf_counter()
     arguments = training_arguments(recipe)

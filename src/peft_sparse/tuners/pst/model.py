@@ -119,7 +119,8 @@ class PstModel(SparseTuner):
     tuner_layer_cls = PstLinear
 
     def set_sparsity_step(self, step: int, total_steps: int | None = None) -> None:
-        """See [`peft_sparse.tuners.pst.set_sparsity_step`]."""
+        """Set every layer to its sparsity after `step` of `total_steps` optimizer steps; arguments and errors as for
+        [`peft_sparse.tuners.pst.set_sparsity_step`]."""
         set_sparsity_step(self.model, step, total_steps)
 
     def _prepare_model(self, peft_config: PstConfig, model: nn.Module) -> None:
