@@ -180,20 +180,30 @@ def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> E
 def _start_model(
     recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
 ) -> tuple[Any, list[str]]:
-    """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
-    saved."""
-    pruned = recipe.output_dir / PRUNED
-    if recipe.pruner is not None and not resumed and arguments.process_index == 0:
-        with loaded_whole(arguments):
-            model, new = _prune(recipe, tokenizer, examples, pruned)
-    if recipe.pruner is not None and not resumed:
-        PartialState().wait_for_everyone()
+    """The model to adapt, and its new modules."""
     if recipe.pruner is None:
         model, new = _model(recipe, tokenizer, examples)
-    elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
-        model, new = model_of(recipe, pruned), noted_new_modules(pruned)
+    else:
+        model, new = _pruned_model(recipe, tokenizer, arguments, examples, resumed)
     pad_as(model, tokenizer)
     return model, new
+
+
+def _pruned_model(
+    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
+) -> tuple[Any, list[str]]:
+    """The pruned model, and its new modules. Of several processes the first one prunes, and the others read what it
+    saved."""
+    folder = recipe.output_dir / PRUNED
+    prunes = not resumed and arguments.process_index == 0
+    if prunes:
+        with loaded_whole(arguments):
+            model, new = _prune(recipe, tokenizer, examples, folder)
+    if not resumed:
+        PartialState().wait_for_everyone()
+    if prunes and arguments.deepspeed_plugin is None:
+        return model, new
+    return model_of(recipe, folder), noted_new_modules(folder)  # with ZeRO-3 the first one too, for its share
 
 
 def _model(recipe: Recipe, tokenizer: Any, examples: Examples) -> tuple[Any, list[str]]:
