@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_sparse import owl_sparsity, prune_magnitude, prune_wanda
-from peft_sparse.linears import block_linears
-from peft_sparse.pruning.offload import BlockMover, OffloadableWeight, stored_state
+from peft_sparse.linears import block_linears, stored_state
+from peft_sparse.pruning.offload import BlockMover, OffloadableWeight
 
 import models
 

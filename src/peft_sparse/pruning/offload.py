@@ -136,17 +136,6 @@ def _folder_of(loader: OffloadedWeightsLoader) -> Path:
     return Path(loader._pruned_folder.name)
 
 
-def stored_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state dict of a model, with the tensors that hooks keep in place of empty ones."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:
-            yield name, tensor
-            continue
-        path, _, last = name.rpartition(".")
-        hook, _, between = holder_of(model, path)
-        yield name, tensor if hook is None else hook.weights_map[f"{between}{last}"]
-
-
 class BlockMover:
     """Moves one block at a time to an accelerator and back.
 
