@@ -120,13 +120,13 @@ def check_modules_to_save(config: Any, model: nn.Module, targets: Container[str]
     """
     names, modules = config.modules_to_save or (), dict(model.named_modules(remove_duplicate=False))
     unknown = [name for name in names if name not in HEADS and not any(full.endswith(name) for full in modules)]
-    if unknown and not config._awaits_weights:
+    if unknown and not config.awaits_weights:
         raise ValueError(
             f"`modules_to_save` has names of modules, or how they end, got {unknown[0]!r}, which is none of "
             f"{type(model).__name__}{_nearest(unknown[0], modules)}; mend it, or leave it out."
         )
-    if config._awaits_weights:
-        config.check_whole_modules(config._names_found)
+    if config.awaits_weights:
+        config.check_whole_modules(config.names_found)
     adapted = {name for name in modules if name in targets}
     in_blocks = adapted & block_linears(model).keys() if names else set()
     for name in modules:

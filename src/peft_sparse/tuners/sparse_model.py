@@ -87,7 +87,7 @@ class SparseTuner(BaseTuner):
         for name, module in targets.items():
             self._check_target(name, module)
         check_alone(targets, model)
-        peft_config._names_found = names_with_weights(model, peft_config.modules_to_save)
+        peft_config.names_found = names_with_weights(model, peft_config.modules_to_save)
         check_modules_to_save(peft_config, model, targets)
         self._check_targets(targets, peft_config)
         if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
@@ -278,10 +278,10 @@ class SparseTuner(BaseTuner):
             check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
-            if isinstance(tuner, SparseTuner) and config._awaits_weights:
+            if isinstance(tuner, SparseTuner) and config.awaits_weights:
                 take_back(model, tuner, adapter_name)
             raise
-        config._awaits_weights = False
+        config.awaits_weights = False
         if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
             tuner._just_loaded = remapped  # see `_cast_adapter_dtype`
         return remapped
