@@ -28,7 +28,15 @@ from peft_sparse.linears.blocks import (
 )
 from peft_sparse.linears.callers import linears_not_called
 from peft_sparse.linears.dense import warn_of_dense_parameters
-from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
+from peft_sparse.linears.hooks import (
+    call_as,
+    device_of,
+    has_hooks,
+    keep_loaded,
+    offload_hook,
+    temporary_forward,
+    weights_loaded,
+)
 from peft_sparse.linears.offloaded import holder_of, stored_state, unprefixed
 from peft_sparse.linears.operands import OPERANDS, Operand
 from peft_sparse.linears.pack import pack_model, packable_linears, replace_module, unpack_model
@@ -128,6 +136,7 @@ __all__ = [
     "storage_key",
     "stored_state",
     "stored_weight",
+    "temporary_forward",
     "uninstall",
     "unpack_model",
     "unprefixed",

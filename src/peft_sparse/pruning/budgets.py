@@ -16,8 +16,9 @@ from peft_sparse.pruning.calibration import evaluation_mode, without_cache
 from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.data import Batch
 from peft_sparse.pruning.offload import OffloadableWeight
+from peft_sparse.pruning.statistics import empty_norms
 from peft_sparse.pruning.targets import Names, calibrated_targets, find_targets
-from peft_sparse.pruning.walk import Walk, empty_norms
+from peft_sparse.pruning.walk import Walk
 from peft_sparse.sparsity import (
     NM,
     LayerSize,
