@@ -106,6 +106,7 @@ def _table(rows: Sequence[Row], part: Any) -> list[str]:
 
 
 def plus_minus(mean: float | None, spread: float | None, scale: float = 1.0) -> str:
+    """Such as "12.34 ± 0.56", both times `scale`; without the spread where there is none."""
     if mean is None:
         return ""
     text = f"{mean * scale:.4g}"
@@ -117,6 +118,7 @@ def _share(value: float | None) -> str:
 
 
 def count(value: int | None) -> str:
+    """Such as "1,234"."""
     return "" if value is None else f"{value:,}"
 
 
@@ -129,10 +131,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     text = "; ".join(f"{name} {', '.join(values)}" for name, values in where.items() if values)
     return [
         *_checkpoints(rows),
-        f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a CPU"
-        " (which others on the machine lengthen less), by the clock on a GPU,"
-        " which all workers share. Peak: tensors in the first steps beyond "
-        "the model's own. (edge): the best rate was the highest or lowest tried, so a better one may lie beyond.",
+        f"{', '.join(LARGEST)}: the worst of the seeds. Seconds a step: the median, of the process's own time on a "
+        "CPU (which others on the machine lengthen less), by the clock on a GPU, which all workers share. Peak: "
+        "tensors in the first steps beyond the model's own. (edge): the best rate was the highest or lowest tried, so "
+        "a better one may lie beyond.",
         "",
         f"Measured with {text}." if text else "",
     ]

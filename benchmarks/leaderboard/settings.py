@@ -48,7 +48,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.steps <= PEAK_STEPS:
-            raise SystemExit(f"A run has more than {PEAK_STEPS} steps, those are not timed; got {self.steps}.")
+            raise SystemExit(f"A run has more than {PEAK_STEPS} steps, as the first are not timed; got {self.steps}.")
 
     def change(self, **changes: float | None) -> Budget:
         """The same budget but for those of the changes that are not None, with a name that says so.

@@ -23,8 +23,7 @@ class Row:
     """A line of a table.
 
     Attributes:
-        values: the metric of each seed; the first of `metrics` decides.
-        spread: standard deviation over the seeds; None of fewer than two.
+        values: the part's metric, of each seed that did not diverge.
         rates: the learning rates that the search chose.
         at_edge: the best rate was the highest or lowest of those tried, so a better one may lie beyond.
         columns: everything else, by name.
@@ -42,10 +41,12 @@ class Row:
 
     @property
     def mean(self) -> float | None:
+        """Over the seeds; None if there is no value."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
     def spread(self) -> float | None:
+        """Standard deviation over the seeds; None of fewer than two."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
@@ -147,8 +148,10 @@ def _words(own: Row, other: Row, better: str) -> str:
 
 
 def is_dense(case: str) -> bool:
+    """Whether its rows start dense and stay so."""
     return case.rpartition(" ")[2] == "dense"
 
 
 def task_of(case: str) -> str:
+    """The first word of "sst2 90%"; "" for a case of one word."""
     return case.rpartition(" ")[0]

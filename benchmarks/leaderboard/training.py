@@ -24,9 +24,11 @@ class Course:
 
     Attributes:
         peak_mb: megabytes of tensors in the first steps beyond the model's, see `memory.tensor_peak`; None: not
-        measured. step_seconds: median over the steps, by the clock.
+            measured.
+        step_seconds: median over the steps, by the clock.
         step_cpu_seconds: the same of the process's own time, which others on the machine do not lengthen; None on a
-        GPU. last_loss: mean over the last tenth of the steps.
+            GPU.
+        last_loss: mean over the last tenth of the steps.
     """
 
     peak_mb: float | None
@@ -84,7 +86,7 @@ def train(
 
     Args:
         measure_peak: watch the tensors of the first steps, which makes these slower; they are not timed in either
-        case.
+            case.
 
     Raises:
         Diverged: if a loss is no number.
@@ -105,10 +107,10 @@ def train(
         cpu.append(time.process_time() - cpu_start)
     tuned.model.eval()
     return Course(
-        peak,
-        statistics.median(wall),
-        statistics.median(cpu) if device.type == "cpu" else None,
-        statistics.fmean(step.losses[-max(1, budget.steps // 10) :]),
+        peak_mb=peak,
+        step_seconds=statistics.median(wall),
+        step_cpu_seconds=statistics.median(cpu) if device.type == "cpu" else None,
+        last_loss=statistics.fmean(step.losses[-max(1, budget.steps // 10) :]),
     )
 
 

@@ -21,6 +21,7 @@ from peft_sparse.checkpoint import (
     unpack_checkpoint,
 )
 from peft_sparse.pruning import prune_magnitude
+from peft_sparse.storage.format import config_crc32
 
 import models
 
@@ -73,6 +74,22 @@ def test_what_transformers_keeps_in_float32_is_written_as_it_was_stored(tmp_path
     ours = load_sparse(tmp_path / "packed").state_dict()
     assert {tensor.dtype for tensor in plain.values()} == {torch.bfloat16, torch.float32}
     assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in plain.items()}
+
+
+def test_a_task_tells_the_class_of_a_packed_model_that_does_not(dense, tmp_path):
+    """One whose config.json names a class that is not transformers' own."""
+    packed = tmp_path / "packed"
+    pack_checkpoint(dense, packed)
+    config = json.loads((packed / "config.json").read_text()) | {"architectures": ["Nope"]}
+    config["peft_sparse"]["crc32"] = config_crc32(config)
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Nope"):
+        unpack_checkpoint(packed, tmp_path / "again")
+    with pytest.raises(ValueError, match="`task` is one of"):
+        unpack_checkpoint(packed, tmp_path / "again", task="nope", dry_run=True)
+    unpack_checkpoint(packed, tmp_path / "again", task="causal_lm")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("task", [None, "causal_lm"])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from peft_sparse import PstConfig, SppConfig
 from peft_sparse.checkpoint import load_sparse, merge_checkpoint, pack_checkpoint, save_sparse, unpack_checkpoint
 from peft_sparse.checkpoint.card import MARK
-from peft_sparse.checkpoint.convert import save_model
+from peft_sparse.checkpoint.new_folder import save_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.linears import pack_model, unpack_model
 from peft_sparse.pruning import prune_magnitude

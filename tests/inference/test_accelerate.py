@@ -21,7 +21,7 @@ from peft_sparse import (
     sparsity_report,
     unpack_model,
 )
-from peft_sparse.inference import accelerate, choose
+from peft_sparse.inference import choose, decide
 from peft_sparse.linears import OPERANDS, PackedLinear, acceleration_of, block_linears
 from peft_sparse.linears.operands import CsrOperand
 from peft_sparse.native import use_native
@@ -45,7 +45,7 @@ def used(model):
 @pytest.fixture(autouse=True)
 def small_layers(monkeypatch):
     """Are tried as well: those of tiny models."""
-    monkeypatch.setattr(accelerate, "MIN_NUMEL", 1)
+    monkeypatch.setattr(decide, "MIN_NUMEL", 1)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_layers_without_zeros_are_left_alone():
 
 
 def test_small_layers_are_left_alone(ratios, monkeypatch):
-    monkeypatch.setattr(accelerate, "MIN_NUMEL", 32 * 48)
+    monkeypatch.setattr(decide, "MIN_NUMEL", 32 * 48)
     report = accelerate_sparse(prune_magnitude(tiny_llama(), sparsity=0.75))
     assert {layer.name.split(".")[-1] for layer in report.accelerated} == {"gate_proj", "up_proj", "down_proj"}
     assert report.layers[0].reason == "nothing is tried below 1,536 weights"

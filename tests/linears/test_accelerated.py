@@ -27,8 +27,8 @@ from peft_sparse.linears import (
     refuses_acceleration,
     uninstall,
 )
-from peft_sparse.linears.accelerated import KEPT, SAMPLED, _sample
 from peft_sparse.linears.operands import CsrOperand, is_two_of_four
+from peft_sparse.linears.tracked import KEPT, SAMPLED, _sample
 from peft_sparse.native import unavailable, use_native
 from peft_sparse.sparsity import PackedWeight
 

@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_sparse import owl_sparsity, prune_magnitude, prune_wanda
-from peft_sparse.linears import block_linears
-from peft_sparse.pruning.offload import BlockMover, Weight, stored_state
+from peft_sparse.linears import block_linears, stored_state
+from peft_sparse.pruning.offload import BlockMover, OffloadableWeight
 
 import models
 
@@ -244,7 +244,7 @@ def test_a_block_that_shares_with_the_rest_is_not_moved():
 def test_a_weight_is_found_where_it_is_kept(tmp_path):
     model = by_disk_whole_blocks(models.tiny_llama(), tmp_path)
     assert isinstance(model.model.layers[0], LlamaDecoderLayer)
-    weight = Weight(model, "model.layers.1.mlp.up_proj")
+    weight = OffloadableWeight(model, "model.layers.1.mlp.up_proj")
     expected = copy.deepcopy(models.tiny_llama().model.layers[1].mlp.up_proj.weight.data)
     with weight.loaded() as values:
         assert torch.equal(values, expected)

@@ -5,7 +5,7 @@ import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
 
-from peft_sparse import PstConfig, SppConfig, prune_magnitude, sparsity_report
+from peft_sparse import PstConfig, SppConfig, pack_model, prune_magnitude, sparsity_report
 from peft_sparse.training.mask_log import MaskLog, counted_sparsity, score_statistics
 from peft_sparse.tuners.pst import PstLinear
 
@@ -64,6 +64,15 @@ def test_spp_has_sparsity_and_no_churn():
         if "spp_" in name:
             parameter.data += 0.1 * torch.randn(parameter.shape)
     assert log.measure(model) == {"sparsity": 0.5, "mask_churn": 0.0}
+
+
+def test_a_packed_layer_without_a_value_is_counted():
+    """Its parameter is empty, as one that ZeRO-3 has put away, but all of it is here."""
+    base = prune_magnitude(tiny_llama(), sparsity=0.5)
+    base.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model = get_peft_model(pack_model(base), SppConfig())
+    share = sparsity_report(model).total_sparsity
+    assert share > 0.5 and MaskLog(model).measure(model)["sparsity"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("config", [PstConfig(sparsity=0.75, schedule="constant"), SppConfig()], ids=["pst", "spp"])

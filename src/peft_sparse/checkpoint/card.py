@@ -53,6 +53,18 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
 
     Raises:
         ValueError: if there is no model, or another `method`.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     card = write_model_card(folder, method="spp").read_text(encoding="utf-8")
+        >>> [line for line in card.splitlines() if line.startswith("#")]
+        ['# Sparse model', '## Measured sparsity', '## Size', '## How to load', '## Citation']
     """
     check_method(method)
     path = Path(folder) / "README.md"
@@ -138,7 +150,9 @@ def _how_to_load(stored: StoredModel) -> str:
     known = transformers_class(name) is not None or name.startswith("Auto")
     where = '"path or name of this repository"'
     if stored.layout == "packed":
-        more = "" if known else ", trust_remote_code=True" if "auto_map" in stored.config else f", model_cls={name}"
+        more = ""
+        if not known:
+            more = ", trust_remote_code=True" if "auto_map" in stored.config else f", model_cls={name}"
         code = f"from peft_sparse import load_sparse\n\nmodel = load_sparse({where}{more})"
         return (
             f"```python\n{code}\n```\n\nThe zeros are not stored, so that plain transformers cannot read these files; "

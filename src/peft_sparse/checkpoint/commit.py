@@ -97,6 +97,11 @@ def _replace(folder: Path, temporary: Path) -> None:
         os.replace(path, folder / path.name)
     flush(folder)
     moving.rmdir()
+    _tidy_up(folder, names)
+
+
+def _tidy_up(folder: Path, names: set[str]) -> None:
+    """Remove what other saves have left in a folder that holds files of these names now."""
     for path in folder.iterdir():
         if path.name.startswith(_TEMPORARY) and path.is_dir():
             with locked(path, wait=False) as left:

@@ -1,29 +1,19 @@
-"""From one folder to another: prune, merge, pack and unpack a stored model. What the command line calls.
-
-A target folder is new or empty, since what is in the way may be somebody's only copy. It is written beside its place
-and gets its name when it is complete, so that an error or an interruption leaves nothing behind.
-"""
+"""From one folder to another: merge, pack and unpack a stored model, as the command line does; prune.py prunes one."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
-from peft_sparse.checkpoint.merged import save_with_card
-from peft_sparse.checkpoint.models import auto_class, load_model, pad_as
+from peft_sparse.checkpoint.models import load_model, pad_as
+from peft_sparse.checkpoint.new_folder import check_new_folder, copy_tokenizer, new_folder, save_model
 from peft_sparse.checkpoint.save import save_sparse, shard_size
-from peft_sparse.evaluation import VerifyReport, sparsity_report, verify_sparsity
-from peft_sparse.linears import unpack_model
-from peft_sparse.storage import companions, locate, locate_companions, open_model
+from peft_sparse.checkpoint.tasks import auto_class
+from peft_sparse.evaluation import SparsityReport, VerifyReport, sparsity_report, verify_sparsity
+from peft_sparse.storage import StoredTensor, locate, locate_companions, open_model
 from peft_sparse.storage.format import pack_weight
 
 
@@ -55,6 +45,20 @@ class Converted:
     bytes_after: int | None = None
     output_errors: tuple[float, float] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        action: str,
+        source: str | Path,
+        folder: str | Path,
+        report: SparsityReport,
+        written: bool = True,
+        **more: Any,
+    ) -> Converted:
+        """With the zeros of a report; `more` are further attributes."""
+        counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
+        return cls(action, str(source), str(folder), written, *counts, **more)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
@@ -79,71 +83,15 @@ class Converted:
         return "\n".join(lines)
 
 
-def check_new_folder(folder: str | Path) -> Path:
-    """Raises:
-    ValueError: if the folder is a file, there is something in it, or it cannot be made here."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        kind = "which is a file" if not folder.is_dir() else "which is not empty"
-        raise ValueError(f"A result goes into a new folder, got {str(folder)!r}, {kind}; choose another name.")
-    check_writable(folder)
-    return folder
-
-
-def check_writable(folder: str | Path) -> None:
-    """Before work that takes long.
-
-    Raises:
-        ValueError: if nothing can be written in the folder, or the folder cannot be made where it is not there yet.
-    """
-    folder = Path(folder).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    try:  # what permissions say is not all: a file system may be read-only
-        Path(tempfile.mkdtemp(prefix=".peft-sparse-", dir=there)).rmdir()
-    except OSError as error:
-        raise ValueError(
-            f"A result goes into a folder that can be written, got {str(folder)!r} ({error.strerror} in "
-            f"{str(there)!r}); choose another place."
-        ) from error
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `folder` when the block ends, and is removed after an error."""
-    folder = check_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # a temporary folder is its owner's alone
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy what belongs to a tokenizer or processor from one folder to another, where it is not there yet."""
-    for path in companions(Path(source)):
-        if not (folder / path).exists():
-            (folder / path).parent.mkdir(exist_ok=True)
-            shutil.copyfile(Path(source, path), folder / path)
-
-
-def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path) -> None:
-    """Save a whole model, dense or packed, with a model card and the tokenizer files of a folder. One that is packed
-    in memory is unpacked in place to be saved dense."""
-    if packed:
-        save_sparse(model, folder)
-    else:
-        save_with_card(unpack_model(model), folder)
-    copy_tokenizer(tokenizer_from, folder)
-
-
-def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None = None, dry_run: bool = False,
-                    max_shard_size: int | str = "5GB", trust_remote_code: bool = False) -> Converted:  # fmt: skip
+def pack_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    task: str | None = None,
+    dry_run: bool = False,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+) -> Converted:
     """Store a dense model packed, as [`save_sparse`] does, bit for bit.
 
     Args:
@@ -167,19 +115,26 @@ def pack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None 
             f"`pack` takes floating point weights, got a quantized model in {str(source)!r}; dequantize it with "
             "`model.dequantize()` and save that."
         )
-    model_cls = None if task is None else auto_class(task)
+    before, model_cls = _bytes(stored.folder), None if task is None else auto_class(task)
     model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     if dry_run:
-        size = sum(_packed_bytes(tensor.read()) for tensor in stored.tensors.values())
-        return _converted("packed", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
+        after, report = sum(map(_packed_bytes, stored.tensors.values())), sparsity_report(stored.folder)
+        return Converted.of("packed", source, folder, report, False, bytes_before=before, bytes_after=after)
     with new_folder(folder) as temporary:
         save_sparse(model, temporary, max_shard_size=limit)
         copy_tokenizer(stored.folder, temporary)
-    return _converted("packed", source, folder, folder, _bytes(stored.folder), _bytes(folder))
+    after, report = _bytes(folder), sparsity_report(folder)
+    return Converted.of("packed", source, folder, report, bytes_before=before, bytes_after=after)
 
 
-def unpack_checkpoint(source: str | Path, folder: str | Path, *, task: str | None = None, dry_run: bool = False,
-                      trust_remote_code: bool = False) -> Converted:  # fmt: skip
+def unpack_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    task: str | None = None,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+) -> Converted:
     """Store a packed model dense, as plain transformers reads it, bit for bit what was packed.
 
     Args:
@@ -193,13 +148,16 @@ def unpack_checkpoint(source: str | Path, folder: str | Path, *, task: str | Non
     stored = open_model(locate(source))
     if stored.layout == "dense":
         raise ValueError(f"`unpack` takes a packed model, got a dense one in {str(source)!r}.")
+    before, model_cls = _bytes(stored.folder), None if task is None else auto_class(task)
     if dry_run:
-        size = sum(tensor.read().nbytes for tensor in stored.tensors.values())
-        return _converted("unpacked", source, folder, stored.folder, _bytes(stored.folder), size, written=False)
-    model = load_stored(stored, exact=True, trust_remote_code=trust_remote_code)
+        after = sum(tensor.read().nbytes for tensor in stored.tensors.values())
+        report = sparsity_report(stored.folder)
+        return Converted.of("unpacked", source, folder, report, False, bytes_before=before, bytes_after=after)
+    model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
     with new_folder(folder) as temporary:
         save_model(model, temporary, False, stored.folder)
-    return _converted("unpacked", source, folder, folder, _bytes(stored.folder), _bytes(folder))
+    after, report = _bytes(folder), sparsity_report(folder)
+    return Converted.of("unpacked", source, folder, report, bytes_before=before, bytes_after=after)
 
 
 def merge_checkpoint(
@@ -250,20 +208,12 @@ def merge_checkpoint(
         with new_folder(folder) as temporary:
             save_model(merged, temporary, packed, adapter)  # a tokenizer that was changed for it is beside it
             copy_tokenizer(beside, temporary)
-    counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     after = None if dry_run else _bytes(folder)
-    return Converted("merged", str(adapter), str(folder), not dry_run, *counts, None, after), verified
+    return Converted.of("merged", adapter, folder, report, not dry_run, bytes_after=after), verified
 
 
-def _converted(
-    action: str, source: Any, folder: Any, counted: Path, before: int, after: int, written: bool = True
-) -> Converted:
-    report = sparsity_report(counted)
-    counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
-    return Converted(action, str(source), str(folder), written, *counts, before, after)
-
-
-def _packed_bytes(tensor: torch.Tensor) -> int:
+def _packed_bytes(stored: StoredTensor) -> int:
+    tensor = stored.read()
     packed = pack_weight(tensor)
     return tensor.nbytes if packed is None else packed.values.nbytes + packed.bitmask.nbytes
 

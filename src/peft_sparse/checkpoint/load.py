@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from peft_sparse.checkpoint.complete import check_complete, check_shapes
 from peft_sparse.checkpoint.lazy import LazyTensor
+from peft_sparse.checkpoint.model_class import class_for, saved_class
 from peft_sparse.checkpoint.packed import packed_targets, put_packed_linears
 from peft_sparse.storage import CONFIG_KEY, StoredModel, StoredTensor, facts_of, locate, open_model
 from peft_sparse.storage.folders import packed_path
-from peft_sparse.storage.model import transformers_class
 
 _LEGACY_CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -70,6 +69,19 @@ def load_sparse(
         ValueError: if there is no such checkpoint, or if any of it is damaged; the message names the tensor, and the
             file where that is missing or unreadable; or for a field that the config has not.
         TypeError: for an argument that is none of these.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_sparse import prune_magnitude, save_sparse
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_sparse(prune_magnitude(LlamaForCausalLM(config), sparsity=0.75), folder)
+        ...     model = load_sparse(folder, packed=True)
+        >>> model.model.layers[0].mlp.up_proj
+        PackedLinear(in_features=32, out_features=64, bias=False, kept=25.0%)
     """
     folder = locate(dir_or_repo, **download)
     stored = open_model(folder, verify_checksums)
@@ -117,8 +129,9 @@ def load_stored(
         changes: `config` of [`load_sparse`].
     """
     config = _config(stored, trust_remote_code, changes or {})
-    saved_cls = None if model_cls is not None else _saved_cls(stored, trust_remote_code)
-    model_cls = _of_auto_class(saved_cls or model_cls, config, stored, trust_remote_code)
+    if model_cls is None:
+        model_cls = saved_class(stored, trust_remote_code)
+    model_cls = class_for(model_cls, config, stored, trust_remote_code)
     if check_first:
         check_shapes(model_cls, config, stored, ignore_mismatched_sizes)
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
@@ -154,58 +167,6 @@ def _config(stored: StoredModel, trust_remote_code: bool, changes: Mapping[str, 
         if facts:
             setattr(config, CONFIG_KEY, facts)
     return config
-
-
-def _saved_cls(stored: StoredModel, trust_remote_code: bool) -> type[PreTrainedModel]:
-    name = stored.architecture
-    found = transformers_class(name)
-    if found is not None:
-        return found
-    places = {auto: place for auto, place in _code(stored).items() if place.split(".")[-1] == name}
-    if places and trust_remote_code:
-        return _class_in_code(stored, next(iter(places)))
-    raise ValueError(
-        f"config.json names the class of the model, one of transformers', got {name!r} in {str(stored.folder)!r}; "
-        "pass the class as `model_cls`" + (", or `trust_remote_code=True`." if places else ".")
-    )
-
-
-def _of_auto_class(
-    model_cls: Any, config: PreTrainedConfig, stored: StoredModel, trust_remote_code: bool
-) -> type[PreTrainedModel]:
-    """The class that an Auto class of transformers stands for; any other is itself."""
-    if not isinstance(model_cls, type):
-        raise ValueError(
-            f"`model_cls` is a class, such as transformers.AutoModelForCausalLM, got {model_cls!r}; pass the class "
-            "itself, or None for the one that was saved."
-        )
-    mapping = getattr(model_cls, "_model_mapping", None)
-    if mapping is not None and type(config) in mapping:
-        found = mapping[type(config)]
-        return found[0] if isinstance(found, tuple) else found
-    if mapping is not None and trust_remote_code and model_cls.__name__ in _code(stored):
-        return _class_in_code(stored, model_cls.__name__)
-    wanted = getattr(model_cls, "config_class", None)
-    # The code that a folder brings along may have made two classes of one.
-    fits = wanted is None or isinstance(config, wanted) or wanted.model_type == config.model_type
-    if mapping is not None or not fits:
-        raise ValueError(
-            f"`model_cls` is a class for the stored model, whose config is a {type(config).__name__}, got "
-            f"{model_cls.__name__}; pass another one, or None for the one that was saved."
-        )
-    return model_cls
-
-
-def _code(stored: StoredModel) -> dict[str, str]:
-    """By Auto class, the classes in the code that a folder brings along."""
-    code = stored.config.get("auto_map")
-    return {auto: place for auto, place in code.items() if isinstance(place, str)} if isinstance(code, dict) else {}
-
-
-def _class_in_code(stored: StoredModel, auto_class: str) -> type[PreTrainedModel]:
-    found = get_class_from_dynamic_module(_code(stored)[auto_class], str(stored.folder))
-    found.register_for_auto_class(auto_class)  # so that its code is saved with it
-    return found
 
 
 def _build(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,10 @@ from transformers import AutoConfig
 from peft_sparse.checkpoint.labels import labels_of_head, named_labels
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
+from peft_sparse.checkpoint.tasks import auto_class, task_of_adapter
 from peft_sparse.pruning.checks import padding_of_positions
 from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.storage import open_model
-
-# task: transformers' class for it, and PEFT's task type
-TASKS = {
-    "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "sequence_classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
-}
 
 
 def load_model(
@@ -77,63 +72,102 @@ def load_model(
             f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
             "`peft-sparse pack`, or leave `packed` out."
         )
-    model_cls: Any = auto_class("sequence_classification") if task is None else auto_class(task)
+    model_cls = None if task is None else auto_class(task)
     try:
         if stored_packed:
-            changes = dict(config or {})
-            return load_sparse(
-                source,
-                packed=packed,
-                dtype=dtype,
-                model_cls=None if task is None else auto_class(task),
-                ignore_mismatched_sizes=changes.pop("ignore_mismatched_sizes", False),
-                config=changes,
-                trust_remote_code=trust_remote_code,
-                on_missing=on_missing,
-            )
-        arguments: dict[str, Any] = dict(config or {}) | ({"dtype": dtype} if dtype else {})
-        if gguf_file is not None:
-            arguments |= {"gguf_file": gguf_file}
-            # Without it a model stays marked as quantised and cannot be saved; before 5.17 all are dequantised.
-            if hasattr(transformers, "GgufConfig"):
-                arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        else:
-            arguments |= {"use_safetensors": True}  # never a pickle from the Hub
-        if task is None:
+            return _load_packed(source, model_cls, dtype, packed, trust_remote_code, config or {}, on_missing)
+        if model_cls is None:
             model_cls = _class_of_config(source, trust_remote_code)
-        model, info = model_cls.from_pretrained(
-            source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
-        )
-        missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-        if missing and on_missing is not None:
-            on_missing(missing)
-        return model
-    except TypeError as error:
-        unknown = next((key for key in config or {} if f"'{key}'" in str(error)), None)
-        if unknown is None:
+        return _load_dense(source, model_cls, dtype, gguf_file, trust_remote_code, config or {}, on_missing)
+    except (TypeError, OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
+        explained = _explained(error, source, task, model_cls, config or {})
+        if explained is None:
             raise
-        raise ValueError(
+        raise explained from error
+
+
+def _load_packed(
+    source: str | Path,
+    model_cls: Any,
+    dtype: str | None,
+    packed: bool,
+    trust_remote_code: bool,
+    config: Mapping[str, Any],
+    on_missing: Callable[[list[str]], Any] | None,
+) -> Any:
+    changes = dict(config)
+    return load_sparse(
+        source,
+        packed=packed,
+        dtype=dtype,
+        model_cls=model_cls,
+        ignore_mismatched_sizes=changes.pop("ignore_mismatched_sizes", False),
+        config=changes,
+        trust_remote_code=trust_remote_code,
+        on_missing=on_missing,
+    )
+
+
+def _load_dense(
+    source: str | Path,
+    model_cls: Any,
+    dtype: str | None,
+    gguf_file: str | None,
+    trust_remote_code: bool,
+    config: Mapping[str, Any],
+    on_missing: Callable[[list[str]], Any] | None,
+) -> Any:
+    arguments: dict[str, Any] = dict(config) | ({"dtype": dtype} if dtype else {})
+    if gguf_file is None:
+        arguments |= {"use_safetensors": True}  # never a pickle from the Hub
+    else:
+        arguments |= {"gguf_file": gguf_file}
+        # Without it a model stays marked as quantised and cannot be saved; before 5.17 all are dequantised.
+        if hasattr(transformers, "GgufConfig"):
+            arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    model, info = model_cls.from_pretrained(
+        source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+    )
+    missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if missing and on_missing is not None:
+        on_missing(missing)
+    return model
+
+
+def _explained(
+    error: Exception, source: str | Path, task: str | None, model_cls: Any, config: Mapping[str, Any]
+) -> ValueError | None:
+    """What an error of a load means for who asked for the model; None where the error says so itself.
+
+    Args:
+        model_cls: that was loaded; None: the one that a packed folder names.
+        config: fields that were to be changed.
+    """
+    if isinstance(error, TypeError):
+        unknown = next((key for key in config if f"'{key}'" in str(error)), None)
+        if unknown is None:
+            return None
+        return ValueError(
             f"`config` changes fields of a model's config, got {unknown!r}, which {str(source)!r} has not; check its "
             "config.json (in a recipe, the key in `model.config`)."
-        ) from error
-    except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if "ignore_mismatched_sizes" in reason:
-            why = "its config.json is that of another model, or damaged."
-            if "ForSequenceClassification" in model_cls.__name__:
-                why = "its head has another number of labels. Ask for that number, or for a new head "
-                why += "(`model.new_head` of a recipe)."
-            raise ValueError(
-                f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: {why}"
-            ) from error
-        if reason.startswith("Unrecognized configuration class"):  # and then all that there are
-            raise ValueError(
-                f"A task is one that transformers has a class of the model for, got {task} for the model in "
-                f"{str(source)!r}; name another one, or none where the class in config.json will do."
-            ) from error
-        if isinstance(error, ValueError):
-            raise
-        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
+        )
+    reason = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in reason:
+        why = "its config.json is that of another model, or damaged."
+        if model_cls is None or "ForSequenceClassification" in model_cls.__name__:
+            why = "its head has another number of labels. Ask for that number, or for a new head "
+            why += "(`model.new_head` of a recipe)."
+        return ValueError(
+            f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: {why}"
+        )
+    if reason.startswith("Unrecognized configuration class"):  # and then all that there are
+        return ValueError(
+            f"A task is one that transformers has a class of the model for, got {task} for the model in "
+            f"{str(source)!r}; name another one, or none where the class in config.json will do."
+        )
+    if isinstance(error, ValueError):
+        return None
+    return ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}")
 
 
 def pad_as(model: Any, tokenizer: Any) -> None:
@@ -142,52 +176,6 @@ def pad_as(model: Any, tokenizer: Any) -> None:
     token, size = tokenizer.pad_token_id, vocabulary_size(model)
     if token is not None and (size is None or token < size) and padding_of_positions(model) is None:
         model.config.pad_token_id = token
-
-
-def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
-    """The key of `TASKS` that suits what a folder, or a name on the Hub, says of itself.
-
-    Raises:
-        ValueError: if there is no such model, or its class is for something else.
-    """
-    folder = check_source(source)
-    if is_adapter(folder):
-        return _trained_for(folder) or task_of(base_of_adapter(folder), trust_remote_code)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"A model's folder has a config.json, got {str(source)!r} without one; check the path.")
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}") from error
-    for task in TASKS:
-        if is_for(task, config):
-            return task
-    raise ValueError(
-        f"A model without a task is of a class for one of {', '.join(TASKS)}, got "
-        f"{(config.architectures or ['none'])[0]} in config.json of {str(source)!r}; name the task."
-    )
-
-
-def is_for(task: str, config: Any) -> bool:
-    """Whether the class that a model's config names is one for a task."""
-    name = (config.architectures or [""])[0]
-    found = auto_class(task)._model_mapping.get(type(config), ())
-    names = {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
-    its_own_code = (getattr(config, "auto_map", None) or {}).get(TASKS[task][0], "")
-    names.add(its_own_code.rpartition(".")[2])
-    return bool(name) and name in names
-
-
-def auto_class(task: str) -> Any:
-    """transformers' Auto class for a task.
-
-    Raises:
-        ValueError: for an unknown task.
-    """
-    if task not in TASKS:
-        raise ValueError(f"`task` is one of {', '.join(TASKS)}, got {task!r}.")
-    return getattr(transformers, TASKS[task][0])
 
 
 def _class_of_config(source: str | Path, trust_remote_code: bool) -> Any:
@@ -213,26 +201,12 @@ def _load_adapter(
     on_missing: Callable[[list[str]], Any] | None,
 ) -> nn.Module:
     base = base or base_of_adapter(folder)
-    trained = _trained_for(folder)
+    trained = task_of_adapter(folder)
     if task and trained and task != trained:
         raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
     task = task or trained
-    if task == "sequence_classification" and (labels := labels_of_head(folder)):
-        if config.get("num_labels", labels) != labels:
-            raise ValueError(
-                f"A classifier has as many labels as its head, got num_labels={config['num_labels']} and a head for "
-                f"{labels} beside the adapter in {str(folder)!r}; leave the number out."
-            )
-        # The adapter's head takes the place of the base's, whose number of labels may be another.
-        names = adapter_settings(folder).get("labels") or []
-        named = named_labels(names) if len(names) == labels else {}
-        if names and not named:
-            warnings.warn(
-                f"`labels` of an adapter names each label of its head, got {len(names)} names and {labels} labels in "
-                f"{str(folder)!r}, so they are left out; mend them in its adapter_config.json.",
-                stacklevel=3,
-            )
-        config = {"num_labels": labels, "ignore_mismatched_sizes": True} | named | config
+    if task == "sequence_classification":
+        config = _with_saved_head(folder, config)
     missing: list[str] = []
     with _without_report():
         loaded = load_model(
@@ -259,6 +233,32 @@ def _load_adapter(
     return model
 
 
+def _with_saved_head(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a base's config to change, with those that make room for the head that an adapter was saved with:
+    it takes the place of the base's, whose number of labels may be another.
+
+    Raises:
+        ValueError: if another number of labels is asked for.
+    """
+    labels = labels_of_head(folder)
+    if not labels:
+        return config
+    if config.get("num_labels", labels) != labels:
+        raise ValueError(
+            f"A classifier has as many labels as its head, got num_labels={config['num_labels']} and a head for "
+            f"{labels} beside the adapter in {str(folder)!r}; leave the number out."
+        )
+    names = adapter_settings(folder).get("labels") or []
+    named = named_labels(names) if len(names) == labels else {}
+    if names and not named:
+        warnings.warn(
+            f"`labels` of an adapter names each label of its head, got {len(names)} names and {labels} labels in "
+            f"{str(folder)!r}, so they are left out; mend them in its adapter_config.json.",
+            stacklevel=4,
+        )
+    return {"num_labels": labels, "ignore_mismatched_sizes": True} | named | config
+
+
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
     """transformers reports as new and random, to be trained, what a base lacks, such as the head that its adapter has.
@@ -273,9 +273,3 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
-
-
-def _trained_for(folder: Path) -> str | None:
-    """The task of an adapter."""
-    types = {task_type: task for task, (_, task_type) in TASKS.items()}
-    return types.get(adapter_settings(folder).get("task_type") or "")

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.linears import PackedLinear, block_linears, refuse_save_pretrained, weights_loaded
-from peft_sparse.pruning.offload import stored_state
+from peft_sparse.linears import PackedLinear, block_linears, refuse_save_pretrained, stored_state, weights_loaded
 from peft_sparse.storage import StoredTensor, as_in_files, names_in_model
 from peft_sparse.storage.format import pack_matrix
 

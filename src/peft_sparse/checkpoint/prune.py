@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from peft_sparse.checkpoint.convert import Converted, check_new_folder, check_writable, new_folder, save_model
+from peft_sparse.checkpoint.convert import Converted
 from peft_sparse.checkpoint.lookup import load_tokenizer
 from peft_sparse.checkpoint.models import load_model
+from peft_sparse.checkpoint.new_folder import check_new_folder, check_writable, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
@@ -61,23 +62,19 @@ def prune_checkpoint(
     """
     folder = check_new_folder(folder)
     _check_checkpoint_dir(arguments.get("checkpoint_dir"), folder)
-    if method not in PRUNERS:
-        raise ValueError(f"A method is one of {', '.join(PRUNERS)}, got {method!r}.")
-    if (data is None) != (method == "magnitude"):
-        rule = "prunes by weights alone and takes no data" if method == "magnitude" else "calibrates on data"
-        raise ValueError(f"{method} {rule}, got {data!r}; {'leave it out' if data else 'name a file or a data set'}.")
+    _check_method(method, data)
     parsed = pruning_pattern(method, pattern, group, sparsity)
     column = (calibration or {}).get("text_column", "text")
     rows = None if data is None else load_rows(**{"texts": [column], **data})
     tokenizer_from = source if tokenizer is None else tokenizer
+    loaded_tokenizer = None
     if rows is not None or tokenizer is not None:  # before the model, since that may take long
-        loaded = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
+        loaded_tokenizer = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code)
     beside = locate_companions(tokenizer_from)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
-        documents = _whole(rows, column)
-        arguments["batches"] = calibration_batches(documents, loaded, **settings)
+        arguments["batches"] = calibration_batches(_whole(rows, column), loaded_tokenizer, **settings)
         _check_reads_text(model, arguments["batches"])
     if dry_run:
         return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
@@ -85,10 +82,19 @@ def prune_checkpoint(
     with new_folder(folder) as temporary:
         save_model(model, temporary, packed, beside)
     report = sparsity_report(folder)
-    counts = (report.total_sparsity, report.pattern, report.total_zeros, report.total_numel)
     errors = [layer.error for layer in report.layers if layer.error is not None]
     moved = (min(errors), max(errors)) if errors else None
-    return Converted("pruned", str(source), str(folder), True, *counts, output_errors=moved)
+    return Converted.of("pruned", source, folder, report, output_errors=moved)
+
+
+def _check_method(method: str, data: Mapping[str, Any] | None) -> None:
+    """Raises:
+    ValueError: for an unknown one, or data for one that takes none, or none for one that does."""
+    if method not in PRUNERS:
+        raise ValueError(f"A method is one of {', '.join(PRUNERS)}, got {method!r}.")
+    if (data is None) != (method == "magnitude"):
+        rule = "prunes by weights alone and takes no data" if method == "magnitude" else "calibrates on data"
+        raise ValueError(f"{method} {rule}, got {data!r}; {'leave it out' if data else 'name a file or a data set'}.")
 
 
 def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:

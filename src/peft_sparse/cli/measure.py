@@ -29,6 +29,12 @@ EVALUATE_EXAMPLES = """\
 
 def add_commands(commands: Any) -> None:
     """Add the commands."""
+    _add_report(commands)
+    _add_verify(commands)
+    _add_evaluate(commands)
+
+
+def _add_report(commands: Any) -> None:
     report = add_command(
         commands,
         "report",
@@ -43,6 +49,9 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="draw how full rows and columns are: .png, .svg or .pdf; an old picture there is replaced",
     )
+
+
+def _add_verify(commands: Any) -> None:
     verify = add_command(
         commands,
         "verify",
@@ -55,6 +64,9 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("model", metavar="MODEL", help="a folder, dense or packed, or a name on the Hub")
     verify.add_argument("--reference", metavar="MODEL", help="the pruned model that it was made from")
     verify.add_argument("--pattern", metavar="N:M", help="that every layer has to follow")
+
+
+def _add_evaluate(commands: Any) -> None:
     evaluate = add_command(
         commands,
         "evaluate",
@@ -102,7 +114,7 @@ def _check_picture(path: str) -> None:
     """Raises:
     ValueError: if no picture can be written there.
     ImportError: if matplotlib is not installed."""
-    from peft_sparse.checkpoint.convert import check_writable
+    from peft_sparse.checkpoint.new_folder import check_writable
     from peft_sparse.evaluation.plots import picture_formats
 
     file, formats = Path(path), picture_formats()

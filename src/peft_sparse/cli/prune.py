@@ -13,8 +13,6 @@ EXAMPLES = """\
   peft-sparse prune ./llama pruned --method sparsegpt --sparsity 0.75 --data allenai/c4 --data-name en --streaming
   peft-sparse prune ./llama pruned --pattern 2:4 --data text.txt --dry-run
 """
-
-
 CALIBRATION = "calibration, for all methods but magnitude"
 
 
@@ -62,33 +60,8 @@ def run(options: argparse.Namespace) -> Outcome:
     """Prune and save."""
     from peft_sparse.checkpoint import prune_checkpoint
 
-    arguments: dict[str, Any] = {
-        "target_modules": options.target_modules,
-        "exclude_modules": options.exclude_modules,
-    }
-    data = calibration = None
     if options.method == "magnitude":
         _refuse_calibration(options)
-    else:
-        arguments |= {
-            "checkpoint_dir": options.checkpoint_dir,
-            "device": options.device,
-            "measure_error": options.measure_error,
-            "progress": not options.quiet,
-        }
-        calibration = {
-            "num_sequences": options.num_sequences,
-            "batch_size": options.batch_size,
-            "seed": options.seed,
-            "text_column": options.text_column,
-        } | ({"length": options.length} if options.length else {})
-    if options.data is not None:
-        data = {
-            "path": options.data,
-            "name": options.data_name,
-            "split": options.split,
-            "streaming": options.streaming,
-        }
     result = prune_checkpoint(
         options.model,
         options.output,
@@ -96,17 +69,43 @@ def run(options: argparse.Namespace) -> Outcome:
         pattern=options.pattern,
         sparsity=options.sparsity,
         group=options.group,
-        data=data,
-        calibration=calibration,
+        data=_data(options),
+        calibration=_calibration(options),
         task=options.task,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
         packed=options.pack,
         trust_remote_code=options.trust_remote_code,
         dry_run=options.dry_run,
-        **arguments,
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        **_of_calibrating_methods(options),
     )
     return Outcome(result.to_dict(), str(result))
+
+
+def _data(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `load_rows`."""
+    if options.data is None:
+        return None
+    names = {"path": options.data, "name": options.data_name, "split": options.split}
+    return names | {"streaming": options.streaming}
+
+
+def _calibration(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `calibration_batches`."""
+    if options.method == "magnitude":
+        return None
+    given = {name: getattr(options, name) for name in ("num_sequences", "batch_size", "seed", "text_column")}
+    return given | ({"length": options.length} if options.length else {})
+
+
+def _of_calibrating_methods(options: argparse.Namespace) -> dict[str, Any]:
+    """Further arguments of the pruners, which `prune_magnitude` has not."""
+    if options.method == "magnitude":
+        return {}
+    given = {name: getattr(options, name) for name in ("checkpoint_dir", "device", "measure_error")}
+    return given | {"progress": not options.quiet}
 
 
 def _refuse_calibration(options: argparse.Namespace) -> None:

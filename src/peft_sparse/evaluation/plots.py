@@ -74,6 +74,9 @@ def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = Non
     Raises:
         ValueError: as [`sparsity_report`] does.
         ImportError: if matplotlib is not installed.
+
+    Examples:
+        >>> # plot_sparsity(pruned_model).savefig("sparsity.png")
     """
     figure_cls = _figure_cls()
     weights = linear_weights(model_or_path)
@@ -150,6 +153,9 @@ def plot_schedule(log: Sequence[Mapping[str, Any]] | str | Path, title: str | No
     Raises:
         ValueError: if no entry has a `sparsity`, or the file is none of these.
         ImportError: if matplotlib is not installed.
+
+    Examples:
+        >>> # plot_schedule(trainer.state.log_history).savefig("schedule.png")
     """
     if isinstance(log, (str, Path)):
         log = _stored_log(Path(log))

@@ -124,17 +124,17 @@ def _check(name: str, weight: torch.Tensor, reference: torch.Tensor | None, expe
     size = expected.m if isinstance(expected, NM) else 1
     out_features, in_features = weight.shape
     return LayerCheck(
-        name,
-        (out_features, in_features),
-        str(weight.dtype).removeprefix("torch."),
-        int(zero.sum()),
-        find_pattern(weight),
-        str(expected) if isinstance(expected, NM) else None,
-        int(lost.sum()),
-        int(gained.sum()),
-        int(against.sum()),
-        _first(lost),
-        tuple((row, group * size) for row, group in _first(against)),
+        name=name,
+        shape=(out_features, in_features),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        zeros=int(zero.sum()),
+        pattern=find_pattern(weight),
+        expected=str(expected) if isinstance(expected, NM) else None,
+        lost=int(lost.sum()),
+        gained=int(gained.sum()),
+        violations=int(against.sum()),
+        first_lost=_first(lost),
+        first_violations=tuple((row, group * size) for row, group in _first(against)),
     )
 
 

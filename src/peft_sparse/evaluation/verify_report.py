@@ -135,8 +135,10 @@ class VerifyReport(Totals):
     def _verdict(self) -> str:
         if not self.ok:
             return f"FAILED: {self.lost:,} zeros lost, {self.violations:,} groups against their pattern"
-        asked = ["no zero lost"] * self.compared + ["the pattern holds"] * any(x.expected for x in self.layers)
-        return f"ok: {' and '.join(asked)}" if asked else "nothing to compare with: pass `reference` or `pattern`"
+        held = ["no zero lost"] if self.compared else []
+        if any(layer.expected for layer in self.layers):
+            held.append("the pattern holds")
+        return f"ok: {' and '.join(held)}" if held else "nothing to compare with: pass `reference` or `pattern`"
 
 
 def _places(layer: LayerCheck) -> Iterator[str]:

@@ -5,14 +5,15 @@ The weights stay what they are, and so does all that is done with them: state di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.inference.choose import Decision, Group, choose_ways, clear_counts, slower_than_dense
+from peft_sparse.inference.choose import Decision, clear_counts
+from peft_sparse.inference.decide import decide
 from peft_sparse.inference.report import AccelerationReport, TokenChoice
 from peft_sparse.inference.rows import layer_choice, notes
 from peft_sparse.linears import (
@@ -26,16 +27,12 @@ from peft_sparse.linears import (
     block_linears,
     check_model,
     forward_replaced,
-    in_out_features,
     install,
     is_linear,
     is_packed,
     linears_inside,
-    num_zeros,
     packable_linears,
-    plain_class,
     refuse_save_pretrained,
-    refuses_acceleration,
     replace_module,
     select_linears,
     uninstall,
@@ -44,8 +41,6 @@ from peft_sparse.linears import (
 
 # Token by token, a few sequences at once, and prompts.
 TOKENS = (1, 2, 8, 32, 128, 512)
-MIN_SPARSITY = 0.3  # below, nothing was faster anywhere that we measured
-MIN_NUMEL = 1 << 16  # in smaller layers, the time to decide is as much as there is to gain
 
 
 def accelerate_sparse(
@@ -82,7 +77,8 @@ def accelerate_sparse(
         model: without adapters; dense with zeros, or packed. A packed layer stays packed, and is compared with
             unpacking it at each forward: call `unpack_model` before if there is memory for the dense weights.
         tokens: for how many tokens at a time (batch size times length) to choose. Numbers in between get what both
-            neighbours got, if it took 0.6 or less of the time for both; above the largest they are computed densely.
+            neighbours got, if it took 0.6 or less of the time for both. Above the largest a dense layer computes
+            densely, and a packed one, whose own way is to unpack, as for the largest, if that took 0.6 or less.
         target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
             all linears inside the repeated transformer blocks; of a model without such blocks, all linears.
         exclude_modules: what to leave out of them, given in the same way.
@@ -123,7 +119,7 @@ def accelerate_sparse(
             )
     linears = list({id(linear): linear for linear in targets.values()}.values())
     to_pack = None if keep_dense else packable_linears(model, linears)
-    decisions = _decide(linears, to_pack, counts, kernel)
+    decisions = decide(linears, to_pack, counts, kernel)
     made = _apply(model, linears, decisions, to_pack or set())
     rows = [layer_choice(name, made[id(linear)], decisions[id(linear)]) for name, linear in targets.items()]
     return AccelerationReport(rows, torch.get_num_threads(), notes(rows, list(made.values())))
@@ -182,74 +178,6 @@ def _check(model: nn.Module, kernel: str | None) -> None:
                 f"Accelerating needs the final weights, got `{name}`, which carries an adapter "
                 f"({type(module).__name__}); call `model = model.merge_and_unload()` first."
             )
-
-
-# What is decided
-
-
-def _decide(
-    linears: Sequence[nn.Module], to_pack: set[int] | None, counts: tuple[int, ...], kernel: str | None
-) -> dict[int, Decision]:
-    """By the id of each linear.
-
-    Args:
-        to_pack: ids of the dense linears that are to give up their weights, of which those are taken out that would
-            lose by it; None: all keep them.
-    """
-    giving_up, to_pack = to_pack is not None, set() if to_pack is None else to_pack
-    found: dict[int, Decision] = {}
-    groups: dict[tuple[Any, ...], Group] = {}
-    for place, linear in enumerate(linears):
-        refused = refuses_acceleration(linear) or (_too_little(linear) if kernel is None else None)
-        if refused is None and giving_up and not isinstance(linear, PackedLinear) and id(linear) not in to_pack:
-            refused = "kept dense: its weight is shared, hooks are attached, or it is the whole model"
-        refusals = {} if refused else {k: k.refusal(linear) for k in OPERANDS.values() if kernel in (None, k.name)}
-        kinds = tuple(kind for kind, reason in refusals.items() if reason is None)
-        weight, (in_features, out_features) = weight_parameter(linear), in_out_features(linear)
-        if not kinds:
-            device = weight.device.type
-            relevant = [r for kind, r in refusals.items() if r and (device in kind.device_types or kernel)]
-            found[id(linear)] = Decision([], [refused] if refused else relevant or [f"there is nothing for {device}"])
-            continue
-        form = "packed" if isinstance(linear, PackedLinear) or id(linear) in to_pack else "dense"
-        share = round(num_zeros(linear) / (in_features * out_features), 2)
-        key = (plain_class(linear), form, linear.bias is None, out_features, in_features, weight.dtype, share, kinds)
-        group = groups.setdefault((weight.device, *key), Group([], kinds, form, []))
-        group.linears.append(linear)
-        group.places.append(place)
-    for group, decision in _decided(list(groups.values()), counts, kernel):
-        giving = id(group.linears[0]) in to_pack and kernel is None
-        slower = slower_than_dense(decision.choices) if giving else None
-        if slower is not None:
-            to_pack.difference_update(map(id, group.linears))
-            decision = Decision([], [slower])
-        found.update((id(linear), decision) for linear in group.linears)
-    return found
-
-
-def _decided(groups: Sequence[Group], counts: tuple[int, ...], kernel: str | None) -> Iterator[tuple[Group, Decision]]:
-    """Each group with what is to be done with it; those of one device are timed together."""
-    if kernel is not None:
-        for group in groups:
-            yield group, Decision([TokenChoice(count, kernel, {}, None, "as `kernel` says") for count in counts])
-        return
-    devices = {weight_parameter(group.linears[0]).device for group in groups}
-    for device in sorted(devices, key=str):
-        together = [group for group in groups if weight_parameter(group.linears[0]).device == device]
-        yield from zip(together, choose_ways(together, counts), strict=True)
-
-
-def _too_little(linear: nn.Module) -> str | None:
-    """Why there is nothing to gain in a layer; None if there may be."""
-    in_features, out_features = in_out_features(linear)
-    if in_features * out_features < MIN_NUMEL:
-        return f"nothing is tried below {MIN_NUMEL:,} weights"
-    if num_zeros(linear) < MIN_SPARSITY * in_features * out_features:
-        return f"nothing is tried below {MIN_SPARSITY:.0%} zeros"
-    return None
-
-
-# What is done
 
 
 def _apply(

@@ -4,8 +4,7 @@ Layers that are alike are decided on together. A way is taken only if it needs l
 layer's own way, and less than `AGAIN` of it when both are timed once more after everything else: on a machine that
 does other things one measurement proves little. For numbers of tokens that were not timed it is taken only where it
 was far ahead for the next smaller and the next larger one: kernels like some numbers better than others, by up to a
-half. What a way computes is compared with the dense result before it is
-timed.
+half. What a way computes is compared with the dense result before it is timed.
 """
 
 from __future__ import annotations
@@ -136,25 +135,46 @@ def choose_ways(groups: Sequence[Group], tokens: Sequence[int]) -> list[Decision
         decisions = [Decision([], layers[index][0].problems) for index in range(len(groups))]
         left = [{kind.name for kind in group.kinds} for group in groups]  # ways that have not lost
         for count in tokens:
-            wanted = {i: {"dense", group.form} | left[i] for i, group in enumerate(groups) if left[i]}
-            measured = _measure({i: layers[i] for i in wanted}, groups, count, wanted)
-            for index, group in enumerate(groups):
-                choice = _choice(measured.get(index), group.form, count)
-                decisions[index].choices.append(choice)
-                limit = LOST * choice.ratios.get(group.form, 1.0)
-                if count >= LOST_FROM:
-                    left[index] = {name for name in left[index] if choice.ratios.get(name, 0.0) <= limit}
+            _choose_for(count, groups, layers, decisions, left)
         for number, count in enumerate(tokens):
-            chosen = {i: d.choices[number].chosen for i, d in enumerate(decisions)}
-            taken = {i: own for i, own in layers.items() if chosen[i] != groups[i].form}
-            wanted = {i: {"dense", groups[i].form, chosen[i]} for i in taken}
-            again = _measure(taken, groups, count, wanted) if taken else {}
-            for index, ratios in again.items():
-                choices = decisions[index].choices
-                choices[number] = _confirmed(choices[number], ratios, groups[index].form)
+            _confirm(number, count, groups, layers, decisions)
     for decision in decisions:
         decision.problems = list(dict.fromkeys(decision.problems))
     return decisions
+
+
+def _choose_for(
+    count: int,
+    groups: Sequence[Group],
+    layers: dict[int, list[_Layer]],
+    decisions: Sequence[Decision],
+    left: list[set[str]],
+) -> None:
+    """Add each group's choice for a number of tokens, and take the ways out of `left` that are not to be tried with
+    more."""
+    wanted = {index: {"dense", group.form} | left[index] for index, group in enumerate(groups) if left[index]}
+    measured = _measure({index: layers[index] for index in wanted}, count, wanted)
+    for index, group in enumerate(groups):
+        choice = _choice(measured.get(index), group.form, count)
+        decisions[index].choices.append(choice)
+        if count >= LOST_FROM:
+            limit = LOST * choice.ratios.get(group.form, 1.0)
+            left[index] = {name for name in left[index] if choice.ratios.get(name, 0.0) <= limit}
+
+
+def _confirm(
+    number: int, count: int, groups: Sequence[Group], layers: dict[int, list[_Layer]], decisions: Sequence[Decision]
+) -> None:
+    """Measure each group's choice for a number of tokens, its `number`th one, again; its own way if it does not
+    hold."""
+    chosen = [decision.choices[number].chosen for decision in decisions]
+    taken = {index: own for index, own in layers.items() if chosen[index] != groups[index].form}
+    if not taken:
+        return
+    wanted = {index: {"dense", groups[index].form, chosen[index]} for index in taken}
+    for index, ratios in _measure(taken, count, wanted).items():
+        choices = decisions[index].choices
+        choices[number] = _confirmed(choices[number], ratios, groups[index].form)
 
 
 def _sample(groups: Sequence[Group]) -> dict[int, list[_Layer]]:
@@ -172,9 +192,7 @@ def _sample(groups: Sequence[Group]) -> dict[int, list[_Layer]]:
     return found
 
 
-def _measure(
-    layers: dict[int, list[_Layer]], groups: Sequence[Group], tokens: int, wanted: dict[int, set[str]]
-) -> dict[int, dict[str, float]]:
+def _measure(layers: dict[int, list[_Layer]], tokens: int, wanted: dict[int, set[str]]) -> dict[int, dict[str, float]]:
     """By the number of the group, time relative to dense of the wanted ways that all of its layers have."""
     runs: list[tuple[int, int, dict[str, Run]]] = []
     work = tokens * sum(_numel(layer.linear) for own in layers.values() for layer in own)

@@ -131,20 +131,19 @@ def _row(name: str, layers: list[LayerChoice], counts: list[int]) -> tuple[str, 
     zeros = sorted({f"{layer.sparsity:.0%}" for layer in layers}, key=lambda cell: float(cell[:-1]))
     cells = (name, shape_cell([layer.shape for layer in layers]), " to ".join(dict.fromkeys((zeros[0], zeros[-1]))))
     reasons = sorted({layer.reason for layer in layers} - {""})
-    return (*cells, *(_cell(layers, count) for count in counts), "; ".join(reasons[:2]) + " ..." * (len(reasons) > 2))
+    why_not = "; ".join(reasons[:2]) + (" ..." if len(reasons) > 2 else "")
+    return (*cells, *(_cell(layers, count) for count in counts), why_not)
 
 
 def _cell(layers: list[LayerChoice], count: int) -> str:
     """Such as "csr 3.9x" or "csr 1.2x to 1.4x, dense"."""
     found: dict[str, list[float]] = {}
-    for layer in layers:
-        for choice in layer.choices:
-            if choice.tokens == count:
-                speed_ups = found.setdefault(choice.chosen, [])
-                if choice.speed_up is not None and choice.chosen != "dense":
-                    speed_ups.append(choice.speed_up)
+    for choice in (choice for layer in layers for choice in layer.choices if choice.tokens == count):
+        speed_ups = found.setdefault(choice.chosen, [])
+        if choice.speed_up is not None and choice.chosen != "dense":
+            speed_ups.append(choice.speed_up)
     cells = []
     for name, speed_ups in found.items():
-        ends = dict.fromkeys(f"{end(speed_ups):.1f}x" for end in (min, max)) if speed_ups else {}
-        cells.append(" ".join([name, *[" to ".join(ends)] * bool(ends)]))
+        ends = dict.fromkeys([f"{min(speed_ups):.1f}x", f"{max(speed_ups):.1f}x"]) if speed_ups else {}
+        cells.append(f"{name} {' to '.join(ends)}" if ends else name)
     return ", ".join(cells)

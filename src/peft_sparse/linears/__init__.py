@@ -28,7 +28,16 @@ from peft_sparse.linears.blocks import (
 )
 from peft_sparse.linears.callers import linears_not_called
 from peft_sparse.linears.dense import warn_of_dense_parameters
-from peft_sparse.linears.hooks import call_as, device_of, has_hooks, keep_loaded, offload_hook, weights_loaded
+from peft_sparse.linears.hooks import (
+    call_as,
+    device_of,
+    has_hooks,
+    keep_loaded,
+    offload_hook,
+    temporary_forward,
+    weights_loaded,
+)
+from peft_sparse.linears.offloaded import holder_of, stored_state, unprefixed
 from peft_sparse.linears.operands import OPERANDS, Operand
 from peft_sparse.linears.pack import pack_model, packable_linears, replace_module, unpack_model
 from peft_sparse.linears.packed import PackedLinear
@@ -49,7 +58,7 @@ from peft_sparse.linears.saving import (
     refuse_save_pretrained,
 )
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
-from peft_sparse.linears.sharing import holder_of, shared_weights, storage_key, unprefixed
+from peft_sparse.linears.sharing import shared_weights, storage_key
 from peft_sparse.linears.weights import (
     as_stored,
     check_own_weight,
@@ -125,7 +134,9 @@ __all__ = [
     "set_weight",
     "shared_weights",
     "storage_key",
+    "stored_state",
     "stored_weight",
+    "temporary_forward",
     "uninstall",
     "unpack_model",
     "unprefixed",

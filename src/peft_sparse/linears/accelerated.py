@@ -9,17 +9,14 @@ multiply with, or none. None is used, and the linear computes as it always did,
 - for inputs of another dtype or device than the weight, and for numbers of tokens that nobody chose for;
 - from the moment on at which the weight is no longer the one that the operand was made from.
 
-The last is looked at in every forward: address, version, and on a CPU a sample of `SAMPLED` entries, since a change
-through `.data`, as in PEFT's merging, counts as no version.
+The last is looked at in every forward (tracked.py).
 """
 
 from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from operator import itemgetter
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,63 +26,17 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.linears.operands import Operand
 from peft_sparse.linears.packed import PackedLinear
+from peft_sparse.linears.tracked import TrackedTensor
 from peft_sparse.linears.weights import forward_replaced, plain_class
 from peft_sparse.ops.reference import transformed
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 REMEMBERED = 256  # shapes of inputs
 _UNSEEN: Any = object()
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
-SAMPLED, KEPT, LOOKED_THROUGH = 16, 12, 4096
 CHANGED = (
     "The weights of accelerated linears are no longer those that `accelerate_sparse` saw, so they compute in their "
     "own way from now on; call `accelerate_sparse(model)` again when they are final."
 )
-
-
-class _Tracked:
-    """What is remembered of a tensor, to tell whether it is still the same.
-
-    Args:
-        sampled: whether its content is looked at as well.
-    """
-
-    def __init__(self, tensor: torch.Tensor, sampled: bool) -> None:
-        self.alias = tensor.detach()  # keeps the memory, so that its address is not given to another tensor
-        self.address, self.version, self.contiguous = tensor.data_ptr(), _version(tensor), tensor.is_contiguous()
-        self.dtype, self.rows = tensor.dtype, tensor.shape[0]
-        self.entries: Callable[[], Any] | None = None
-        if sampled and tensor.device.type == "cpu" and tensor.numel():
-            self.entries = _reader(self.alias)
-            self.content = self.entries()
-
-    def matches(self, tensor: torch.Tensor | None) -> bool:
-        if tensor is None or tensor.data_ptr() != self.address or _version(tensor) != self.version:
-            return False
-        if tensor.dtype != self.dtype or tensor.is_contiguous() != self.contiguous or tensor.size(0) != self.rows:
-            return False
-        return self.entries is None or self.entries() == self.content
-
-
-def _reader(weight: torch.Tensor) -> Callable[[], tuple[int, ...]]:
-    """A function that reads the bits of a sample of the entries. A gather and a comparison by torch would take several
-    times as long: a tenth of a layer's time, where the layer before has emptied the caches."""
-    bits: Any = weight.view(_INTEGERS[weight.element_size()]).numpy()
-    return partial(itemgetter(*_sample(weight)), memoryview(bits))
-
-
-def _sample(weight: torch.Tensor) -> list[tuple[int, int]]:
-    """Up to `SAMPLED` places, most of them not zero as far as there are so many: what is zero may stay so."""
-    columns = weight.shape[1]
-    spread = torch.arange(0, weight.numel(), max(1, weight.numel() // LOOKED_THROUGH), device=weight.device)
-    zero = weight[spread // columns, spread % columns] == 0
-    kept, zeros = spread[~zero].tolist(), spread[zero].tolist()
-    places = kept[:: max(1, len(kept) // KEPT)][:KEPT] + zeros[:: max(1, len(zeros) // KEPT)][: SAMPLED - KEPT]
-    return [divmod(place, columns) for place in places]
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _records(linear: nn.Module, x: torch.Tensor) -> bool:
@@ -124,7 +75,7 @@ class Acceleration:
         # the values of a packed weight are shared, so that what is written into them is seen
         sampled = not isinstance(linear, PackedLinear)
         tensors = () if linear is None else _tensors(linear)
-        self._tracked = tuple(_Tracked(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
+        self._tracked = tuple(TrackedTensor(cast(torch.Tensor, tensor), sampled) for tensor in tensors)
         self._dtype = self._tracked[0].dtype if self._tracked else None
         self._device = self._tracked[0].alias.device if self._tracked else None
         self._autocast = "cpu" if self._device is None else self._device.type
@@ -187,7 +138,7 @@ class Acceleration:
         """Whether the weight is still the one that the operands were made from."""
         if len(self._tracked) == 1:
             return self._tracked[0].matches(linear._parameters.get("weight"))
-        return all(map(_Tracked.matches, self._tracked, _tensors(linear)))
+        return all(map(TrackedTensor.matches, self._tracked, _tensors(linear)))
 
     def drop(self) -> None:
         """Forget the operands, and say so."""

@@ -34,18 +34,29 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or backward or module._backward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
-def call_as(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` as the forward of a module, with all that is attached to the module around it."""
-    name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's own forward calls the old one
+@contextmanager
+def temporary_forward(module: nn.Module, forward: Callable[..., Any], name: str = "forward") -> Iterator[None]:
+    """Another forward for a module, which gets its own back afterwards. The module stays what others read of it.
+
+    Args:
+        name: of the attribute: some libraries have replaced `forward` already, and put the old one elsewhere.
+    """
     before = module.__dict__.get(name)
-    setattr(module, name, function)
+    setattr(module, name, forward)
     try:
-        return module(*args)
+        yield
     finally:
         if before is None:
             delattr(module, name)
         else:
             setattr(module, name, before)
+
+
+def call_as(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` as the forward of a module, with all that is attached to the module around it."""
+    name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's own forward calls the old one
+    with temporary_forward(module, function, name):
+        return module(*args)
 
 
 @contextmanager

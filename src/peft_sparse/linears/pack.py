@@ -93,6 +93,12 @@ def unpack_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if a packed linear carries an adapter or is offloaded, or `model` is no module. Nothing is changed
             then.
+
+    Examples:
+        >>> unpack_model(nn.Sequential(PackedLinear.from_linear(nn.Linear(3, 2))))
+        Sequential(
+          (0): Linear(in_features=3, out_features=2, bias=True)
+        )
     """
     check_model(model)
     for name, module in model.named_modules():

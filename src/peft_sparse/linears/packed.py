@@ -48,6 +48,9 @@ class PackedLinear(nn.Module):
         tensor([[1.5000, 5.0000]])
     """
 
+    bitmask: torch.Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         values: torch.Tensor,
@@ -64,9 +67,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("bitmask", bitmask)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self._starts = None if starts is None else (bitmask, starts)
-
-    bitmask: torch.Tensor
-    bias: nn.Parameter | None
 
     @classmethod
     def from_linear(cls, module: nn.Module) -> PackedLinear:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from peft_sparse.linears.blocks import Names, block_linears, linears_inside, matches
+from peft_sparse.linears.blocks import Names, select_linears
 from peft_sparse.linears.quantized import bits, dequantized_linear, quantized_weight, write_quantized
 from peft_sparse.sparsity import quantize_like, round_keeping_support
 
@@ -85,19 +85,8 @@ def quantize_model(
 
 
 def _targets(model: nn.Module, wanted: Names | None, excluded: Names | None) -> dict[str, nn.Linear]:
-    candidates = block_linears(model) if wanted is None else linears_inside(model)
-    found = {
-        name: linear
-        for name, linear in candidates.items()
-        if (wanted is None or matches(wanted, name)) and (excluded is None or not matches(excluded, name))
-    }
-    if not found:
-        raise ValueError(
-            f"Quantising needs at least one linear, got none in {type(model).__name__} for target_modules={wanted!r}, "
-            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}."
-        )
     targets: dict[str, nn.Linear] = {}
-    for name, linear in found.items():
+    for name, linear in select_linears(model, wanted, excluded, "Quantising").items():
         if type(linear) is not nn.Linear or linear.weight.is_meta or hasattr(linear, "_hf_hook"):
             elsewhere = " whose weight is elsewhere" if type(linear) is nn.Linear else ""
             raise ValueError(
@@ -171,6 +160,10 @@ def _tell_transformers(model: nn.Module, quantizer: Any, kind: str) -> None:
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Replace all quantised linears of bitsandbytes by nn.Linear, in place; all other floating point parameters are
     cast to the same dtype. A transformers model no longer counts as quantised.
+
+    Args:
+        model: without adapters on quantised linears.
+        dtype: torch.bfloat16, torch.float16 or torch.float32.
 
     Returns:
         `model`.

@@ -73,15 +73,15 @@ def quantized_weight(module: nn.Module) -> QuantizedWeight:
 @torch.no_grad()
 def write_quantized(module: nn.Module, weight: QuantizedWeight) -> None:
     """Overwrite the codes and scales of a quantised linear, in place, with those of a weight of the same layout."""
-    now, linear = quantized_weight(module), module
+    now = quantized_weight(module)
     for old, new in zip(now, weight, strict=True):
         if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
             old.copy_(new)
-    state: Any = getattr(linear, "state", None)
+    state: Any = getattr(module, "state", None)
     if isinstance(now, EightBitWeight) and state.CB is not None and state.CB.data_ptr() != now.codes.data_ptr():
         state.CB.copy_(now.codes)
     if isinstance(now, FourBitWeight) and now.offset is not None:
-        state = _state(linear)
+        state = _state(module)
         if now.offset is not state.offset:  # a plain number
             state.offset = now.offset
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate.hooks import AlignDevicesHook
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from accelerate.utils import OffloadedWeightsLoader
 from torch import nn
 
-from peft_sparse.linears.hooks import offload_hook
+from peft_sparse.linears.offloaded import holder_of, unprefixed
 
 
 def shared_weights(model: nn.Module) -> dict[nn.Module, dict[str, nn.Module]]:
@@ -30,24 +29,6 @@ def shared_weights(model: nn.Module) -> dict[nn.Module, dict[str, nn.Module]]:
             others = {name: other for name, other in modules.items() if other is not module}
             shared.setdefault(module, {}).update(others)
     return shared
-
-
-def holder_of(model: nn.Module, name: str) -> tuple[AlignDevicesHook | None, nn.Module, str]:
-    """The hook that keeps a linear's parameters, the module that it is attached to, and the path between the two."""
-    parts = name.split(".")
-    for length in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:length]))
-        hook = offload_hook(module)
-        if hook is not None and (length == len(parts) or hook.place_submodules):
-            return hook, module, "".join(f"{part}." for part in parts[length:])
-    return None, model, ""
-
-
-def unprefixed(mapping: Any, key: str) -> tuple[Any, str]:
-    """The mapping below accelerate's prefixes, and the key in it."""
-    while isinstance(mapping, PrefixedDataset):
-        mapping, key = mapping.dataset, mapping.prefix + key
-    return mapping, key
 
 
 def storage_key(model: nn.Module, name: str, parameter: nn.Parameter) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from peft_sparse.ops.reference import row_groups
 from peft_sparse.sparsity import CsrMatrix
 
 CHUNK_ELEMENTS = 1 << 18  # of X or dY
@@ -60,11 +61,7 @@ class _Factors:
     def __init__(self, csr: CsrMatrix, A: torch.Tensor, B: torch.Tensor) -> None:
         self.csr, self.A = csr, A
         counts = csr.row_starts.diff()
-        size, longer = divmod(csr.shape[0], A.shape[0])  # the first groups are one row longer
-        group_sizes = torch.full((A.shape[0],), size, device=A.device)
-        group_sizes[:longer] += 1
-        groups = torch.arange(A.shape[0], device=A.device)
-        first_entry = groups.mul_(A.shape[1]).repeat_interleave(group_sizes).int()  # of A's row
+        first_entry = row_groups(csr.shape[0], A.shape[0], A.device).mul_(A.shape[1]).int()  # of A's row, (out,)
         self.places = first_entry.repeat_interleave(counts).add_(csr.columns)  # in A, flat (nnz,)
         self.A_values = A.view(-1).index_select(0, self.places)  # (nnz,)
         self.B_values = B.repeat_interleave(counts)  # (nnz,)

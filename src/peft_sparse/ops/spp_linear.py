@@ -30,6 +30,7 @@ from peft_sparse.ops.blocks import (
     outer_product,
     weight_rows,
 )
+from peft_sparse.ops.spp_block import factor_gradients, scaled_rows
 from peft_sparse.ops.triton_switch import triton_takes_spp
 from peft_sparse.sparsity import Weight, put_together, take_apart, write_rows
 from peft_sparse.sparsity.importance import score_dtype
@@ -63,26 +64,6 @@ def spp_linear_update(
     return _SppLinear.apply(x.to(matmul_dtype(x)), entries, None, A, B, scaling, 0.0, *rest)
 
 
-def _scaled_rows(
-    weight: torch.Tensor,  # (rows of the block, in)
-    A: torch.Tensor,  # (groups, in)
-    B: torch.Tensor,  # (rows of the block,)
-    rows_per_group: int,
-    scaling: float,
-    offset: float,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """W (offset + s B A) of one block, rounded to `dtype`; the offset is 1 or 0. In `out` unless rounded."""
-    B, A = (scaling * B).view(-1, rows_per_group, 1), A[:, None, :]
-    if out is not None:
-        out = out.view(A.shape[0], rows_per_group, A.shape[-1])
-    scaled = torch.mul(B, A, out=out)  # (groups, rows per group, in)
-    grouped = weight.to(scaled.dtype).reshape(scaled.shape)
-    scaled = torch.addcmul(grouped, grouped, scaled, out=out) if offset else scaled.mul_(grouped)
-    return scaled.view(weight.shape).to(dtype)
-
-
 class _SppLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,7 +91,7 @@ class _SppLinear(torch.autograd.Function):
         def build(groups: slice, rows: slice, size: int) -> torch.Tensor:
             block = weight_rows(weight, rows, buffers)
             out = buffers.get("W", block.shape, factor_dtype)
-            return _scaled_rows(block, A[groups], B[rows], size, scaling, offset, x.dtype, out)
+            return scaled_rows(block, A[groups], B[rows], size, scaling, offset, x.dtype, out)
 
         blocks = (
             (rows, partial(build, groups, rows, size))
@@ -138,17 +119,17 @@ class _SppLinear(torch.autograd.Function):
                 block = weight_rows(weight, rows, buffers)  # (rows, in)
                 out = buffers.get("W or G", block.shape, dtype)
                 if needs_x:
-                    W = _scaled_rows(block, A_block, B_block, size, scaling, offset, x.dtype, out)
+                    W = scaled_rows(block, A_block, B_block, size, scaling, offset, x.dtype, out)
                     dx = add_product(dx, dy_rows, W)
                 if not (needs_A or needs_B or needs_weight):
                     continue
                 G = outer_product(dy_rows, tokens, dtype, out)  # (rows, in)
                 if dentries is not None:
-                    dblock = _scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
+                    dblock = scaled_rows(G, A_block, B_block, size, scaling, offset, weight.dtype)
                     write_rows(dentries, weight, rows, dblock)
                 H = G.mul_(block).view(A_block.shape[0], size, -1)  # (groups, rows per group, in)
-                dA[groups] += scaling * (B_block.view(-1, 1, size) @ H).squeeze(1)
-                dB[rows] = scaling * (A_block[:, None, :] @ H.mT).reshape(-1)
+                dA_block, dB[rows] = factor_gradients(H, A_block, B_block, scaling)
+                dA[groups] += dA_block
         return (
             None if dx is None else dx.view(x.shape),
             dentries,

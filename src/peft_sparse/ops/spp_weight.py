@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import autocast_off, group_blocks
-from peft_sparse.ops.spp_linear import _scaled_rows
+from peft_sparse.ops.spp_block import factor_gradients, scaled_rows
 from peft_sparse.sparsity import PackedWeight, Weight, unpack_values, write_rows
 from peft_sparse.sparsity.importance import score_dtype
 
@@ -52,7 +52,7 @@ class _SppValues(torch.autograd.Function):
         A, B = A.to(dtype), B.to(dtype)
         effective = torch.empty_like(values, dtype=dtype)
         for groups, rows, size in group_blocks(A, weight.shape[0], weight.in_features, A.shape[0]):
-            block = _scaled_rows(weight.rows(rows), A[groups], B[rows], size, scaling, 1.0, dtype)
+            block = scaled_rows(weight.rows(rows), A[groups], B[rows], size, scaling, 1.0, dtype)
             write_rows(effective, weight, rows, block)
         return effective
 
@@ -71,9 +71,9 @@ class _SppValues(torch.autograd.Function):
                 A_block, B_block, span = A_wide[groups], B_wide[rows], weight.span(rows)
                 G = unpack_values(dvalues[span], weight.bitmask[rows], weight.in_features)  # (rows, in)
                 if own is not None:
-                    write_rows(own, weight, rows, _scaled_rows(G, A_block, B_block, size, scaling, 1.0, own.dtype))
+                    write_rows(own, weight, rows, scaled_rows(G, A_block, B_block, size, scaling, 1.0, own.dtype))
                 H = G.mul_(weight.rows(rows)).view(A_block.shape[0], size, -1)  # (groups, rows per group, in)
-                dA[groups] += scaling * (B_block.view(-1, 1, size) @ H).squeeze(1)
-                dB[rows] = scaling * (A_block[:, None, :] @ H.mT).reshape(-1)
+                dA_block, dB[rows] = factor_gradients(H, A_block, B_block, scaling)
+                dA[groups] += dA_block
         gradients = own, dA.to(A.dtype) if needs_A else None, dB.to(B.dtype) if needs_B else None
         return *gradients, *[None] * (1 + len(ctx.packing))

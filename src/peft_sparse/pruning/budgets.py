@@ -15,9 +15,10 @@ from peft_sparse.linears import find_block_lists, in_out_features
 from peft_sparse.pruning.calibration import evaluation_mode, without_cache
 from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.data import Batch
-from peft_sparse.pruning.offload import Weight
+from peft_sparse.pruning.offload import OffloadableWeight
+from peft_sparse.pruning.statistics import empty_norms
 from peft_sparse.pruning.targets import Names, calibrated_targets, find_targets
-from peft_sparse.pruning.walk import Walk, empty_norms
+from peft_sparse.pruning.walk import Walk
 from peft_sparse.sparsity import (
     NM,
     LayerSize,
@@ -91,6 +92,12 @@ def uniform_sparsity(
 
     Raises:
         ValueError: see [`prune_magnitude`].
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        >>> budget = uniform_sparsity(model, 0.5, target_modules=["0", "1"])
+        >>> [int(share * 9) for share in budget.values()]  # 9 of 18, where 0.5 by itself gives 4 and 4
+        [5, 4]
     """
     check_sparsity("sparsity", sparsity)
     targets = find_targets(model, _unstructured(group), target_modules, exclude_modules)
@@ -184,6 +191,7 @@ def _block_of(model: nn.Module, name: str) -> str:
 def _dense_norms(
     model: nn.Module, batches: list[Batch], targets: dict[str, nn.Module], device: torch.device | str | None
 ) -> dict[str, torch.Tensor]:
+    """The column norms of each target's inputs in the model as it is, (in,) by full name."""
     norms: dict[str, torch.Tensor] = {}
     with evaluation_mode(model), without_cache(model), Walk(model, batches, device) as walk:
         steps = walk.find_steps(targets)
@@ -192,8 +200,8 @@ def _dense_norms(
         for step in steps:  # each block is moved once
             with walk.mover.moved(step.block):
                 norms |= {name: found.norms.cpu() for name, found in walk.gather(step, empty_norms).items()}
-                if walk.answers and step is not steps[-1]:
-                    walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))])
+                if step is not steps[-1]:
+                    walk.pass_on(step)
     return norms
 
 
@@ -201,10 +209,10 @@ def _outlier_ratio(model: nn.Module, names: list[str], norms: dict[str, torch.Te
     """Share of the entries of |W_ij| * ||X_j||_2 of some linears that are above `threshold` times their mean."""
     total, numel, above = 0.0, 0, 0
     for name in names:
-        with Weight(model, name).loaded() as weight:
+        with OffloadableWeight(model, name).loaded() as weight:
             total += float(wanda_importance(weight, norms[name]).sum(dtype=torch.float64))
             numel += weight.numel()
     for name in names:
-        with Weight(model, name).loaded() as weight:
+        with OffloadableWeight(model, name).loaded() as weight:
             above += int((wanda_importance(weight, norms[name]) > threshold * total / numel).sum())
     return above / numel

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from peft_sparse.linears import get_weight, in_out_features, set_weight
 from peft_sparse.pruning.data import Batch
-from peft_sparse.pruning.offload import Weight
+from peft_sparse.pruning.offload import OffloadableWeight
 from peft_sparse.pruning.resume import Checkpoint, SavedBlock
 from peft_sparse.pruning.walk import Step, Walk
 from peft_sparse.sparsity import OutputSketch
@@ -64,30 +65,53 @@ def prune_block_by_block(
         if checkpoint is not None and checkpoint.is_finished(targets):
             for name in checkpoint.blocks:
                 changes.load(checkpoint.load(name))
-            changes.settle()
-            return changes.errors
-        with evaluation_mode(model), without_cache(model), Walk(model, batches, device) as walk:
-            steps = walk.find_steps(targets)
-            if checkpoint is not None:
-                checkpoint.set_blocks(step.name for step in steps if step.linears)
-            for step in tqdm(steps, desc="Pruning", unit="block", disable=not progress):
-                with walk.mover.moved(step.block):
-                    saved = checkpoint.load(step.name) if checkpoint is not None and step.linears else None
-                    if saved is not None:
-                        changes.load(saved)
-                    else:
-                        changes.make(
-                            step, walk.gather(step, lambda linear: _Gathered(linear, new_statistics, measure_error))
-                        )
-                        if checkpoint is not None and step.linears:
-                            checkpoint.save(step.name, *changes.of(step))
-                    if walk.answers and step is not steps[-1]:
-                        walk.finish(step, [walk.output_of(step, index) for index in range(len(batches))])
+        else:
+            gathered = partial(_Gathered, new_statistics=new_statistics, measure_error=measure_error)
+            with evaluation_mode(model), without_cache(model), Walk(model, batches, device) as walk:
+                _prune_in_order(walk, targets, changes, gathered, checkpoint, progress)
     except BaseException:
         changes.restore()
         raise
     changes.settle()
     return changes.errors
+
+
+def _prune_in_order(
+    walk: Walk,
+    targets: dict[str, nn.Module],
+    changes: _Changes,
+    gathered: Callable[[nn.Module], _Gathered],
+    checkpoint: Checkpoint | None,
+    progress: bool,
+) -> None:
+    """The loop at the top of this file, over all blocks up to the last one with targets."""
+    steps = walk.find_steps(targets)
+    if checkpoint is not None:
+        checkpoint.set_blocks(step.name for step in steps if step.linears)
+    for step in tqdm(steps, desc="Pruning", unit="block", disable=not progress):
+        with walk.mover.moved(step.block):
+            _prune_block(step, walk, changes, gathered, checkpoint)
+            if step is not steps[-1]:
+                walk.pass_on(step)
+
+
+def _prune_block(
+    step: Step,
+    walk: Walk,
+    changes: _Changes,
+    gathered: Callable[[nn.Module], _Gathered],
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Prune the linears of one block, or take them from an earlier run that has done it."""
+    if not step.linears:
+        return
+    saved = None if checkpoint is None else checkpoint.load(step.name)
+    if saved is not None:
+        changes.load(saved)
+        return
+    changes.make(step, walk.gather(step, gathered))
+    if checkpoint is not None:
+        checkpoint.save(step.name, *changes.of(step))
 
 
 class _Changes:
@@ -96,12 +120,12 @@ class _Changes:
     def __init__(
         self, model: nn.Module, targets: dict[str, nn.Module], prune: Callable[[str, nn.Module, Any], None]
     ) -> None:
-        self.weights = {name: Weight(model, name) for name in targets}
+        self.weights = {name: OffloadableWeight(model, name) for name in targets}
         self.prune = prune
-        self.changed: list[Weight] = []
+        self.changed: list[OffloadableWeight] = []
         self.errors: dict[str, float] = {}
 
-    def _change(self, name: str) -> Weight:
+    def _change(self, name: str) -> OffloadableWeight:
         self.weights[name].remember()
         self.changed.append(self.weights[name])
         return self.weights[name]
@@ -178,6 +202,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
+    """No part of a model keeps keys and values, which one forward of whole sequences has no use for."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     for config in cached:

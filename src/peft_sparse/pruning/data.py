@@ -75,7 +75,7 @@ def calibration_batches(
     items = chain([] if first is None else [first], items)
     if first is None:
         raise ValueError("A source of calibration data has at least one text, row or batch, got an empty one.")
-    if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first and text_column in first):
+    if _is_text(first, text_column):
         documents = (_text_of(item, text_column) for item in items)
         rows = _windows(documents, tokenizer, num_sequences, length)
         if isinstance(source, str):  # windows from all over it
@@ -83,9 +83,7 @@ def calibration_batches(
         rows = rows[:num_sequences]
     elif not isinstance(first, Mapping):
         raise ValueError(f"A source of calibration data has strings or dicts in it, got {type(first).__name__}.")
-    elif any(
-        isinstance(value, torch.Tensor) and value.dim() >= _batch_dims(key, value) for key, value in first.items()
-    ):
+    elif _is_batch(first):
         return _first_sequences(items, num_sequences)
     else:
         rows = [sequences_of(_one_sequence(row), length) for row in islice(items, num_sequences)]
@@ -96,6 +94,16 @@ def calibration_batches(
             )
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     return [collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+
+
+def _is_text(item: Any, text_column: str) -> bool:
+    return isinstance(item, str) or (isinstance(item, Mapping) and "input_ids" not in item and text_column in item)
+
+
+def _is_batch(item: Mapping[str, Any]) -> bool:
+    """Whether a dict is a batch, and not a row: one of its tensors has a dimension for sequences."""
+    tensors = {key: value for key, value in item.items() if isinstance(value, torch.Tensor)}
+    return any(value.dim() >= _batch_dims(key, value) for key, value in tensors.items())
 
 
 def _one_sequence(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,9 +163,10 @@ def _windows(
 
 
 def _batch_dims(key: str, value: torch.Tensor) -> int:
-    """Dimensions of an input that has one for the sequences of a batch: ids and masks have 2, images 4, other floats
-    3."""
-    return 4 if key == "pixel_values" else 3 if value.is_floating_point() else 2
+    """Dimensions of an input that has one for the sequences of a batch: images, other floats, ids and masks."""
+    if key == "pixel_values":
+        return 4
+    return 3 if value.is_floating_point() else 2
 
 
 def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -> list[Batch]:
@@ -187,12 +196,7 @@ def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str,
     """The columns of a row that hold sequences of numbers, as tensors without a batch dimension."""
     found = {}
     for key, value in row.items():
-        if (
-            key in NOT_INPUTS
-            or value is None
-            or isinstance(value, (str, bytes, Mapping))
-            or not hasattr(value, "__len__")
-        ):
+        if key in NOT_INPUTS or isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
             continue
         try:
             tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
@@ -204,6 +208,10 @@ def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str,
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
+    """A batch of rows, padded on the right to the longest, with an `attention_mask` that says so.
+
+    Raises:
+        ValueError: if the rows have other columns than the first one."""
     batch: Batch = {}
     for row in rows:
         if row.keys() != rows[0].keys():
@@ -216,7 +224,9 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
         if len({value.shape for value in values}) == 1:
             batch[key] = torch.stack(values)
             continue
-        padding = pad_token_id if key.endswith("input_ids") else -100 if key == "labels" else 0
+        padding = -100 if key == "labels" else 0
+        if key.endswith("input_ids"):
+            padding = pad_token_id
         batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
         mask = key.replace("input_ids", "attention_mask")
         if key.endswith("input_ids") and mask not in rows[0]:

@@ -13,7 +13,7 @@ from torch import nn
 from peft_sparse.linears import get_weight
 from peft_sparse.pruning.budgets import resolve_sparsities
 from peft_sparse.pruning.metadata import describe, record
-from peft_sparse.pruning.offload import Weight
+from peft_sparse.pruning.offload import OffloadableWeight
 from peft_sparse.pruning.targets import Names, find_targets, prune_by_scores
 from peft_sparse.sparsity import Pattern, magnitude_importance, pattern_with_group
 
@@ -67,7 +67,7 @@ def prune_magnitude(
     targets = find_targets(model, pattern, target_modules, exclude_modules)
     sparsities = resolve_sparsities(targets, pattern, sparsity)
     for name, linear in targets.items():
-        weight = Weight(model, name)
+        weight = OffloadableWeight(model, name)
         with weight.loaded():
             prune_by_scores(name, linear, magnitude_importance(get_weight(linear).detach()), pattern, sparsities[name])
             weight.keep()

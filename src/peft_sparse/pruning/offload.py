@@ -33,7 +33,7 @@ def execution_device(model: nn.Module) -> torch.device:
     return torch.device(next((device for device in devices if device is not None), first))
 
 
-class Weight:
+class OffloadableWeight:
     """The weight of one linear of a model, wherever it is kept.
 
     Args:
@@ -56,7 +56,7 @@ class Weight:
     @contextmanager
     def loaded(self) -> Iterator[torch.Tensor]:
         """The weight as (out, in), in the module and on the device where the module's forward runs. Changes last only
-        with [`Weight.keep`]."""
+        with [`OffloadableWeight.keep`]."""
         if self._hook is None:
             yield get_weight(self.linear)
             return
@@ -67,7 +67,8 @@ class Weight:
             self._hook.post_forward(self._holder, None)
 
     def remember(self) -> None:
-        """Note the weight as it is, for [`Weight.restore`]: a copy in CPU memory, or for one on disk where it is."""
+        """Note the weight as it is, for [`OffloadableWeight.restore`]: a copy in CPU memory, or for one on disk where
+        it is."""
         with self.loaded() as weight:
             if self._on_disk:
                 mapping, key = self._maps
@@ -94,7 +95,7 @@ class Weight:
         self._before = None
 
     def keep(self) -> None:
-        """To be called within [`Weight.loaded`]: what the weight is now lasts."""
+        """To be called within [`OffloadableWeight.loaded`]: what the weight is now lasts."""
         if self._hook is None:
             return
         mapping, key = self._maps
@@ -133,17 +134,6 @@ def _folder_of(loader: OffloadedWeightsLoader) -> Path:
     if not hasattr(loader, "_pruned_folder"):
         loader._pruned_folder = tempfile.TemporaryDirectory(prefix="peft-sparse-")
     return Path(loader._pruned_folder.name)
-
-
-def stored_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state dict of a model, with the tensors that hooks keep in place of empty ones."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:
-            yield name, tensor
-            continue
-        path, _, last = name.rpartition(".")
-        hook, _, between = holder_of(model, path)
-        yield name, tensor if hook is None else hook.weights_map[f"{between}{last}"]
 
 
 class BlockMover:

@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedConfig
 
-from peft_sparse.pruning.offload import stored_state
+from peft_sparse.linears import stored_state
 from peft_sparse.storage import CONFIG_KEY
 
 MANIFEST = "pruning_run.json"

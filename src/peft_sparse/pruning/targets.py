@@ -27,7 +27,7 @@ from peft_sparse.linears import (
     shared_weights,
     warn_of_dense_parameters,
 )
-from peft_sparse.pruning.offload import Weight
+from peft_sparse.pruning.offload import OffloadableWeight
 from peft_sparse.sparsity import Pattern, select_mask
 from peft_sparse.tuners.field_checks import check_names
 
@@ -48,7 +48,8 @@ def find_targets(
         target_modules: names of linears or the ends of names ("q_proj", "self_attn.q_proj"), or one regex that matches
             full names, as in PEFT. None: all linears inside the repeated blocks, but no routers.
         exclude_modules: what to leave out of them, given in the same way.
-        called: by default only linears that are called, whose inputs can be seen; warns with the names of others.
+        called: of all linears (`target_modules=None`) take only those that are called, whose inputs can be seen, and
+            warn with the names of the others.
 
     Raises:
         ValueError: if what should be names is none, if there is nothing to prune, or if a target carries an adapter,
@@ -65,19 +66,7 @@ def find_targets(
             f"{type(model).__name__} has no list of such blocks; name the linears to prune in `target_modules` of "
             f"`prune_magnitude`."
         )
-    names = [name for name in candidates if target_modules is None or matches(target_modules, name)]
-    excluded = [name for name in names if exclude_modules is not None and matches(exclude_modules, name)]
-    if exclude_modules is not None and not excluded:
-        warnings.warn(
-            f"`exclude_modules` names linears to leave alone, got {exclude_modules!r}, which is none.", stacklevel=3
-        )
-    unknown = [end for end in _listed(target_modules) if not any(matches([end], name) for name in candidates)]
-    if names and unknown:
-        warnings.warn(
-            f"`target_modules` names linears to prune, got {unknown!r}, which are none; the others are pruned.",
-            stacklevel=3,
-        )
-    chosen = {name: candidates[name] for name in names if name not in excluded}
+    chosen = _chosen(candidates, target_modules, exclude_modules)
     for name, linear in chosen.items():
         _check_plain(name, linear)
     targets = _without_tied(model, chosen, named=target_modules is not None)
@@ -89,15 +78,8 @@ def find_targets(
         )
     for name, linear in targets.items():
         pattern.check_width(in_out_features(linear)[0], name)
-    for name in targets:
-        weight = Weight(model, name)
-        if not weight.in_memory:
-            raise ValueError(
-                f"A pruner changes weights in memory, got `{name}`, which is on the meta device (never loaded); load "
-                "the model with its weights. What accelerate's hooks keep in CPU memory or on disk is fine."
-            )
-        with weight.loaded() as values:
-            _check_finite(name, values)
+    for name in targets:  # after all that is quickly seen
+        _check_numbers(name, OffloadableWeight(model, name))
     if target_modules is None:
         _warn_of_routers(model)
         warn_of_dense_parameters(model)
@@ -134,8 +116,24 @@ def _check_names(target_modules: Names | None, exclude_modules: Names | None) ->
         )
 
 
-def _listed(names: Names | None) -> list[str]:
-    return [] if names is None or isinstance(names, str) else sorted(names)
+def _chosen(
+    candidates: dict[str, nn.Module], target_modules: Names | None, exclude_modules: Names | None
+) -> dict[str, nn.Module]:
+    """The linears that are named and not excluded. Warns of names that name none of them."""
+    named = [name for name in candidates if target_modules is None or matches(target_modules, name)]
+    excluded = [name for name in named if exclude_modules is not None and matches(exclude_modules, name)]
+    if exclude_modules is not None and not excluded:
+        warnings.warn(
+            f"`exclude_modules` names linears to leave alone, got {exclude_modules!r}, which is none.", stacklevel=4
+        )
+    listed = [] if target_modules is None or isinstance(target_modules, str) else sorted(target_modules)
+    unknown = [end for end in listed if not any(matches([end], name) for name in candidates)]
+    if named and unknown:
+        warnings.warn(
+            f"`target_modules` names linears to prune, got {unknown!r}, which are none; the others are pruned.",
+            stacklevel=4,
+        )
+    return {name: candidates[name] for name in named if name not in excluded}
 
 
 def _without_uncalled(model: nn.Module, linears: dict[str, nn.Module], excluded: Names | None) -> dict[str, nn.Module]:
@@ -202,11 +200,17 @@ def _check_plain(name: str, linear: nn.Module) -> None:
     check_own_weight(name, linear)
 
 
-def _check_finite(name: str, weight: torch.Tensor) -> None:
-    if not bool(weight.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
+def _check_numbers(name: str, weight: OffloadableWeight) -> None:
+    if not weight.in_memory:
         raise ValueError(
-            f"Pruning compares finite weights, got {bad} NaN or infinite ones of {weight.numel()} in `{name}`; load a "
+            f"A pruner changes weights in memory, got `{name}`, which is on the meta device (never loaded); load "
+            "the model with its weights. What accelerate's hooks keep in CPU memory or on disk is fine."
+        )
+    with weight.loaded() as values:
+        bad = int((~values.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"Pruning compares finite weights, got {bad} NaN or infinite ones of {values.numel()} in `{name}`; load a "
             "sound checkpoint, or exclude it with `exclude_modules`."
         )
 

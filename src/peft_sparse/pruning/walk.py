@@ -15,45 +15,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from peft_sparse.linears import find_block_lists, get_weight, in_out_features, linears_inside
+from peft_sparse.linears import find_block_lists, linears_inside, temporary_forward
 from peft_sparse.pruning.data import Batch
-from peft_sparse.pruning.offload import BlockMover, Weight, execution_device
+from peft_sparse.pruning.offload import BlockMover, OffloadableWeight, execution_device
 from peft_sparse.pruning.padding import TokenMasks, may_see_text, update_hook
-from peft_sparse.sparsity import ColumnNorms
-
-
-class Statistics(Protocol):
-    """What a pruner gathers about the inputs of one linear, such as [`ColumnNorms`]."""
-
-    num_tokens: int
-
-    def update(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
-        """Take in the inputs (sequences, tokens, in) of one batch; ValueError if they hold NaN or infinity."""
-
-
-def empty_norms(linear: nn.Module) -> ColumnNorms:
-    """The statistics of Wanda, RIA and OWL, which live where the linear's weight is."""
-    return ColumnNorms(in_out_features(linear)[0], get_weight(linear).device)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Another `forward` for a module, which gets its own back afterwards."""
-    # Not the module itself: models read attributes of their blocks. Some libraries have replaced `forward` already.
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+from peft_sparse.pruning.statistics import Statistics
 
 
 class _Reached(Exception):
@@ -118,7 +89,7 @@ class Walk:
                 steps.append(Step(block_list.name, name, block, linears))
         self.mover.check_blocks(self.model, [step.block for step in steps])
         for block in dict.fromkeys(step.block for step in steps if self.mover.device is not None):
-            self.replaced.enter_context(forward_replaced(block, self.mover.forward_of(block)))
+            self.replaced.enter_context(temporary_forward(block, self.mover.forward_of(block)))
         order: list[Step] = []
         dense: dict[str, Any] = {}
 
@@ -137,7 +108,7 @@ class Walk:
 
         with ExitStack() as replaced:
             for step in steps:
-                replaced.enter_context(forward_replaced(step.block, observed(step)))
+                replaced.enter_context(temporary_forward(step.block, observed(step)))
             self._forward(0)
         for step in steps:
             if step.linears and not step.calls:
@@ -183,7 +154,13 @@ class Walk:
                 self.spare[list_name] = copy.deepcopy(self.outputs[list_name][self.index])
             return self.spare[list_name]
 
-        (self.replaced if replaced is None else replaced).enter_context(forward_replaced(step.block, answer))
+        (self.replaced if replaced is None else replaced).enter_context(temporary_forward(step.block, answer))
+
+    def pass_on(self, step: Step) -> None:
+        """Run all batches through a block that is done, which answers with what it returns from now on; nothing where
+        blocks have to run again."""
+        if self.answers:
+            self.finish(step, [self.output_of(step, index) for index in range(len(self.batches))])
 
     def gather(self, step: Step, new_statistics: Callable[[nn.Module], Any]) -> dict[str, Any]:
         """The statistics of a block's targets over all batches, by full name."""
@@ -196,7 +173,7 @@ class Walk:
         """The statistics of the targets of all blocks, in one forward per batch of the model as it is."""
         with self._gathering(steps, new_statistics) as statistics, ExitStack() as seen:
             for step in steps[:-1]:
-                seen.enter_context(forward_replaced(step.block, self._seen(step, step.block.forward)))
+                seen.enter_context(temporary_forward(step.block, self._seen(step, step.block.forward)))
             for index in range(len(self.batches)):
                 self.output_of(steps[-1], index)
         return statistics
@@ -208,7 +185,7 @@ class Walk:
         for step in steps:
             hooks += self.masks.hooks_for(step.block, list(step.linears.values()))
             for name, linear in step.linears.items():
-                with Weight(self.model, name).loaded():  # for its device
+                with OffloadableWeight(self.model, name).loaded():  # for its device
                     statistics[name] = new_statistics(linear)
                 hook = update_hook(self.masks, partial(self._update, name, statistics[name]))
                 hooks.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
@@ -222,10 +199,8 @@ class Walk:
                 raise_no_input(name, len(self.batches))
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
-        in_decoder, of_text = (
-            self.has_decoder and step.list_name != self.first_list,
-            may_see_text(self.model, step.name),
-        )
+        in_decoder = self.has_decoder and step.list_name != self.first_list
+        of_text = may_see_text(self.model, step.name)
 
         def see(*args: Any, **kwargs: Any) -> Any:
             self.masks.enter_block(in_decoder, of_text, args, kwargs)
@@ -245,7 +220,7 @@ class Walk:
                 raise _Reached
             return self.output
 
-        with forward_replaced(step.block, stop_after):
+        with temporary_forward(step.block, stop_after):
             try:
                 self._forward(index)
             except _Reached:

@@ -17,8 +17,8 @@ from torch import nn
 
 from peft_sparse.linears import get_weight
 from peft_sparse.pruning.run import plan_run
+from peft_sparse.pruning.statistics import empty_norms
 from peft_sparse.pruning.targets import Names, prune_by_scores
-from peft_sparse.pruning.walk import empty_norms
 from peft_sparse.sparsity import ColumnNorms, Pattern, pattern_with_group, wanda_importance
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -5,10 +5,10 @@ belongs to column 8 j + b, which is NumPy's `packbits(..., bitorder="little")`. 
 the entries that it keeps, row by row, so that n of N weights in a dtype of d bytes take n d + N / 8 bytes.
 
 Unpacking is the one of the two that has to be fast: on a CPU the kernels of `peft_sparse.native` do it where there are
-some. Everywhere else, the k-th kept place gets the k-th value: a running count over the
-bytes and a table of the ranks inside a byte say which value a place gets, and the places without one get a zero that
-is put before the values. So it is two table look-ups, a cumulative sum and a gather, without a branch, which is
-faster than `masked_scatter_`, whose branch for each bit no processor predicts.
+some. Everywhere else, the k-th kept place gets the k-th value: a running count over the bytes and a table of the ranks
+inside a byte say which value a place gets, and the places without one get a zero that is put before the values. So it
+is two table look-ups, a cumulative sum and a gather, without a branch, which is faster than `masked_scatter_`, whose
+branch for each bit no processor predicts.
 """
 
 from __future__ import annotations
@@ -163,9 +163,10 @@ class _Places:
 
     def __init__(self, values: int, device: torch.device) -> None:
         self.ranks = _byte_ranks(torch.int32 if values < 2**31 else torch.int64, device)
-        self.codes, self.counts, self.ends, self.index = (
-            torch.empty(0, dtype=dtype, device=device) for dtype in (torch.int32,) * 2 + (self.ranks.dtype,) * 2
-        )
+        self.codes = torch.empty(0, dtype=torch.int32, device=device)
+        self.counts = torch.empty(0, dtype=torch.int32, device=device)
+        self.ends = torch.empty(0, dtype=self.ranks.dtype, device=device)
+        self.index = torch.empty(0, dtype=self.ranks.dtype, device=device)
         self.before: torch.Tensor | int = 0  # values in the blocks so far
 
     def __call__(self, bitmask: torch.Tensor) -> torch.Tensor:

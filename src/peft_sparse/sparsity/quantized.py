@@ -76,7 +76,9 @@ class FourBitWeight(NamedTuple):
         found = torch.index_select(pairs, 0, codes, out=None if whole is None else whole.view(-1, 2)).view(-1)
         found = _times(found[: high - low], self.scales(blocks), self.block_size)
         entries = found[first - low : last - low].view(stop - start, self.size[1])
-        return entries if out is None else out if whole is not None else out.copy_(entries)
+        if out is None:
+            return entries
+        return out if whole is not None else out.copy_(entries)
 
     def dense(self) -> torch.Tensor:
         """All of it, (out, in), a new tensor."""

@@ -161,9 +161,8 @@ def _choose_in_block(
     if match_authors:
         rank = pattern.num_pruned(sparsity, scores.numel()) + 1
         return scores <= scores.view(-1).kthvalue(rank).values
-    before, after = (
-        pattern.num_pruned(sparsity, pattern.group_size((rows, stop))) for stop in (start, start + columns)
-    )
+    before = pattern.num_pruned(sparsity, pattern.group_size((rows, start)))
+    after = pattern.num_pruned(sparsity, pattern.group_size((rows, start + columns)))
     if pattern.group == "row":
         return ~select_mask(scores.T, after - before, columns).T
     return ~select_mask(scores, after - before, scores.numel())

@@ -19,7 +19,9 @@ def counted_tokens(x: torch.Tensor, token_mask: torch.Tensor | None = None) -> t
         (counted tokens, in) float32, which may be `x` itself seen otherwise. Inputs without any token, which a linear
         gets that is not for this batch (an expert, a language's adapter), are no sequence.
     """
-    num_sequences = 0 if not x.numel() else x.shape[0] if x.dim() > 2 else 1
+    num_sequences = x.shape[0] if x.dim() > 2 else 1
+    if not x.numel():
+        num_sequences = 0
     if token_mask is not None and token_mask.shape == x.shape[:-1]:
         x = x[token_mask]
     return x.detach().reshape(-1, x.shape[-1]).to(torch.float32), num_sequences
@@ -106,11 +108,8 @@ class Hessian:
     def copy(self) -> Hessian:
         """Another one with the same content."""
         copied = Hessian(0)
-        copied.matrix, copied.num_sequences, copied.num_tokens = (
-            self.matrix.clone(),
-            self.num_sequences,
-            self.num_tokens,
-        )
+        copied.matrix = self.matrix.clone()
+        copied.num_sequences, copied.num_tokens = self.num_sequences, self.num_tokens
         return copied
 
 

@@ -71,23 +71,30 @@ class StoredModel:
         linears: dict[str, nn.Module | None] = {
             f"{name}.weight": linear for name, linear in (block_linears(model) or linears_inside(model)).items()
         }
-        wanted = linears | dict.fromkeys(block_experts(model))
-        same: dict[int, list[str]] = {}  # the names of each parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            same.setdefault(id(parameter), []).append(name)
-        keys: dict[str, dict[str, bool]] = {}  # what is stored of each, and whether it is computed from that
+        stored = self._keys_of_weights(model)
+        found: dict[str, StoredLinear] = {}
+        for name, module in (linears | dict.fromkeys(block_experts(model))).items():
+            if name not in stored:
+                return None
+            for key, converted in sorted(stored[name].items()):
+                is_part = module is None or converted
+                found[key if is_part else name] = StoredLinear(key, None if is_part else module)
+        return {name.removesuffix(".weight"): linear for name, linear in found.items()}
+
+    def _keys_of_weights(self, model: PreTrainedModel) -> dict[str, dict[str, bool]]:
+        """By each name of a weight in the model: what is stored of it, and whether it is computed from that."""
+        keys: dict[str, dict[str, bool]] = {}
         for key, (name, converted) in names_in_model(model, self.tensors).items():
             if len(self.tensors[key].shape) > 1:
                 keys.setdefault(name, {})[key] = converted
-        found: dict[str, StoredLinear] = {}
-        for name, module in wanted.items():
-            stored = next((keys[other] for other in (name, *same[id(model.get_parameter(name))]) if other in keys), {})
-            if not stored:
-                return None
-            for key in sorted(stored):
-                is_part = module is None or stored[key]
-                found[key if is_part else name] = StoredLinear(key, None if is_part else module)
-        return {name.removesuffix(".weight"): linear for name, linear in found.items()}
+        names_of: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names_of.setdefault(id(parameter), []).append(name)
+        for names in names_of.values():
+            stored_as = next((name for name in names if name in keys), None)
+            if stored_as is not None:
+                keys |= {name: keys[stored_as] for name in names if name not in keys}
+        return keys
 
 
 def transformers_class(name: str) -> type[PreTrainedModel] | None:

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse.checkpoint.models import TASKS
+from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.linears import block_linears
 from peft_sparse.training.recipe import METHODS, Recipe
 

@@ -13,7 +13,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from peft_sparse.checkpoint import lookup
 from peft_sparse.checkpoint.labels import named_labels
 from peft_sparse.checkpoint.lookup import is_adapter
-from peft_sparse.checkpoint.models import is_for, load_model
+from peft_sparse.checkpoint.models import load_model
+from peft_sparse.checkpoint.tasks import is_for
 from peft_sparse.training.callbacks import SparsityCallback, log_before_reporters
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples

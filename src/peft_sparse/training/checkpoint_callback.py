@@ -25,9 +25,8 @@ class CheckpointCallback(TrainerCallback):
 
     When a Trainer with it is made, unfinished checkpoints that are newer than the last complete one are renamed to
     `incomplete-checkpoint-<step>`: `train(resume_from_checkpoint=True)` takes the newest folder without looking. After
-    each save, when all processes are done, a manifest of the files is written, by which
-    [`last_complete_checkpoint`] knows a complete checkpoint. Before training
-    and before each save it is checked that there is a place for it.
+    each save, when all processes are done, a manifest of the files is written, by which [`last_complete_checkpoint`]
+    knows a complete checkpoint. Before training and before each save it is checked that there is a place for it.
 
     One run at a time may write to an `output_dir`.
 

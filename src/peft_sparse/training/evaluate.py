@@ -13,7 +13,8 @@ import torch
 from transformers import TrainingArguments
 
 from peft_sparse.checkpoint.lookup import has_tokenizer
-from peft_sparse.checkpoint.models import pad_as, task_of
+from peft_sparse.checkpoint.models import pad_as
+from peft_sparse.checkpoint.tasks import task_of
 from peft_sparse.evaluation import perplexity, sparsity_report
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.pruning.checks import check_positions, context_length
@@ -21,7 +22,7 @@ from peft_sparse.training.build import load_tokenizer, model_of, names_of
 from peft_sparse.training.data import Examples, make_examples, token_stream
 from peft_sparse.training.fit import check_fit
 from peft_sparse.training.labels import label_names
-from peft_sparse.training.metrics import Metrics, other_outputs
+from peft_sparse.training.metrics import Metrics, other_outputs, without_times
 from peft_sparse.training.recipe import Recipe, make_recipe
 
 
@@ -123,8 +124,7 @@ def _by_trainer(
             **Metrics(metrics, language_model).for_trainer(),
         )
         measured = trainer.evaluate(ignore_keys=other_outputs())
-    times = ("_runtime", "_per_second", "preparation_time", "epoch")
-    return {key.removeprefix("eval_"): value for key, value in measured.items() if not key.endswith(times)}
+    return {name.removeprefix("eval_"): value for name, value in without_times(measured).items()}
 
 
 def _check_label_order(own: Mapping[str, int], labels: Sequence[Any] | None) -> None:

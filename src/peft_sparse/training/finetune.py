@@ -21,10 +21,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from peft_sparse.checkpoint.convert import copy_tokenizer, new_folder, save_model
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import pad_as
+from peft_sparse.checkpoint.new_folder import copy_tokenizer, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
@@ -43,7 +43,7 @@ from peft_sparse.training.build import (
 from peft_sparse.training.data import Examples, calibration_texts, make_examples
 from peft_sparse.training.engines import check_merge_in_one_process, check_trained, loaded_whole, save_adapter
 from peft_sparse.training.fit import check_fit, check_hub
-from peft_sparse.training.metrics import other_outputs
+from peft_sparse.training.metrics import other_outputs, without_times
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import FinetuneResult
 from peft_sparse.training.start import where_to_start
@@ -58,10 +58,17 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
             that is finished stays as it is, and its result is returned again; one that has all its steps, but was
             stopped before its end, is evaluated, saved and merged.
 
+    Returns:
+        What the run did, which is also in result.json.
+
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
             an earlier run in the folder and `resume` is not asked for, or none to resume; or, when all is written, if
             the training diverged.
+
+    Examples:
+        >>> # result = finetune(load_recipe("configs/spp_causal_lm.yaml", ["training.max_steps=20"]))
+        >>> # print(result.metrics, result.merged)
     """
     begin = time.perf_counter()
     arguments = training_arguments(recipe)
@@ -85,7 +92,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     trained = trainer.train(resume_from_checkpoint=start.checkpoint, ignore_keys_for_eval=other_outputs())
     measured = {} if start.trained else {"train_loss": trained.metrics["train_loss"]}
     if examples.validation is not None and recipe.evaluation.at_end:
-        measured |= _numbers(trainer.evaluate(ignore_keys=other_outputs()))
+        numbers = without_times(trainer.evaluate(ignore_keys=other_outputs()))
+        measured |= {name: float(value) for name, value in numbers.items()}
     result = FinetuneResult(
         method=recipe.method,
         steps=trainer.state.global_step,
@@ -172,20 +180,30 @@ def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> E
 def _start_model(
     recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
 ) -> tuple[Any, list[str]]:
-    """The model to adapt, and its new modules. Of several processes the first one prunes, and the others read what it
-    saved."""
-    pruned = recipe.output_dir / PRUNED
-    if recipe.pruner is not None and not resumed and arguments.process_index == 0:
-        with loaded_whole(arguments):
-            model, new = _prune(recipe, tokenizer, examples, pruned)
-    if recipe.pruner is not None and not resumed:
-        PartialState().wait_for_everyone()
+    """The model to adapt, and its new modules."""
     if recipe.pruner is None:
         model, new = _model(recipe, tokenizer, examples)
-    elif resumed or arguments.process_index != 0 or arguments.deepspeed_plugin is not None:
-        model, new = model_of(recipe, pruned), noted_new_modules(pruned)
+    else:
+        model, new = _pruned_model(recipe, tokenizer, arguments, examples, resumed)
     pad_as(model, tokenizer)
     return model, new
+
+
+def _pruned_model(
+    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
+) -> tuple[Any, list[str]]:
+    """The pruned model, and its new modules. Of several processes the first one prunes, and the others read what it
+    saved."""
+    folder = recipe.output_dir / PRUNED
+    prunes = not resumed and arguments.process_index == 0
+    if prunes:
+        with loaded_whole(arguments):
+            model, new = _prune(recipe, tokenizer, examples, folder)
+    if not resumed:
+        PartialState().wait_for_everyone()
+    if prunes and arguments.deepspeed_plugin is None:
+        return model, new
+    return model_of(recipe, folder), noted_new_modules(folder)  # with ZeRO-3 the first one too, for its share
 
 
 def _model(recipe: Recipe, tokenizer: Any, examples: Examples) -> tuple[Any, list[str]]:
@@ -246,9 +264,3 @@ def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
             )
     result.merged, result.sparsity = str(folder), sparsity_report(folder).total_sparsity
     result.zeros_lost = None if report is None else report.lost
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Without how long it took."""
-    times = ("_runtime", "_per_second", "epoch")
-    return {key: float(value) for key, value in metrics.items() if not key.endswith(times)}

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from peft_sparse.linears import is_share
 from peft_sparse.sparsity import dense_weight, pack_mask, unpack_mask
 from peft_sparse.tuners.pst import PstLinear, driven_adapters
 from peft_sparse.tuners.sparse_layer import SparseLayer
@@ -60,7 +60,7 @@ def counted_sparsity(model: nn.Module) -> dict[str, float]:
     """PST's sparsity by its counts alone, which every process has; of several adapters in a layer the last one's."""
     weights = zeros = 0
     for layer in sparse_layers(model):
-        if isinstance(layer, PstLinear) and (names := layer._present(layer.active_adapters)):
+        if isinstance(layer, PstLinear) and (names := layer.present_adapters(layer.active_adapters)):
             weights += layer.in_features * layer.out_features
             zeros += layer.sparsity_progress(names[-1])[1] * layer.num_groups(names[-1])
     return {"sparsity": zeros / weights} if weights else {}
@@ -110,12 +110,12 @@ def _masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name of the layer, bool mask (out, in)), True = kept: of its last adapter, whose weight the forward uses; for
     SPP where that weight is not zero."""
     for layer, adapter_name, weight in _adapted(model):
-        if adapter_name != layer._present(layer.active_adapters)[-1]:
+        if adapter_name != layer.present_adapters(layer.active_adapters)[-1]:
             continue
         if isinstance(layer, PstLinear):
-            yield layer._module_name, layer.get_mask(adapter_name, weight)
+            yield layer.module_name, layer.get_mask(adapter_name, weight)
         else:
-            yield layer._module_name, dense_weight(layer.effective_weight(adapter_name, weight)) != 0
+            yield layer.module_name, dense_weight(layer.effective_weight(adapter_name, weight)) != 0
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[SparseLayer, str, Any]]:
             continue
         with layer.weights_loaded():
             weight, before = layer.base_weight, None
-            for adapter_name in layer._present(layer.active_adapters):
+            for adapter_name in layer.present_adapters(layer.active_adapters):
                 if before is not None:
                     weight = layer.effective_weight(before, weight)
                 yield layer, adapter_name, weight
@@ -135,5 +135,5 @@ def _adapted(model: nn.Module) -> Iterator[tuple[SparseLayer, str, Any]]:
 
 
 def _is_whole(layer: SparseLayer) -> bool:
-    """Whether all of a layer's weights are in this process: FSDP leaves shards in their place, ZeRO-3 nothing."""
-    return not any(isinstance(p, DTensor) or p.numel() == 0 for p in layer.parameters())
+    """Whether all of a layer's weights are in this process, and not shares of FSDP2 or ZeRO-3."""
+    return not any(map(is_share, layer.parameters()))

@@ -85,6 +85,12 @@ def _loss_and_perplexity(sums: np.ndarray) -> dict[str, float]:
     return {"loss": total / tokens if tokens else float("nan"), "perplexity": perplexity_of(total, tokens)}
 
 
+def without_times(measured: dict[str, Any]) -> dict[str, Any]:
+    """What a Trainer's evaluation has measured, without how long it took."""
+    times = ("_runtime", "_per_second", "preparation_time", "epoch")
+    return {name: value for name, value in measured.items() if not name.endswith(times)}
+
+
 def other_outputs() -> list[str]:
     """`ignore_keys` of a Trainer's evaluation: all that the outputs of loaded models may have beside loss and logits,
     such as a cache that is no tensor (Mamba), or a router's loss, which comes before the logits."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_sparse.checkpoint.lookup import PRUNED
-from peft_sparse.checkpoint.models import TASKS
+from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.pruning.sources import reader_of
 
 TEMPLATES = ("alpaca",)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_sparse.checkpoint.models import TASKS
+from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
 from peft_sparse.training.labels import check_labels
@@ -99,6 +99,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ValueError: if a key is unknown, a value has another type or is out of its range, or a needed one is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> text = "{model: {path: org/llama}, adapter: {method: spp}, data: {path: org/text, text: text}}"
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "recipe.yaml")
+        ...     _ = file.write_text(text, encoding="utf-8")
+        ...     recipe = load_recipe(file, ["training.output_dir=out", "training.max_steps=10"])
+        >>> recipe.training
+        {'output_dir': 'out', 'max_steps': 10}
     """
     return make_recipe(with_overrides(read_yaml(path), overrides))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
 
-from peft_sparse.checkpoint.convert import check_new_folder, check_writable
+from peft_sparse.checkpoint.new_folder import check_new_folder, check_writable
 from peft_sparse.training.checkpoints import STATE, checkpoint_fault, checkpoints, last_complete_checkpoint
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import RESULT, FinetuneResult, read_result

@@ -82,10 +82,9 @@ def _check_evaluation(recipe: Recipe) -> None:
                 f"Metrics, and a language model's perplexity, are made of the predictions of a whole split, got "
                 f"`training.{name}: {str(value).lower()}`, which keeps them back; leave it out."
             )
-    best, known = (
-        training.get("metric_for_best_model"),
-        {"loss", *metrics, *(["perplexity"] if language_model else [])},
-    )
+    best, known = training.get("metric_for_best_model"), {"loss", *metrics}
+    if language_model:
+        known.add("perplexity")
     if best is not None and known <= {"loss", "perplexity", *BUNDLED} and str(best).removeprefix("eval_") not in known:
         raise ValueError(
             f"`training.metric_for_best_model` is one that the run has, {', '.join(sorted(known))}, got {best!r}; "

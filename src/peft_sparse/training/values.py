@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, cast
+from typing import Any, Union
 
 import yaml
 
@@ -223,22 +223,24 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    for option in _options(hint):
-        plain: Any = typing.get_origin(option) or option
-        if plain is Any or (plain is type(None) and value is None) or (plain is bool and isinstance(value, bool)):
-            return True
-        if plain in (int, float):
-            numbers = (int,) if plain is int else (int, float)
-            if isinstance(value, numbers) and not isinstance(value, bool):
-                return True
-        elif isinstance(plain, type) and plain not in (bool, type(None)) and isinstance(value, plain):
-            inner, members = typing.get_args(option), cast(Any, value)
-            if plain is list and inner and not all(_fits(item, inner[0]) for item in members):
-                continue
-            if plain is dict and inner and not all(_fits(item, inner[1]) for item in members.values()):
-                continue
-            return True
-    return False
+    return any(_is_instance(value, option) for option in _options(hint))
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    """Whether a value is of one type, not of a union; members of lists and dictionaries too."""
+    plain, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if plain is Any:
+        return True
+    if plain in (int, float):
+        return isinstance(value, int if plain is int else (int, float)) and not isinstance(value, bool)
+    if not isinstance(plain, type) or not isinstance(value, plain):
+        return False
+    members: Any = value
+    if plain is list and inner:
+        return all(_fits(item, inner[0]) for item in members)
+    if plain is dict and inner:
+        return all(_fits(item, inner[1]) for item in members.values())
+    return True
 
 
 def _spelled(hint: Any) -> str:

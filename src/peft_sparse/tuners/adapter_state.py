@@ -101,26 +101,32 @@ def cast_to_base_dtype(layer: Any, adapter_name: str) -> None:
         layer.mark_new(adapter_name)
 
 
+def names_with_weights(model: nn.Module, names: Iterable[str] | None) -> tuple[str, ...]:
+    """Those of `modules_to_save` that name, by how it ends, a module with weights."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    full_names = [full for full, module in modules.items() if next(module.parameters(), None) is not None]
+    return tuple(name for name in names or () if any(full.endswith(name) for full in full_names))
+
+
 def check_modules_to_save(config: Any, model: nn.Module, targets: Container[str]) -> None:
     """What PEFT would find out when half of the model has adapters, or never: it leaves out what names nothing.
 
     Args:
-        config: a SparseConfig, which learns which of its names the model has.
+        config: a SparseConfig that knows which of its names the model has.
 
     Raises:
         ValueError: if one of the names is that of an adapted linear, of a part of a block that holds some, or, unless
             the adapter was saved so, of nothing; or if the weights that are to be loaded have none for a module.
     """
     names, modules = config.modules_to_save or (), dict(model.named_modules(remove_duplicate=False))
-    config._names_found = tuple(name for name in names if any(_has_weights(modules, full, name) for full in modules))
     unknown = [name for name in names if name not in HEADS and not any(full.endswith(name) for full in modules)]
-    if unknown and not config._awaits_weights:
+    if unknown and not config.awaits_weights:
         raise ValueError(
             f"`modules_to_save` has names of modules, or how they end, got {unknown[0]!r}, which is none of "
             f"{type(model).__name__}{_nearest(unknown[0], modules)}; mend it, or leave it out."
         )
-    if config._awaits_weights:
-        config.check_whole_modules(config._names_found)
+    if config.awaits_weights:
+        config.check_whole_modules(config.names_found)
     adapted = {name for name in modules if name in targets}
     in_blocks = adapted & block_linears(model).keys() if names else set()
     for name in modules:
@@ -137,10 +143,6 @@ def labels_of(model: nn.Module) -> list[str] | None:
     named = getattr(getattr(model, "config", None), "id2label", None) or {}
     names = [str(name) for _, name in sorted(named.items())]
     return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
-
-
-def _has_weights(modules: Mapping[str, nn.Module], full: str, name: str) -> bool:
-    return full.endswith(name) and next(modules[full].parameters(), None) is not None
 
 
 def _nearest(name: str, modules: Iterable[str]) -> str:

@@ -69,21 +69,23 @@ def check_names(name: str, value: Any, regex: bool = True, empty: bool = True) -
         return
     if value is None:
         return
-    way_out = f"a list of names{', or one string with a regular expression' if regex else ''}"
+    rule = f"a list of names{', or one string with a regular expression' if regex else ''}"
     names = list(value) if isinstance(value, (list, tuple, set, frozenset)) else None
     if names is None or not all(isinstance(entry, str) and entry for entry in names):
         hint = f"; for one name write [{value!r}]" if isinstance(value, str) else ""
-        raise ValueError(f"`{name}` is {way_out}, got {value!r}{hint}.")
+        raise ValueError(f"`{name}` is {rule}, got {value!r}{hint}.")
     if not names and not empty:
-        raise ValueError(f"`{name}` is {way_out}, got an empty one; leave it out for the default.")
+        raise ValueError(f"`{name}` is {rule}, got an empty one; leave it out for the default.")
 
 
 def check_indices(name: str, value: Any) -> None:
     """Raises:
     ValueError: if `value` is not None, a block's index, or a list of them."""
-    indices = list(value) if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
+    if value is None:
+        return
+    indices = list(value) if isinstance(value, (list, tuple, set)) else [value]
     good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_INT for i in indices)
-    if not good or (value is not None and not indices):
+    if not good or not indices:
         raise ValueError(
             f"`{name}` has indices of blocks, counted from 0: an integer or a list of them, got {value!r}."
         )

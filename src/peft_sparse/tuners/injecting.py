@@ -63,7 +63,8 @@ def take_back(model: Any, tuner: Any, adapter_name: str) -> None:
     Args:
         model: with PEFT's functions, and the tuner as its base model.
     """
-    if not all(layer.is_new(adapter_name) for layer in tuner.sparse_layers() if adapter_name in layer._first_versions):
+    layers = [layer for layer in tuner.sparse_layers() if layer.present_adapters([adapter_name])]
+    if not all(layer.is_new(adapter_name) for layer in layers):
         return
     if len(tuner.peft_config) > 1:
         model.delete_adapter(adapter_name)

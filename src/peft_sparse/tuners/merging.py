@@ -31,7 +31,7 @@ def merged_into(layer: Any, weight: Weight, adapter_name: str) -> Weight:
     """
     effective, support = layer.effective_weight(adapter_name, weight), layer.support(adapter_name, weight)
     entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-    check_finite(entries, weight, adapter_name, layer._module_name)
+    check_finite(entries, weight, adapter_name, layer.module_name)
     merged = with_entries(effective, entries)
     check_merge(layer, merged, support, weight, adapter_name)
     return merged
@@ -103,7 +103,7 @@ def check_merge(layer: Any, merged: Weight, support: torch.Tensor, weight: Weigh
     moved = int(((entries != 0) != support).sum())
     if moved:
         raise RuntimeError(
-            f"Merging keeps every zero of the forward, got {moved} that differ in `{layer._module_name}` (adapter "
+            f"Merging keeps every zero of the forward, got {moved} that differ in `{layer.module_name}` (adapter "
             f"{adapter_name}). Nothing was merged; please report this with your config."
         )
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
@@ -115,7 +115,7 @@ def check_merge(layer: Any, merged: Weight, support: torch.Tensor, weight: Weigh
     if not difference <= tolerance * expected.norm().clamp_min(torch.finfo(entries.dtype).tiny):
         raise RuntimeError(
             f"Merging keeps the layer's function, got outputs that differ by {difference / expected.norm():.1e} "
-            f"(relative; at most {tolerance:.0e} is rounding) in `{layer._module_name}` (adapter {adapter_name}). "
+            f"(relative; at most {tolerance:.0e} is rounding) in `{layer.module_name}` (adapter {adapter_name}). "
             "Nothing was merged; please report this with your config."
         )
 
@@ -125,7 +125,7 @@ def check_not_merged(layer: Any, adapter_name: str, doing: str) -> None:
     ValueError: if the adapter is merged into a layer. It starts with `doing`, such as "A sparsity schedule drives"."""
     if adapter_name in layer.merged_adapters:
         raise ValueError(
-            f"{doing} adapters that are not merged, got '{adapter_name}' merged into `{layer._module_name}`, whose "
+            f"{doing} adapters that are not merged, got '{adapter_name}' merged into `{layer.module_name}`, whose "
             "weight would stay as it is; call `unmerge_adapter()` first."
         )
 

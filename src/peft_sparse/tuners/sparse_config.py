@@ -90,11 +90,11 @@ class SparseConfig(PeftConfig):
     function_fields: ClassVar[tuple[str, ...]] = ()
     # Not annotated, so no fields, and not saved: whether PEFT read this config from a folder and has not loaded the
     # weights beside it yet.
-    _awaits_weights = False
+    awaits_weights = False
     # The modules besides the adapter that have weights beside a config that was read from a folder.
     _modules_there = cast("set[str] | None", None)
     # The entries of `modules_to_save` that name a module of the model which the adapter was added to.
-    _names_found = cast("tuple[str, ...]", ())
+    names_found = cast("tuple[str, ...]", ())
 
     @classmethod
     def from_pretrained(
@@ -111,7 +111,7 @@ class SparseConfig(PeftConfig):
             return config
         expected, config.checksums = (config.checksums or {}).get("weights"), None
         config._modules_there = check_folder(pretrained_model_name_or_path, subfolder, expected)
-        config._awaits_weights = True
+        config.awaits_weights = True
         return config
 
     def check_saved(self, folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> None:
@@ -129,7 +129,7 @@ class SparseConfig(PeftConfig):
             saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder, **kwargs)
             if isinstance(saved, type(self)):  # else no tensor has its name
                 self._check_same_function(saved, place)
-                saved.check_whole_modules(self._names_found)
+                saved.check_whole_modules(self.names_found)
         refuse_pickled(place)
 
     def check_again(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,8 +31,6 @@ from peft_sparse.linears import (
     has_hooks,
     in_out_features,
     is_dtensor,
-    keep_loaded,
-    offload_hook,
     set_weight,
     stored_weight,
     weight_parameter,
@@ -41,6 +38,7 @@ from peft_sparse.linears import (
 )
 from peft_sparse.sparsity import Weight, dense_weight, quantize_like, weight_entries, with_entries
 from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
+from peft_sparse.tuners.offloading import adapters_loaded
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
@@ -50,7 +48,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: the module that is wrapped; its weight stays frozen.
-        name: its full name in the model, for messages.
+        name: its full name in the model.
     """
 
     base_layer: Any  # nn.Linear, Conv1D, PackedLinear, Linear4bit or Linear8bitLt
@@ -69,7 +67,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self.merged_adapters: list[str] = []
-        self._module_name = name
+        self.module_name = name
         self._weight_before_merge: Any = None
         self._bits = bits(base_layer)  # 4 or 8 of a quantised base layer, else None
         self._first_versions: dict[str, list[int | None]] = {}
@@ -138,12 +136,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapter_names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        adapter_names = [] if self.disable_adapters or self.merged else self.present_adapters(self.active_adapters)
         if not adapter_names:
             return self.base_layer(x, *args, **kwargs)
         if not any(has_hooks(child) for child in self.children()):
             return self._adapted_forward(adapter_names, x)
-        with self._adapters_loaded():
+        with adapters_loaded(self):
             return call_as(self.base_layer, partial(self._adapted_forward, adapter_names), x)
 
     def _adapted_forward(self, adapter_names: list[str], x: torch.Tensor) -> torch.Tensor:
@@ -153,41 +151,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             x = self._cast_input_dtype(x, weight_parameter(self.base_layer).dtype)
         return self._forward_adapters(x, adapter_names)
 
-    def _adapters_loaded(self) -> Any:
-        """A context in which adapter weights that accelerate keeps elsewhere are here.
-
-        Raises:
-            ValueError: if they are to be trained: their gradients would be lost.
-        """
-        offloaded = [container for container in self._containers() if offload_hook(container) is not None]
-        if not offloaded:
-            return nullcontext()
-        if torch.is_grad_enabled() and any(p.requires_grad for module in offloaded for p in module.parameters()):
-            raise ValueError(
-                f"An adapter that is trained stays in memory, got one that accelerate has offloaded in "
-                f"`{self._module_name}`, so that its gradients would be lost; call "
-                "`model.base_model.keep_adapters_loaded()` before the optimizer is made, or dispatch the model before "
-                "`get_peft_model`."
-            )
-        return weights_loaded(*offloaded)
-
-    def keep_adapters_loaded(self, stored: dict[str, torch.Tensor] | None = None) -> None:
-        """Bring in all adapter weights that accelerate keeps elsewhere, for good. The base weight stays where it is.
-
-        Args:
-            stored: by their name in this layer, weights that accelerate may not find again.
-        """
-        for name, container in self.named_children():
-            if name != "base_layer":
-                own = {key.removeprefix(f"{name}."): tensor for key, tensor in (stored or {}).items()}
-                keep_loaded(container, own)
-
     def weights_loaded(self) -> Any:
         """A context in which the base weight and the adapters' are here and whole, to read, wherever accelerate keeps
         them and however they are sharded; of a sharded model all processes enter it at once. Yields whether it is."""
-        return weights_loaded(self.base_layer, *self._containers())
+        return weights_loaded(self.base_layer, *self.adapter_containers())
 
-    def _containers(self) -> list[nn.Module]:
+    def adapter_containers(self) -> list[nn.Module]:
+        """The modules that hold the adapters' parameters, by adapter."""
         return [child for name, child in self._modules.items() if name != "base_layer" and child is not None]
 
     def _forward_adapters(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -196,7 +166,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             weight = self.effective_weight(adapter_name, weight)
         return self.adapted_linear(x, weight, self.base_layer.bias, adapter_names[-1])
 
-    def _present(self, adapter_names: list[str]) -> list[str]:
+    def present_adapters(self, adapter_names: list[str]) -> list[str]:
+        """Those of some adapters that this layer has, in their order."""
         available = self._get_available_adapters()
         return [name for name in adapter_names if name in available]
 
@@ -213,7 +184,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """
         with gathered(self):
             weight = self.base_weight
-            for adapter_name in self._present(adapter_names):
+            for adapter_name in self.present_adapters(adapter_names):
                 weight = merged_into(self, weight, adapter_name)
             return weight
 
@@ -232,7 +203,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             return merged
         if dtype is None:
             return quantize_like(self.base_weight, merged)
-        return rounded_to(dtype, merged, self._module_name)
+        return rounded_to(dtype, merged, self.module_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight of the adapters into the base weight.
@@ -244,7 +215,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError, RuntimeError: see [`SparseLayer.merged_weight`]. The base weight is untouched then.
         """
-        adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
+        adapter_names = self.present_adapters(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
         own = weight_parameter(self.base_layer).detach()
@@ -276,7 +247,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             return
         if is_dtensor(before) != is_dtensor(weight_parameter(self.base_layer)):
             raise RuntimeError(
-                f"Unmerging writes into this process's share of a weight, got the whole one of `{self._module_name}`, "
+                f"Unmerging writes into this process's share of a weight, got the whole one of `{self.module_name}`, "
                 "which lives as long as a forward; call `unmerge_adapter()` before disabling adapters."
             )
         with torch.no_grad():

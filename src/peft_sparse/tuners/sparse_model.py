@@ -30,9 +30,11 @@ from peft_sparse.tuners.adapter_state import (
     check_adapter_state,
     check_modules_to_save,
     labels_of,
+    names_with_weights,
 )
 from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
+from peft_sparse.tuners.offloading import keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.targets import check_alone, check_linear, default_targets
@@ -85,6 +87,7 @@ class SparseTuner(BaseTuner):
         for name, module in targets.items():
             self._check_target(name, module)
         check_alone(targets, model)
+        peft_config.names_found = names_with_weights(model, peft_config.modules_to_save)
         check_modules_to_save(peft_config, model, targets)
         self._check_targets(targets, peft_config)
         if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
@@ -130,7 +133,7 @@ class SparseTuner(BaseTuner):
         """Bring in adapter weights that accelerate has offloaded, for good: to train them after a whole model with
         adapters was dispatched. Base weights stay where they are. Make the optimizer afterwards."""
         for layer in self.sparse_layers():
-            layer.keep_adapters_loaded()
+            keep_adapters_loaded(layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The last thing that PEFT does when it has loaded an adapter, after it dispatched an offloaded model anew.
@@ -138,9 +141,8 @@ class SparseTuner(BaseTuner):
         for name, layer in self.named_modules():
             if isinstance(layer, self.tuner_layer_cls):
                 prefix = f"base_model.{name}."
-                layer.keep_adapters_loaded(
-                    {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-                )
+                own = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+                keep_adapters_loaded(layer, own)
                 if not autocast_adapter_dtype:
                     cast_to_base_dtype(layer, adapter_name)
         super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -249,8 +251,9 @@ class SparseTuner(BaseTuner):
             names = [name for name in names if name not in layer.merged_adapters]
             with layer.weights_loaded():
                 merged = layer.merged_weight(names)
-                errors.add(layer._module_name, merged, layer.requantized(merged, dtype))
-                untrained += [layer._module_name] * any(map(layer.prunes_untrained, layer._present(names)))
+                errors.add(layer.module_name, merged, layer.requantized(merged, dtype))
+                if any(layer.prunes_untrained(name) for name in layer.present_adapters(names)):
+                    untrained.append(layer.module_name)
         errors.warn(dtype)
         if len(untrained) < len(layers):
             warn_of_untrained(untrained)
@@ -275,10 +278,10 @@ class SparseTuner(BaseTuner):
             check_adapter_state(remapped, current, adapter_keys(model, cls.tuner_layer_cls, adapter_name), cls.prefix)
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
-            if isinstance(tuner, SparseTuner) and config._awaits_weights:
+            if isinstance(tuner, SparseTuner) and config.awaits_weights:
                 take_back(model, tuner, adapter_name)
             raise
-        config._awaits_weights = False
+        config.awaits_weights = False
         if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
             tuner._just_loaded = remapped  # see `_cast_adapter_dtype`
         return remapped

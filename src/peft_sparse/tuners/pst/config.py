@@ -44,7 +44,9 @@ class PstConfig(SparseConfig):
             and gates of experts, linears that are not called, and those that share a weight.
         r: rank of the weight update U V.
         score_r: rank of the scores A B.
-        beta: scale of U V. alpha1: scale of A B. alpha2: scale of R and C.
+        beta: scale of U V.
+        alpha1: scale of A B.
+        alpha2: scale of R and C.
         sparsity: share of zeros at the end, in [0, 1). None: 0.9 for unstructured; an N:M pattern fixes it at 1 - N/M,
             and another value is an error.
         sparsity_pattern: shares of zeros at the end for some layers, others get `sparsity`. Keys are full names, ends

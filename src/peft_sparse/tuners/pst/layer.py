@@ -70,7 +70,7 @@ class PstLinear(SparseLayer):
         for attribute, start in zip(self.adapter_layer_names, self._initial_factors(config), strict=True):
             if start is not None:
                 getattr(self, attribute)[adapter_name] = nn.Parameter(start)
-        pattern, sparsity = parse_pattern(config.pattern), config.sparsity_of(self._module_name)
+        pattern, sparsity = parse_pattern(config.pattern), config.sparsity_of(self.module_name)
         schedule = partial(
             _sparsity_of_step,
             schedule=config.schedule,

@@ -63,7 +63,7 @@ def driven_adapters(model: nn.Module) -> list[tuple[PstLinear, str]]:
         ValueError: if there are none, or several of which none is trainable.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, PstLinear)]
-    active = [(layer, name) for layer in layers for name in layer._present(layer.active_adapters)]
+    active = [(layer, name) for layer in layers for name in layer.present_adapters(layer.active_adapters)]
     if not active:
         raise ValueError(
             f"A sparsity schedule drives PST layers, got {type(model).__name__} without an active one; make them with "
@@ -119,7 +119,8 @@ class PstModel(SparseTuner):
     tuner_layer_cls = PstLinear
 
     def set_sparsity_step(self, step: int, total_steps: int | None = None) -> None:
-        """See [`peft_sparse.tuners.pst.set_sparsity_step`]."""
+        """Set every layer to its sparsity after `step` of `total_steps` optimizer steps; arguments and errors as for
+        [`peft_sparse.tuners.pst.set_sparsity_step`]."""
         set_sparsity_step(self.model, step, total_steps)
 
     def _prepare_model(self, peft_config: PstConfig, model: nn.Module) -> None:

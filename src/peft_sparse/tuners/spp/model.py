@@ -42,8 +42,8 @@ class SppModel(SparseTuner):
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
-        if not peft_config._awaits_weights:  # else they have been trained
-            _warn_of_trained_whole(peft_config._names_found, model)
+        if not peft_config.awaits_weights:  # else they have been trained
+            _warn_of_trained_whole(peft_config.names_found, model)
 
     def _check_targets(self, targets: dict[str, nn.Module], peft_config: SparseConfig) -> None:
         linears = {name: unwrap(module) for name, module in targets.items()}
