@@ -476,6 +476,10 @@ CONFIGS = {
     "regex with layers": Case(
         nothing, config(SppConfig, target_modules=".*", layers_to_transform=[0]), "put the block numbers"
     ),
+    "tokens text": Case(nothing, config(SppConfig, trainable_token_indices="7"), "list of token numbers.*got '7'"),
+    "tokens below 0": Case(
+        nothing, config(PstConfig, trainable_token_indices={"embed_tokens": [-1]}), r"from 0, or a dict.*\[-1\]\}"
+    ),
     "task type": Case(nothing, config(PstConfig, task_type="POETRY"), "Invalid task type: 'POETRY'. Must be one of"),
     "checksums": Case(nothing, config(SppConfig, checksums=5), "`checksums` is what saving .*got 5; save or"),
     "checksums of another": Case(

@@ -1,5 +1,7 @@
 """An adapter is added wholly or not at all: after a refusal the model is as it was, and goes on working."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -100,6 +102,23 @@ def test_a_module_that_cannot_be_trained_whole(config, layer, start):
 
 
 # What else is asked of a config, and of PEFT's helpers
+
+
+@each_method
+def test_an_adapter_with_the_config_of_a_trained_one_is_told_to_be_no_copy(config, layer, recwarn):
+    """TRL makes its reference so: `model.add_adapter("ref", model.peft_config["default"])`."""
+    model = get_peft_model(prune_magnitude(tiny_llama()), config())
+    model.add_adapter("beside", model.peft_config["default"])
+    assert not [warning for warning in recwarn if "no copy" in str(warning.message)]  # both are new
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    with pytest.warns(UserWarning, match=r"got 'ref' with the config of 'default', .*`peft_config`, or a `ref_model`"):
+        model.add_adapter("ref", model.peft_config["default"])
+    recwarn.clear()
+    model.add_adapter("other", copy.copy(model.peft_config["default"]))
+    assert not [warning for warning in recwarn if "no copy" in str(warning.message)]
 
 
 @each_start

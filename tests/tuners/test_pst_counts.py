@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from peft_sparse import PstConfig
 from peft_sparse.tuners.pst import PstLinear
@@ -45,3 +46,19 @@ def test_they_follow_casts_and_copies(model):
     assert counts(model.to(torch.bfloat16)) == expected
     layer = next(m for m in model.modules() if isinstance(m, PstLinear))
     assert layer.pst_pruned["default"].dtype == torch.int64
+
+
+def test_an_average_of_the_weights_has_them(model):
+    """With `use_buffers=True`, as Lightning has it by default, it averages the counts: docs/troubles.md says what to
+    do."""
+    ema = get_ema_multi_avg_fn(0.9)
+    averages = [AveragedModel(model, multi_avg_fn=ema, use_buffers=use_buffers) for use_buffers in (False, True)]
+    model.base_model.set_sparsity_step(0, 10)
+    for step in range(4):
+        model.base_model.set_sparsity_step(step * 3 + 1, 10)
+        for average in averages:
+            average.update_parameters(model)
+    plain, with_buffers = (average.module for average in averages)
+    assert counts(plain) == counts(model) != counts(with_buffers)
+    with_buffers.base_model.set_sparsity_step(1, 1)
+    assert counts(with_buffers) == counts(model)

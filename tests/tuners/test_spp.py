@@ -126,6 +126,12 @@ def test_a_base_without_zeros_is_told_so():
         get_peft_model(tiny_llama(), SppConfig())
 
 
+def test_an_adapter_that_is_loaded_onto_a_dense_base_is_told_whose_it_is(tmp_path):
+    get_peft_model(prune_magnitude(tiny_llama()), SppConfig()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="already pruned.*14 of 14.*onto the pruned model that it was trained on"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
 def test_a_partly_dense_base_is_told_which(recwarn):
     model = prune_magnitude(tiny_llama(), exclude_modules=["down_proj"])
     with pytest.warns(UserWarning, match=r"2 of 14.*down_proj"):

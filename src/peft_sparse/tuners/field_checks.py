@@ -84,8 +84,24 @@ def check_indices(name: str, value: Any) -> None:
     if value is None:
         return
     indices = list(value) if isinstance(value, (list, tuple, set)) else [value]
-    good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_INT for i in indices)
-    if not good or not indices:
+    if not indices or not _are_indices(indices):
         raise ValueError(
             f"`{name}` has indices of blocks, counted from 0: an integer or a list of them, got {value!r}."
         )
+
+
+def check_tokens(name: str, value: Any) -> None:
+    """Raises:
+    ValueError: if `value` is not None, a list of tokens, or a dict with one for each name of a module."""
+    lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
+    named = not isinstance(value, dict) or all(isinstance(key, str) and key for key in value)
+    good = all(isinstance(tokens, list) and tokens and _are_indices(tokens) for tokens in lists)
+    if not named or not good or (value is not None and not lists):
+        raise ValueError(
+            f"`{name}` is a list of token numbers, from 0, or a dict that has one for the name of each embedding, "
+            f"got {value!r}; leave it out to train no embeddings."
+        )
+
+
+def _are_indices(values: list[Any]) -> bool:
+    return all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_INT for i in values)

@@ -1,10 +1,12 @@
-"""Adding an adapter, wholly or not at all: what is asked of its name, and the way back when adding or loading fails.
+"""Adding an adapter, wholly or not at all: what is asked of its name and config, and the way back when adding or
+loading fails.
 
 PEFT adds an adapter layer by layer, and keeps its parameters as attributes of containers, by its name.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +25,26 @@ def check_adapter_name(name: Any, layer_cls: Any) -> None:
         "The name of an adapter is a key of torch's ParameterDict and ModuleDict: not empty, without a dot, and no "
         f"attribute of theirs such as 'train' or 'keys', got {name!r}; take another, such as 'my_adapter'."
     )
+
+
+def warn_of_no_copy(tuner: Any, adapter_name: str) -> None:
+    """Where a new adapter is made of the very config of a trained one: TRL's trainers make their reference so, and
+    copy into it the parameters with `.default.` inside of their names, which ours end with, as IA3's do.
+
+    Args:
+        tuner: with the config of the new adapter among its own.
+    """
+    config = tuner.peft_config[adapter_name]
+    for name, other in tuner.peft_config.items():
+        layers = [layer for layer in tuner.sparse_layers() if name in layer._first_versions]
+        if name != adapter_name and other is config and not all(layer.is_new(name) for layer in layers):
+            warnings.warn(
+                f"A new adapter starts as its config says, got {adapter_name!r} with the config of {name!r}, which is "
+                "trained: it is no copy of it. TRL takes it for one, as the reference that DPOTrainer, KTOTrainer and "
+                "GRPOTrainer keep the model close to: hand them the merged model and a `peft_config`, or a "
+                "`ref_model`. If it is to start anew, give it a config of its own.",
+                stacklevel=4,
+            )
 
 
 class BeforeAdding:

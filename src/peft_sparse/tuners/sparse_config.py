@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from peft_sparse.linears import PackedLinear, unwrap
 from peft_sparse.storage.files import crc32
 from peft_sparse.tuners.adapter_files import CONFIG, check_folder, refuse_pickled, weights_crc32
-from peft_sparse.tuners.field_checks import check_bool, check_indices, check_names
+from peft_sparse.tuners.field_checks import check_bool, check_indices, check_names, check_tokens
 
 # What may be edited in a file without changing what the adapter computes.
 _UNCHECKED = {
@@ -68,6 +68,13 @@ class SparseConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None,
         metadata={"help": "Name of the list of blocks that `layers_to_transform` counts, such as 'layers'."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained and saved with the adapter, such as new ones of a chat "
+            "template; or a list of tokens for each embedding that is named."
+        },
     )
 
     labels: list[str] | None = field(
@@ -142,7 +149,8 @@ class SparseConfig(PeftConfig):
         self.__post_init__()
 
     def _check_same_function(self, saved: SparseConfig, place: Path) -> None:
-        other = [name for name in self.function_fields if getattr(saved, name) != getattr(self, name)]
+        names = (*self.function_fields, "trainable_token_indices")
+        other = [name for name in names if getattr(saved, name) != getattr(self, name)]
         if other:
             theirs, ours = (", ".join(f"{name}={getattr(c, name)!r}" for name in other) for c in (saved, self))
             raise ValueError(
@@ -220,6 +228,7 @@ class SparseConfig(PeftConfig):
         check_names("layers_pattern", self.layers_pattern)
         check_names("labels", self.labels, regex=False)
         check_indices("layers_to_transform", self.layers_to_transform)
+        check_tokens("trainable_token_indices", self.trainable_token_indices)
         check_bool("inference_mode", self.inference_mode)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment] # PEFT's habit

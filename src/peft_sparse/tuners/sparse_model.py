@@ -32,7 +32,7 @@ from peft_sparse.tuners.adapter_state import (
     labels_of,
     names_with_weights,
 )
-from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back
+from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back, warn_of_no_copy
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
 from peft_sparse.tuners.offloading import keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
@@ -59,6 +59,7 @@ class SparseTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """See PEFT; a model to which an adapter cannot be added is as it was."""
         check_adapter_name(adapter_name, self.tuner_layer_cls)
+        warn_of_no_copy(self, adapter_name)
         before = BeforeAdding(model, self.tuner_layer_cls)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -39,9 +39,9 @@ class PstConfig(SparseConfig):
     weights; drive it with `SparsityCallback` or `PstModel.set_sparsity_step`.
 
     Args:
-        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig.
-            `target_modules=None` means every linear inside the model's repeated blocks but, with a warning, routers
-            and gates of experts, linears that are not called, and those that share a weight.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices:
+            as in PEFT's LoraConfig. `target_modules=None` means every linear inside the model's repeated blocks but,
+            with a warning, routers and gates of experts, linears that are not called, and those that share a weight.
         r: rank of the weight update U V.
         score_r: rank of the scores A B.
         beta: scale of U V.

@@ -24,6 +24,11 @@ from peft_sparse.tuners.spp.layer import SppLinear
 
 # A pruned weight has far more zeros; a dense one has a few by chance, most in half precision.
 DENSE_BELOW = 0.01
+_PRUNE_FIRST = "prune the model first, for example with `peft_sparse.prune_wanda`"
+_LOADED_ELSEWHERE = (
+    "load the adapter onto the pruned model that it was trained on (an adapter names the folder of its base: save one "
+    "that is pruned in memory with `save_pretrained` and load it from there, before it gets an adapter)"
+)
 
 
 class SppModel(SparseTuner):
@@ -51,10 +56,11 @@ class SppModel(SparseTuner):
             name for name, linear in linears.items() if not weight_parameter(linear).is_meta and not _is_pruned(linear)
         ]
         if dense and int(os.environ.get("RANK", 0)) == 0:  # the others may not have loaded the weights yet
+            way_out = _LOADED_ELSEWHERE if peft_config.awaits_weights else _PRUNE_FIRST
             warnings.warn(
                 f"SPP tunes a model that is already pruned and keeps its zeros, but {len(dense)} of {len(targets)} "
                 f"target layers have fewer than {DENSE_BELOW:.0%} zeros (the first is `{dense[0]}`). They would be "
-                "rescaled and stay dense; prune the model first, for example with `peft_sparse.prune_wanda`.",
+                f"rescaled and stay dense; {way_out}.",
                 stacklevel=2,
             )
         quantized = {name: linear for name, linear in linears.items() if bits(linear) is not None}
