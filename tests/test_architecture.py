@@ -32,6 +32,7 @@ ROOMS = (
     "sparsity",
     "native",
     "_switch",
+    "_graphs",
 )
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())

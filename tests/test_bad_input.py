@@ -48,6 +48,7 @@ from peft_sparse.sparsity import NM, Unstructured
 from models import VOCAB_SIZE, tiny_bert, tiny_gpt2, tiny_llama
 
 IDS = {"input_ids": torch.arange(3, 11)[None]}
+NOT_READ = "quantised in a way that is not read here .the first is `.*proj`, Parameter., so do this before"
 PROJECTION = "base_model.model.model.layers.1.mlp.down_proj"
 
 
@@ -152,6 +153,15 @@ def masked(place: Path) -> World:
 def parametrized(place: Path) -> World:
     model = tiny_llama()
     weight_norm(model.model.layers[1].mlp.down_proj)
+    return World(model)
+
+
+def foreign(place: Path) -> World:
+    """Quantised in a way that is not read, as torchao does it: with float8, which leaves nothing to install."""
+    model = tiny_llama()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     return World(model)
 
 
@@ -712,6 +722,7 @@ PRUNERS = {
     "magnitude: a key of the mapping": Case(llama, call(prune_magnitude, sparsity={"query": 0.5}), "got 'query'"),
     "magnitude: a mapping with gaps": Case(llama, call(prune_magnitude, sparsity={"q_proj": 0.5}), "(?s)q_proj|every"),
     "magnitude: no blocks": Case(mlp, call(prune_magnitude), "no list of such blocks; name the linears"),
+    "magnitude: quantised": Case(foreign, call(prune_magnitude), f"blocks; .*{NOT_READ}"),
     "magnitude: no such target": Case(llama, call(prune_magnitude, target_modules=["query"]), "got none .*have names"),
     "magnitude: targets number": Case(llama, call(prune_magnitude, target_modules=5), "is a list of names.*, got 5"),
     "magnitude: targets of adapters": Case(
@@ -878,6 +889,7 @@ STORED = {
         lambda world: save_sparse(world.model, "sparse"),
         "a parameter of its own, got `.*down_proj`.*prune.remove",
     ),
+    "save: quantised": Case(foreign, lambda world: save_sparse(world.model, "sparse"), NOT_READ),
     "save: no transformers model": Case(
         saved_sparse,
         lambda world: save_sparse(nn.Linear(4, 4), world.folder),
@@ -921,6 +933,7 @@ STORED = {
         pruned, call(verify_sparsity, pattern="unstructured"), "is N:M, .*'unstructured', which any zeros follow; pass"
     ),
     "report: no linear": Case(nothing, lambda _: sparsity_report(nn.ReLU()), "at least one linear, got none in ReLU"),
+    "report: quantised": Case(foreign, call(sparsity_report), f"at least one linear, got none .*{NOT_READ}"),
     "report: nothing there": Case(nothing, lambda _: sparsity_report("no folder!"), "is a folder, got 'no folder!'"),
 }
 
@@ -961,6 +974,7 @@ CALLS = {
     ),
     "pack: adapters": Case(spp, call(pack_model), "carries an adapter .*; pack the model first"),
     "pack: no such target": Case(pruned, call(pack_model, ["query"]), "at least one linear, got none .*names such as"),
+    "pack: quantised": Case(foreign, call(pack_model), f"at least one linear, got none .*{NOT_READ}"),
     "pack: no memory": Case(meta, call(pack_model), "needs weights in memory, got .*load the model"),
     "unpack: adapters": Case(
         packed,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_sparse.sparsity import masks, round_keeping_support, select_mask
+from peft_sparse.sparsity import masks, round_keeping_support, select_mask, select_mask_in_graph
 
 few_examples = settings(max_examples=60, deadline=None)
 
@@ -43,7 +43,9 @@ def test_exact_count_in_every_group_under_ties(case):
 def test_equals_a_stable_sort_with_nan_as_the_largest(case):
     """So of equal scores those with the lower index go first."""
     scores, group_size, num_pruned = case
-    assert torch.equal(select_mask(scores, num_pruned, group_size), obvious_mask(scores, num_pruned, group_size))
+    expected = obvious_mask(scores, num_pruned, group_size)
+    assert torch.equal(select_mask(scores, num_pruned, group_size), expected)
+    assert torch.equal(select_mask_in_graph(scores, torch.tensor(num_pruned), group_size), expected)
 
 
 @few_examples

@@ -22,7 +22,7 @@ from peft_sparse.checkpoint.commit import new_files
 from peft_sparse.checkpoint.labels import keep_labels
 from peft_sparse.checkpoint.packed import packed_linears, packed_weights, transposed_weights, unpacked_state
 from peft_sparse.checkpoint.shards import pack_folder
-from peft_sparse.linears import check_own_weight, linears_inside, stored_state
+from peft_sparse.linears import check_own_weight, linears_inside, not_read, stored_state
 from peft_sparse.storage.origin import BASE_MODEL, CONFIG_KEY, METHOD, facts_of, hub_name
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -113,6 +113,8 @@ def _check_model(model: Any) -> None:
             f"`save_sparse` packs floating point weights, got a quantized {type(model).__name__}; load it without "
             "quantization, or dequantize it with `model.dequantize()`."
         )
+    if unread := not_read(model):
+        raise ValueError(f"`save_sparse` packs floating point weights, got {type(model).__name__}{unread}.")
     for name, linear in linears_inside(model).items():
         check_own_weight(name, linear)
 

@@ -19,6 +19,7 @@ from peft_sparse.linears import (
     block_experts,
     block_linears,
     linears_inside,
+    not_read,
     storage_key,
     unwrap,
     weight_parameter,
@@ -78,7 +79,8 @@ def linear_weights(
     _check_parameters_alone(model)
     found, experts = _in_use(model, block_linears(model) or linears_inside(model)), _experts(model)
     if not found and not experts:
-        raise ValueError(f"A sparsity report needs at least one linear, got none in {type(model).__name__}.")
+        kind = type(model).__name__
+        raise ValueError(f"A sparsity report needs at least one linear, got none in {kind}{not_read(model)}.")
 
     @lru_cache(maxsize=1)  # its experts come one after the other, and may be far away
     def stored_parts(parameter: str) -> dict[str, torch.Tensor]:

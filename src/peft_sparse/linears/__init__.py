@@ -48,6 +48,7 @@ from peft_sparse.linears.quantized import (
     copy_of,
     dequantized_linear,
     is_foreign,
+    not_read,
     quantized_weight,
     write_quantized,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "linears_not_called",
     "matches",
     "names_in_blocks",
+    "not_read",
     "num_zeros",
     "offload_hook",
     "pack_model",

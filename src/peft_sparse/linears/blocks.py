@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from peft_sparse.linears.quantized import not_read
 from peft_sparse.linears.weights import in_out_features, is_linear, unwrap
 
 _ROUTERS = {"router", "altup"}
@@ -157,7 +158,8 @@ def block_linear_names(model: nn.Module) -> set[str]:
     if not inside:
         raise ValueError(
             "The default targets are the linears inside a model's repeated transformer blocks, but "
-            f"{type(model).__name__} has no list of such blocks; name the linears to adapt in `target_modules`."
+            f"{type(model).__name__} has no list of such blocks; name the linears to adapt in `target_modules`"
+            f"{not_read(model)}."
         )
     paths = {
         path for block_list in find_block_lists(model) for block in block_list.blocks for path in _block_linears(block)
@@ -227,6 +229,7 @@ def select_linears(
     if not targets:
         raise ValueError(
             f"{doing} needs at least one linear, got none in {type(model).__name__} for target_modules={wanted!r}, "
-            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}."
+            f"exclude_modules={excluded!r}; its linears have names such as {list(linears_inside(model))[:3]}"
+            f"{not_read(model)}."
         )
     return targets

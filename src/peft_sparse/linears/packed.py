@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_sparse._graphs import values_unknown
 from peft_sparse.ops import packed_linear
 from peft_sparse.sparsity import PackedWeight, packed_fault, row_starts
 
@@ -123,6 +124,8 @@ class PackedLinear(nn.Module):
 
     def _row_starts(self) -> torch.Tensor:
         if self._starts is None or self._starts[0] is not self.bitmask:
+            if values_unknown(self.bitmask):
+                return row_starts(self.bitmask)
             with torch.inference_mode(False):  # training may need them after evaluation
                 self._starts = (self.bitmask, row_starts(self.bitmask))
         return self._starts[1]

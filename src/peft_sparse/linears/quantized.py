@@ -43,6 +43,19 @@ def is_foreign(module: nn.Module) -> bool:
     return small or type(weight).__module__.split(".")[0] in ("torchao", "optimum")
 
 
+def not_read(model: nn.Module) -> str:
+    """For the end of messages: which linears of a model are quantised in a way that this package does not read; empty
+    if there are none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_foreign(m)}
+    if not found:
+        return ""
+    first, linear = next(iter(found.items()))
+    return (
+        f"; {len(found)} linears are quantised in a way that is not read here (the first is `{first}`, "
+        f"{type(linear.weight).__name__}), so do this before the model is quantised"
+    )
+
+
 def quantized_weight(module: nn.Module) -> QuantizedWeight:
     """The weight of a quantised linear. It shares the module's tensors.
 

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
+from peft_sparse._graphs import values_unknown
 from peft_sparse.native.library import BITS, loaded, native_in_use, openmp, threads
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def native_takes(bitmask: torch.Tensor, values: torch.Tensor | None = None) -> bool:
-    """Whether the kernels take this bitmask, and unpack these values: on a CPU, outside of compiled graphs, and where
+    """Whether the kernels take this bitmask, and unpack these values: on a CPU, outside of recorded graphs, and where
     autograd does not record. The first call compiles them."""
     for tensor in (bitmask, values):
         if tensor is not None and (tensor.device.type != "cpu" or type(tensor) not in _PLAIN_TENSORS):
             return False
     if values is not None and (values.element_size() not in BITS or _records(values)):
         return False
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and native_in_use()
+    return not values_unknown() and not torch._C._are_functorch_transforms_active() and native_in_use()
 
 
 def _records(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peft_sparse._graphs import values_unknown
 from peft_sparse._switch import Switch
 from peft_sparse.ops.blocks import matmul_dtype
 from peft_sparse.ops.fingerprint import Fingerprint
@@ -134,7 +135,7 @@ def _to_csr(weight: torch.Tensor) -> CsrMatrix:
 
 def _possible(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        not values_unknown(weight)
         and not reference_in_use()
         and torch.backends.mkl.is_available()  # torch multiplies sparse matrices with it alone
         and x.device.type == weight.device.type == "cpu"

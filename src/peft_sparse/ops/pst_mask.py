@@ -14,11 +14,18 @@ from typing import Any
 
 import torch
 
+from peft_sparse._graphs import leaves_python, values_unknown
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import autocast_off
 from peft_sparse.ops.fingerprint import Fingerprint
-from peft_sparse.ops.reference import PstFactors, PstScales, pst_updated_weight, reference_in_use
-from peft_sparse.sparsity import pack_mask, select_mask
+from peft_sparse.ops.reference import (
+    PstFactors,
+    PstScales,
+    pst_scores,
+    pst_updated_weight,
+    reference_in_use,
+)
+from peft_sparse.sparsity import pack_mask, select_mask, select_mask_in_graph
 from peft_sparse.sparsity.importance import score_dtype
 
 
@@ -84,10 +91,14 @@ def pst_mask(
         uint8 (out, ceil(in / 8)), as [`peft_sparse.sparsity.pack_mask`] packs it. A compiled graph gets a copy of its
         own.
     """
+    if leaves_python():  # the mask is selected anew in each of the graph's forwards
+        with autocast_off(weight):
+            scores = pst_scores(pst_updated_weight(weight, factors, scales), factors, scales)
+            return pack_mask(select_mask_in_graph(scores, pruned, group_size))
     if reference_in_use():
         with autocast_off(weight):
             return reference.pst_mask(weight, int(pruned), group_size, factors, scales)
-    if torch.compiler.is_compiling() or weight.is_meta:  # which has no scores to select by
+    if values_unknown(weight):  # no scores to select by
         tensors = [tensor for tensor in factors if tensor is not None]
         names = "".join(name for name, tensor in factors._asdict().items() if tensor is not None)
         return _pst_mask_op(cache.handle, weight, pruned, group_size, tensors, names, *scales)

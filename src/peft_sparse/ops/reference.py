@@ -32,7 +32,8 @@ from peft_sparse.sparsity.importance import score_dtype
 class use_reference(Switch):
     """Compute every layer with the functions of this module instead of the fused ones, to tell whether those are to
     blame for a result, or for derivatives of derivatives, which the fused ones do not have. Slower, and memory of the
-    weight's size is kept for each layer. Inside of `torch.func` and forward-mode differentiation it is always so.
+    weight's size is kept for each layer. Inside of `torch.func`, forward-mode differentiation and `torch.jit.trace`
+    it is always so.
 
     Args:
         enabled: False goes back to the fused ones.
@@ -52,9 +53,12 @@ def reference_in_use() -> bool:
 
 
 def transformed() -> bool:
-    """Inside of `torch.func` or forward-mode differentiation, which fused functions and kernels know nothing of."""
-    if torch.compiler.is_compiling():
+    """Inside of `torch.func`, forward-mode differentiation or `torch.jit.trace`, which fused functions and kernels
+    know nothing of."""
+    if torch.compiler.is_compiling():  # which looks into them
         return False
+    if torch.jit.is_tracing():
+        return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -66,10 +70,9 @@ def row_groups(out_features: int, num_groups: int, device: torch.device | None =
         >>> row_groups(5, 2)
         tensor([0, 0, 0, 1, 1])
     """
-    size, longer = divmod(out_features, num_groups)
-    sizes = torch.full((num_groups,), size, dtype=torch.int64, device=device)
-    sizes[:longer] += 1
-    return torch.arange(num_groups, device=device).repeat_interleave(sizes, output_size=out_features)
+    size, longer = out_features // num_groups, out_features % num_groups
+    rows = torch.arange(out_features, device=device)
+    return torch.maximum(rows // (size + 1), (rows - longer) // size)
 
 
 def dense(weight: Weight) -> torch.Tensor:

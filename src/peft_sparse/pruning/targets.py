@@ -24,6 +24,7 @@ from peft_sparse.linears import (
     linears_not_called,
     matches,
     names_in_blocks,
+    not_read,
     shared_weights,
     warn_of_dense_parameters,
 )
@@ -64,7 +65,7 @@ def find_targets(
         raise ValueError(
             f"The default targets are the linears inside a model's repeated transformer blocks, but "
             f"{type(model).__name__} has no list of such blocks; name the linears to prune in `target_modules` of "
-            f"`prune_magnitude`."
+            f"`prune_magnitude`{not_read(model)}."
         )
     chosen = _chosen(candidates, target_modules, exclude_modules)
     for name, linear in chosen.items():
@@ -74,7 +75,8 @@ def find_targets(
         raise ValueError(
             f"A pruner needs at least one linear, got none in {type(model).__name__} for target_modules="
             f"{target_modules!r}, exclude_modules={exclude_modules!r} ({len(chosen)} that share a weight with another "
-            f"module are left alone); its linears have names such as {list(linears_inside(model))[:3]}."
+            f"module are left alone); its linears have names such as {list(linears_inside(model))[:3]}"
+            f"{not_read(model)}."
         )
     for name, linear in targets.items():
         pattern.check_width(in_out_features(linear)[0], name)

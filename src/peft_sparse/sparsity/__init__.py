@@ -20,7 +20,7 @@ from peft_sparse.sparsity.forms import (
     write_rows,
 )
 from peft_sparse.sparsity.importance import magnitude_importance, pst_importance, ria_importance, wanda_importance
-from peft_sparse.sparsity.masks import round_keeping_support, select_mask
+from peft_sparse.sparsity.masks import round_keeping_support, select_mask, select_mask_in_graph
 from peft_sparse.sparsity.packing import (
     pack_mask,
     pack_values,
@@ -88,6 +88,7 @@ __all__ = [
     "round_keeping_support",
     "row_starts",
     "select_mask",
+    "select_mask_in_graph",
     "sparsities_by_name",
     "sparsity_at",
     "take_apart",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peft_sparse._graphs import values_unknown
 from peft_sparse.sparsity.packing import pack_nonzeros, pack_values, row_starts, unpack_values
 from peft_sparse.sparsity.quantized import EightBitWeight, FourBitWeight, QuantizedWeight
 
@@ -55,7 +56,7 @@ class PackedWeight(NamedTuple):
 
     def rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         """Some consecutive rows, (rows, in), a new tensor or in `out`, see [`unpack_values`]."""
-        if torch.compiler.is_compiling():  # in one block, see ops/blocks.py
+        if values_unknown(self.bitmask):  # in one block, see ops/blocks.py: where a row begins cannot be told
             return unpack_values(self.values, self.bitmask, self.in_features)[rows]
         return unpack_values(self.values[self.span(rows)], self.bitmask[rows], self.in_features, out)
 

@@ -59,6 +59,19 @@ def select_mask(scores: torch.Tensor, num_pruned: int, group_size: int) -> torch
     return mask.reshape(scores.shape)
 
 
+def select_mask_in_graph(scores: torch.Tensor, num_pruned: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[`select_mask`] by two sorts, without a look at any value: for a graph that is recorded.
+
+    Args:
+        num_pruned: integer scalar.
+    """
+    groups = scores.detach().reshape(-1, group_size)
+    # ONNX's own sort is stable, but torch's exporter translates none that has to be.
+    found = groups.sort(dim=1) if torch.onnx.is_in_onnx_export() else groups.sort(dim=1, stable=True)
+    ranks = found.indices.sort(dim=1).indices
+    return (ranks >= num_pruned).reshape(scores.shape)
+
+
 def _select_by_threshold(groups: torch.Tensor, num_pruned: int) -> torch.Tensor:
     """For groups of any kind, (number, size): find each one's threshold, then compare with it."""
     threshold = groups.kthvalue(num_pruned, dim=1, keepdim=True).values

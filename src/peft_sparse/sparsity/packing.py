@@ -18,6 +18,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from peft_sparse._graphs import leaves_python, values_unknown
 from peft_sparse.native import native_nonzeros, native_pack, native_row_starts, native_takes, native_unpack
 
 # Multiplying the eight 0/1 bytes of a little-endian word by this gathers them, in order, in its top byte.
@@ -42,7 +43,10 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
         >>> pack_mask(torch.tensor([[True, False, False, True, False, False, False, False, True]]))
         tensor([[9, 1]], dtype=torch.uint8)
     """
-    words = F.pad(mask, (0, -mask.shape[1] % 8)).contiguous().view(torch.int64)
+    padded = F.pad(mask, (0, -mask.shape[1] % 8))
+    if leaves_python():  # ONNX knows no view as another dtype
+        return (padded.unflatten(1, (-1, 8)).long() * _bits(mask.device).long()).sum(-1).to(torch.uint8)
+    words = padded.contiguous().view(torch.int64)
     return (words.mul(_GATHER_BYTES) >> 56).to(torch.uint8)  # the shift keeps the sign, and the cast drops it
 
 
@@ -60,13 +64,17 @@ def unpack_mask(
     Returns:
         (out, in).
     """
-    if torch.compiler.is_compiling():  # a compiler fuses the shifts with what follows
-        bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-        unpacked = (packed[..., None] >> bits) & 1
+    if values_unknown(packed) or leaves_python():  # no table is kept; a compiler fuses this with what follows
+        unpacked = torch.bitwise_and(packed[..., None], _bits(packed.device)) != 0
         return unpacked.flatten(1)[:, :in_features].to(dtype)
     table, whole = _byte_table(dtype, packed.device), out if in_features % 8 == 0 else None
     unpacked = torch.index_select(table, 0, packed.reshape(-1).int(), out=None if whole is None else whole.view(-1, 8))
     return unpacked.view(packed.shape[0], 8 * packed.shape[1])[:, :in_features]
+
+
+def _bits(device: torch.device) -> torch.Tensor:
+    """(8,): the bits of a byte."""
+    return (2 ** torch.arange(8, device=device)).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)
@@ -136,7 +144,7 @@ def unpack_after_zero(
     """[`unpack_values`] of values that have a zero before them, (1 + nnz,), which spares a copy of them."""
     if native_takes(bitmask, zero_first):
         return native_unpack(zero_first[1:], bitmask, in_features, out)
-    if torch.compiler.is_compiling():  # a compiler fuses these
+    if values_unknown(bitmask):  # a compiler fuses these
         bits = unpack_mask(bitmask, in_features, torch.int64)
         return zero_first[bits.flatten().cumsum(0).view_as(bits) * bits]
     index_of = _Places(zero_first.numel(), bitmask.device)
@@ -195,6 +203,8 @@ def row_starts(bitmask: torch.Tensor) -> torch.Tensor:
         >>> row_starts(torch.tensor([[2], [5]], dtype=torch.uint8))
         tensor([0, 1, 3], dtype=torch.int32)
     """
+    if values_unknown(bitmask):
+        return F.pad(unpack_mask(bitmask, 8 * bitmask.shape[1], torch.int64).sum(1).cumsum(0), (1, 0))
     if native_takes(bitmask):
         ends = native_row_starts(bitmask)
     else:
