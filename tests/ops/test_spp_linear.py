@@ -118,9 +118,8 @@ def test_output_may_be_edited_in_place_and_layer_used_twice():
     torch.testing.assert_close(found, (A.grad, B.grad))
 
 
-@given(st.integers(1, 40), st.integers(1, 12))
+@given(st.integers(0, 40), st.integers(1, 60))
 def test_row_groups_are_contiguous_and_as_equal_as_possible(out, groups):
-    groups = min(groups, out)
     index = ops.reference.row_groups(out, groups)
     sizes = index.bincount(minlength=groups)
     assert (index.diff() >= 0).all() and sizes.sum() == out
