@@ -64,16 +64,18 @@ def transformed() -> bool:
 
 def row_groups(out_features: int, num_groups: int, device: torch.device | None = None) -> torch.Tensor:
     """g(i): the group of each row, int64 (out,). Groups are contiguous and as equal as possible; the first ones are
-    one row longer when out_features is not divisible by `num_groups`. Of more groups than rows the last ones are empty.
+    one row longer when out_features is not divisible by `num_groups`, and the last ones empty if there are more of
+    them than rows.
 
     Examples:
         >>> row_groups(5, 2)
         tensor([0, 0, 0, 1, 1])
     """
-    num_groups = max(1, min(num_groups, out_features))
     size, longer = out_features // num_groups, out_features % num_groups
     rows = torch.arange(out_features, device=device)
-    return torch.maximum(rows // (size + 1), (rows - longer) // size)
+    # Among the longer groups the first term is larger, behind them the second. `torch.jit.trace` has tensors in the
+    # place of numbers, so nothing is asked of these.
+    return torch.maximum(rows // (size + 1), (rows - longer) // (size + (size == 0)))
 
 
 def dense(weight: Weight) -> torch.Tensor:
