@@ -36,7 +36,7 @@ def warn_of_no_copy(tuner: Any, adapter_name: str) -> None:
     """
     config = tuner.peft_config[adapter_name]
     for name, other in tuner.peft_config.items():
-        layers = [layer for layer in tuner.sparse_layers() if name in layer._first_versions]
+        layers = [layer for layer in tuner.sparse_layers() if layer.present_adapters([name])]
         if name != adapter_name and other is config and not all(layer.is_new(name) for layer in layers):
             warnings.warn(
                 f"A new adapter starts as its config says, got {adapter_name!r} with the config of {name!r}, which is "
