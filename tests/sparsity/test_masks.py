@@ -45,6 +45,9 @@ def test_equals_a_stable_sort_with_nan_as_the_largest(case):
     scores, group_size, num_pruned = case
     expected = obvious_mask(scores, num_pruned, group_size)
     assert torch.equal(select_mask(scores, num_pruned, group_size), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "_is_sorted_faster", lambda groups: True)
+        assert torch.equal(select_mask(scores, num_pruned, group_size), expected)
     assert torch.equal(select_mask_in_graph(scores, torch.tensor(num_pruned), group_size), expected)
 
 
@@ -141,8 +144,10 @@ LARGE = {
 
 @pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.9, 0.99999, 1.0])
-def test_large_groups_equal_sorting(make, share):
+@pytest.mark.parametrize("sorts", [False, True], ids=["as a CPU does", "as a GPU does"])
+def test_large_groups_equal_sorting(make, share, sorts, monkeypatch):
     """Groups above the size of a sample are selected from by a bracket."""
+    monkeypatch.setattr(masks, "_is_sorted_faster", lambda groups: sorts)
     scores = make()
     assert scores.numel() > masks.MAX_WHOLE
     num_pruned = int(share * scores.numel())
