@@ -48,29 +48,32 @@ TICK = "✓"
 INTRODUCTION = """# Models that were tried
 
 Tiny random models of each architecture, with the head and a batch of a task that it is used for, on a CPU in float32.
-Written by `make models-table` (`benchmarks/any_model.py`, where each check is a line), with transformers
-{transformers} and peft {peft}; `tests/test_any_model.py` compares it with new runs.
+`make models-table` wrote this page (`benchmarks/any_model.py`, where each check is a line) with transformers
+{transformers} and peft {peft}; `tests/test_any_model.py` compares it with new runs. What does not work is
+[below the table](#what-does-not-work-and-the-error-that-you-get).
 
 A tick means, with the default `target_modules`, both unstructured ({share:.0%} of zeros) and 2:4:
 
-- **magnitude**, **Wanda**: every target has exactly the asked number of zeros.
-- **PST**, **SPP**: {steps} training steps; all tensors of the adapter learn, and nothing else but the new head; the
-  zeros are exactly as many as asked for (PST) or those of the pruned model (SPP); `merge_adapter()` and
-  `unmerge_adapter()` give the same outputs and then every bit of the base weights back; a saved adapter on a new base
-  model gives the same outputs; and so does `merge_and_unload(safe_merge=True)`, with the zeros of the forward, as a
-  model that `save_pretrained` and `from_pretrained` hand on unchanged.
+- **magnitude**, **Wanda**: every target has exactly the number of zeros that was asked for.
+- **PST**, **SPP**, after {steps} training steps:
+    - all tensors of the adapter learn, and nothing else but the new head;
+    - the zeros are exactly as many as asked for (PST) or those of the pruned model (SPP);
+    - `merge_adapter()` gives the same outputs, and `unmerge_adapter()` every bit of the base weights back;
+    - a saved adapter on a new base model gives the same outputs;
+    - `merge_and_unload(safe_merge=True)` gives the same outputs and the zeros of the forward, in a model that
+      `save_pretrained` and `from_pretrained` hand on unchanged.
 - **packed**: `save_sparse` and `load_sparse` give back every bit; SPP trains on `pack_model(model)`, merges in place,
   and has the outputs and zeros of the dense one.
 
-*Adapted* are the linears of the transformer blocks, of all linears of the model, with the names that they have there.
+*Adapted* says how many of the model's linear layers get an adapter, and their names: those of the transformer blocks.
 Two kinds are left out, with a warning that names them:
 
-- Routers and gates of experts (also those of shared experts and of Gemma 3n's AltUp), which are not pruned either: few
-  weights on which much depends. `target_modules` takes them by name where they are linears; in Mixtral and others they
-  are none.
-- Linears whose weight the module around them takes without calling them, always or in some of its ways to compute:
-  attention of WavLM, all of a mixer of Mamba but `in_proj`, `out_proj` of Mamba 2's and its kin. An adapter would do
-  nothing there, and calibrated pruners see no inputs, so that they leave them out, too; `prune_magnitude` does not.
+- Routers and gates of experts (also those of shared experts and of Gemma 3n's AltUp): few weights on which much
+  depends. They are not pruned either. `target_modules` takes them by name where they are linear layers; in Mixtral
+  and others they are none.
+- Linear layers whose weight the module around them takes without calling them, always or in some of its ways to
+  compute: attention of WavLM, all of a mixer of Mamba but `in_proj`, `out_proj` of Mamba 2's and its kin. An adapter
+  would do nothing there. Calibrated pruners see no inputs there and leave them out too; `prune_magnitude` does not.
 """
 
 
@@ -287,7 +290,10 @@ def page(rows: list[Row], refusals: list[tuple[str, str]]) -> str:
             cells.append(cell if cell == TICK else f"[{notes.index(cell) + 1}]")
         lines.append("| " + " | ".join([row.name, f"`{row.model_class}`", row.adapted, *cells]) + " |")
     introduction = INTRODUCTION.format(
-        transformers=transformers.__version__, peft=peft.__version__, share=SPARSITY["unstructured"], steps=STEPS
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        share=SPARSITY["unstructured"],
+        steps=STEPS,
     )
     parts = [introduction, "\n".join(lines)]
     if notes:
@@ -301,8 +307,8 @@ def refusals() -> list[tuple[str, str]]:
     """What is refused, each with the error of a real call."""
     mixtral, llama = ARCHITECTURES["Mixtral (MoE)"], ARCHITECTURES["Llama"]
     attempts = {
-        "Experts that are one fused parameter (MoE models of transformers 5): only the other linears of their blocks "
-        "are adapted, pruned and packed by default; the experts stay dense": lambda: get_peft_model(
+        "Experts that are one fused parameter (MoE models of transformers 5): only the other linear layers of their "
+        "blocks are adapted, pruned and packed by default; the experts stay dense": lambda: get_peft_model(
             mixtral.build(), PstConfig(target_modules=["experts"])
         ),
         "The same with SPP": lambda: get_peft_model(
@@ -316,7 +322,7 @@ def refusals() -> list[tuple[str, str]]:
             nn.Sequential(nn.Linear(6, 4)), "2:4", target_modules=["0"]
         ),
         "PST on a packed model": lambda: get_peft_model(pack_model(pruned(llama, "2:4")), PstConfig()),
-        "Linears whose weight is taken without calling them": lambda: get_peft_model(
+        "Linear layers whose weight is taken without calling them": lambda: get_peft_model(
             ARCHITECTURES["Mamba"].build(), SppConfig(target_modules=["in_proj", "out_proj"])
         ),
         "A model without repeated blocks, and no `target_modules`": lambda: get_peft_model(
