@@ -30,7 +30,9 @@ from peft_sparse.pruning import (
 )
 from peft_sparse.training import (
     CheckpointCallback,
+    DistillationCallback,
     SparsityCallback,
+    distill,
     finetune,
     last_complete_checkpoint,
     load_recipe,
@@ -42,6 +44,7 @@ from peft_sparse.tuners.spp import SppConfig, SppModel
 __all__ = [
     "AccelerationReport",
     "CheckpointCallback",
+    "DistillationCallback",
     "PstConfig",
     "PstModel",
     "SparsityCallback",
@@ -53,6 +56,7 @@ __all__ = [
     "accelerate_sparse",
     "calibration_batches",
     "dequantize_model",
+    "distill",
     "finetune",
     "last_complete_checkpoint",
     "load_recipe",

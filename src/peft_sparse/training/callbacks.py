@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_sparse.training.distillation import check_distillation, distill
 from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
 from peft_sparse.training.param_groups import named_rates
 from peft_sparse.tuners.pst import driven_adapters
@@ -74,6 +76,44 @@ class SparsityCallback(TrainerCallback):
         if logs is not None and "loss" in logs and self._masks is not None:
             rates = self._rates if "learning_rate" in logs else {}
             _add_to_log(state, logs, rates | self._masks.measure(model))
+
+
+class DistillationCallback(TrainerCallback):
+    """Lets a Trainer train with a teacher, see [`peft_sparse.distill`].
+
+    The training loss that is logged is the sum; evaluation is without the teacher.
+
+    Args:
+        teacher: a dense model with the same tokenizer and labels, best one that is tuned for the task; it is moved to
+            the Trainer's device. None: the model that is trained, with its adapters off, which is for PST.
+        weight: of the teacher, above 0; 1 leaves the labels out.
+        temperature: above 0.
+
+    Raises:
+        ValueError: for a weight or temperature out of range; when training starts, for a model that is no teacher of
+            its own; in the first step, for outputs that do not fit.
+
+    Examples:
+        >>> callback = DistillationCallback()  # Trainer(model, args, ..., callbacks=[SparsityCallback(), callback])
+    """
+
+    def __init__(self, teacher: nn.Module | None = None, weight: float = 0.5, temperature: float = 1.0) -> None:
+        check_distillation(weight, temperature)
+        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+        self._open = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._open.close()  # of a training that ended in an error
+        if self.teacher is not None and not hasattr(self.teacher, "hf_device_map"):
+            self.teacher.to(args.device)
+        self._open.enter_context(distill(model, self.teacher, self.weight, self.temperature))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._open.close()
 
 
 def log_before_reporters(trainer: Trainer, *callbacks: TrainerCallback) -> None:

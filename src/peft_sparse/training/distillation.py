@@ -1,0 +1,190 @@
+"""Distillation: a sparse model learns from the outputs of a dense one besides the labels (Hinton et al., arXiv
+1503.02531).
+
+    L = (1 - weight) L_labels + weight D,   D = T^2 KL(softmax(z_teacher / T) || softmax(z / T)),
+
+the mean over the examples, or over the tokens that are learned. The teacher of a PST model can be the model itself
+with its adapter off: the dense one that it came from, whose weights are there anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from peft_sparse.training.mask_log import has_pst_layers
+
+IGNORED = -100  # the label of a token that is not learned
+
+
+@contextmanager
+def distill(
+    model: nn.Module, teacher: nn.Module | None = None, weight: float = 0.5, temperature: float = 1.0
+) -> Iterator[None]:
+    """While this context is open, the loss that `model` returns in training mode is that of the labels and a teacher.
+
+    It is (1 - weight) times the model's own loss plus weight times the divergence of its outputs from the teacher's,
+    see [`divergence`]. In evaluation mode nothing is changed.
+
+    Args:
+        model: one of transformers, or PEFT's around it; called with keywords.
+        teacher: a model with the same outputs, on the same device; put into evaluation mode. None: `model` with its
+            adapters off, which for PST is the dense model. Its head has to be trained for the task.
+        weight: above 0; 1 leaves the labels out.
+        temperature: T, above 0. A higher one shows more of what the teacher finds unlikely.
+
+    Raises:
+        ValueError: for a weight or temperature out of range, a model that is no teacher of its own, and, in its
+            forward, for outputs that do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from peft_sparse import PstConfig, distill
+        >>> sizes = dict(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        >>> model = get_peft_model(BertForSequenceClassification(BertConfig(**sizes)), PstConfig(sparsity=0.5)).train()
+        >>> with distill(model, weight=0.9):
+        ...     loss = model(input_ids=torch.arange(10).view(2, 5), labels=torch.tensor([0, 1])).loss
+    """
+    check_distillation(weight, temperature)
+    if teacher is not None:
+        teacher.eval()
+    elif not isinstance(model, PeftModel) or not has_pst_layers(model):
+        raise ValueError(
+            "Without a teacher it is the model with its adapters off, the dense model for a PeftModel with PST, got "
+            f"{type(model).__name__}{' without PST' if isinstance(model, PeftModel) else ''}; name a `teacher`."
+        )
+    handle = model.register_forward_hook(_Distillation(teacher, weight, temperature), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_distillation(weight: float, temperature: float) -> None:
+    """Raises:
+    ValueError: for numbers out of range."""
+    if not 0 < weight <= 1:
+        raise ValueError(f"The teacher's `weight` is above 0 and at most 1, got {weight}.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"The `temperature` is above 0, got {temperature}.")
+
+
+def divergence(
+    logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0, problem_type: str | None = None
+) -> torch.Tensor:
+    """How far outputs are from a teacher's, for each row.
+
+    Args:
+        logits, target: the student's and the teacher's, (rows, outputs).
+        temperature: T.
+        problem_type: transformers' name. "regression": the mean squared difference; "multi_label_classification":
+            the mean of T^2 KL over the labels, each of which is a choice of two; all else: T^2 KL of one choice.
+
+    Returns:
+        (rows,), float32 or float64.
+
+    Examples:
+        >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+        tensor([0.])
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits, target = logits.to(dtype), target.to(dtype)
+    if problem_type == "regression":
+        return (logits - target).square().mean(-1)
+    logits, target = logits / temperature, target / temperature
+    if problem_type == "multi_label_classification":
+        wanted = target.sigmoid()
+        terms = wanted * (F.logsigmoid(target) - F.logsigmoid(logits))
+        terms = terms + (1 - wanted) * (F.logsigmoid(-target) - F.logsigmoid(-logits))
+        return temperature**2 * terms.mean(-1)
+    terms = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True)
+    return temperature**2 * terms.sum(-1)
+
+
+class _Distillation:
+    """A hook behind the student's forward."""
+
+    def __init__(self, teacher: nn.Module | None, weight: float, temperature: float) -> None:
+        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not model.training or not torch.is_grad_enabled():
+            return output
+        logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
+        if logits is None or (loss is None and self.weight < 1):
+            raise ValueError(
+                "Distillation takes the `logits` that a model returns, and its `loss` where `weight` is below 1, got "
+                f"{type(output).__name__} without; give labels with each batch, and leave out what replaces either."
+            )
+        target = self._target(model, args, kwargs)
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"A teacher has the student's outputs, got logits of shape {tuple(target.shape)} for "
+                f"{tuple(logits.shape)}; take one with the same tokenizer and labels."
+            )
+        config: Any = model.config
+        problem_type = getattr(config, "problem_type", None)
+        rows = _learned(model, logits, kwargs)
+        found = divergence(logits[rows], target[rows].to(logits.device), self.temperature, problem_type)
+        items = kwargs.get("num_items_in_batch")  # Trainer's, of all batches of an optimizer step
+        mean = found.sum() / (max(1, found.numel()) if items is None or not _is_causal(model) else items)
+        output.loss = mean if loss is None or self.weight == 1 else (1 - self.weight) * loss + self.weight * mean
+        return output
+
+    @torch.no_grad()
+    def _target(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The teacher's logits."""
+        config: Any = model.config
+        unused = {"num_items_in_batch"} | (set() if config.is_encoder_decoder else {"labels"})
+        kwargs = {name: value for name, value in kwargs.items() if name not in unused}
+        if self.teacher is not None:
+            return self.teacher(*args, **kwargs).logits
+        with _adapters_off(model):
+            return model.forward(*args, **kwargs).logits  # not called: this hook stands behind its forward
+
+
+def _learned(model: nn.Module, logits: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    """Which rows of the logits count: an index for all but the last dimension."""
+    labels, seen = kwargs.get("labels"), kwargs.get("attention_mask")
+    if logits.dim() == 2:
+        return slice(None)
+    if labels is not None and labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"Each token's outputs have a label, got labels of shape {tuple(labels.shape)} for logits of shape "
+            f"{tuple(logits.shape)}."
+        )
+    if labels is None:
+        return seen.bool() if seen is not None and seen.shape == logits.shape[:-1] else slice(None)
+    learned = labels != IGNORED
+    return F.pad(learned[..., 1:], (0, 1)) if _is_causal(model) else learned  # whose outputs are of the next token
+
+
+def _is_causal(model: nn.Module) -> bool:
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM")
+
+
+@contextmanager
+def _adapters_off(model: PeftModel) -> Iterator[None]:
+    """The model without its adapters, in evaluation mode. PEFT has all of them trained when they are back: frozen
+    factors stay frozen here."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        with model.disable_adapter():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

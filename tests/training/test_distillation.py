@@ -1,0 +1,224 @@
+"""Distillation: the loss of a hook is the formula's, from another model or from the one with its adapter off."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from peft_sparse import DistillationCallback, PstConfig, SparsityCallback, SppConfig, distill, prune_magnitude
+from peft_sparse.training.distillation import divergence
+
+from models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama
+
+IDS = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def moved(model):
+    """Away from its start, where an adapter that starts at identity is its own teacher."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model.train()
+
+
+def pst(model, **options):
+    torch.manual_seed(0)
+    return moved(get_peft_model(model, PstConfig(sparsity=0.5, **options)))
+
+
+def pruned_spp(**options):
+    torch.manual_seed(0)
+    return moved(get_peft_model(prune_magnitude(tiny_llama(), sparsity=0.5), SppConfig(r=4, **options)))
+
+
+def test_divergence_is_the_one_of_torch():
+    """In float64, T^2 included; T = 1 and equal outputs have none."""
+    generator = torch.Generator().manual_seed(2)
+    logits, target = (torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = 4 * F.kl_div((logits / 2).log_softmax(-1), (target / 2).softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(divergence(logits, target, 2.0).mean(), expected)
+    assert divergence(target, target).abs().max() < 1e-12
+    assert divergence(logits.bfloat16(), target.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "problem_type", [None, "single_label_classification", "multi_label_classification", "regression"]
+)
+def test_divergence_has_a_gradient_and_its_smallest_value_at_the_teacher(problem_type):
+    generator = torch.Generator().manual_seed(3)
+    logits, target = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda z: divergence(z, target, 1.5, problem_type), logits.requires_grad_())
+    assert (divergence(logits, target, 1.5, problem_type) > 0).all()
+    at_teacher = target.clone().requires_grad_()
+    divergence(at_teacher, target, 1.5, problem_type).sum().backward()
+    assert at_teacher.grad.abs().max() < 1e-12
+
+
+def test_several_labels_are_choices_of_two():
+    logits, target = torch.tensor([[0.3, -2.0]]), torch.tensor([[1.0, 0.5]])
+    pairs = [F.kl_div(F.logsigmoid(torch.tensor([z, -z])), torch.sigmoid(torch.tensor([t, -t])), reduction="sum")
+             for z, t in zip(logits[0].tolist(), target[0].tolist(), strict=True)]  # fmt: skip
+    found = divergence(logits, target, problem_type="multi_label_classification")
+    torch.testing.assert_close(found, torch.stack(pairs).mean()[None])
+
+
+def test_the_teacher_of_pst_is_the_dense_model():
+    """At every weight, for a classifier; the logits stay the student's."""
+    dense = tiny_bert()
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, 1, 1])}
+    model = pst(copy.deepcopy(dense), task_type="SEQ_CLS")
+    plain = model(**batch)
+    target = dense(input_ids=IDS).logits
+    away = divergence(plain.logits, target, 2.0).mean()
+    assert away > 1e-4
+    for weight in (0.25, 1.0):
+        with distill(model, weight=weight, temperature=2.0):
+            found = model(**batch)
+        torch.testing.assert_close(found.loss, (1 - weight) * plain.loss + weight * away)
+        assert torch.equal(found.logits, plain.logits)
+    assert torch.equal(model(**batch).loss, plain.loss)  # the hook is gone
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_tokens_that_are_learned_count(make):
+    """A causal model's outputs are of the next token, so the label that counts is the next one."""
+    teacher, model = make(seed=5), moved(get_peft_model(prune_magnitude(make(), sparsity=0.5), SppConfig(r=4)))
+    labels = IDS.clone()
+    labels[:, :3] = -100
+    labels[1, 5:] = -100
+    mask = torch.ones_like(IDS)
+    batch = {"input_ids": IDS, "attention_mask": mask, "labels": labels}
+    with distill(model, teacher, weight=1.0):
+        found = model(**batch).loss
+    logits, target = model(input_ids=IDS).logits, teacher(input_ids=IDS).logits
+    rows = [divergence(logits[i, j - 1][None], target[i, j - 1][None])
+            for i in range(3) for j in range(1, 7) if labels[i, j] != -100]  # fmt: skip
+    torch.testing.assert_close(found, torch.cat(rows).mean())
+    with distill(model, teacher, weight=1.0):
+        torch.testing.assert_close(model(**batch, num_items_in_batch=40).loss, torch.cat(rows).sum() / 40)
+
+
+def test_without_labels_all_tokens_but_padding_count():
+    teacher, model = tiny_llama(seed=5), pruned_spp()
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    with distill(model, teacher, weight=1.0):
+        found = model(input_ids=IDS, attention_mask=mask).loss
+    inputs = {"input_ids": IDS, "attention_mask": mask}
+    logits, target = model(**inputs).logits[mask == 1], teacher(**inputs).logits[mask == 1]
+    torch.testing.assert_close(found, divergence(logits, target).mean())
+
+
+def test_an_encoder_decoder():
+    """Whose decoder's input is made of the labels."""
+    from transformers import BartForConditionalGeneration
+
+    config = tiny_bart().config
+    torch.manual_seed(0)
+    dense = BartForConditionalGeneration(config).eval()
+    model = pst(copy.deepcopy(dense), task_type="SEQ_2_SEQ_LM")
+    batch = {"input_ids": IDS, "labels": IDS[:, :4].clone()}
+    target = dense(**batch).logits
+    with distill(model, weight=1.0):
+        found = model(**batch)
+    torch.testing.assert_close(found.loss, divergence(found.logits.flatten(0, 1), target.flatten(0, 1)).mean())
+
+
+def test_nothing_in_evaluation_and_no_trace_left():
+    """What was frozen and what was in evaluation mode stay so; the teacher learns nothing."""
+    model = pst(tiny_bert(), task_type="SEQ_CLS")
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, 1, 1])}
+    frozen = [parameter for name, parameter in model.named_parameters() if "pst_A" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.base_model.model.bert.embeddings.eval()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    with distill(model, weight=1.0):
+        model(**batch).loss.backward()
+        assert flags == [parameter.requires_grad for parameter in model.parameters()]
+        assert modes == [module.training for module in model.modules()]
+        assert all(parameter.grad is None for parameter in frozen)
+        assert any("pst_V" in name and parameter.grad.abs().max() > 0 for name, parameter in model.named_parameters())
+        evaluated = model.eval()(**batch).loss
+    assert torch.equal(evaluated, model(**batch).loss)
+
+
+def test_an_error_in_the_teacher_leaves_the_model_as_it_was():
+    model = pst(tiny_bert(), task_type="SEQ_CLS")
+    with distill(model), pytest.raises(ValueError, match="labels with each batch"):
+        model(input_ids=IDS)
+    assert model.training and not model.base_model.model.bert.encoder.layer[0].attention.self.query.disable_adapters
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [({"weight": 0}, "above 0 and at most 1, got 0"), ({"weight": 1.5}, "got 1.5"), ({"temperature": 0.0}, "got 0.0")],
+)
+def test_numbers_out_of_range(values, rule):
+    with pytest.raises(ValueError, match=rule):
+        DistillationCallback(**values)
+    with pytest.raises(ValueError, match=rule), distill(tiny_bert(), tiny_bert(), **values):
+        pass
+
+
+def test_models_that_are_no_teacher_of_their_own():
+    """Without its adapter an SPP model is the pruned one, and one without adapters is the student."""
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear"))
+    for model in (pruned_spp(), tiny_llama(), lora):
+        with pytest.raises(ValueError, match="name a `teacher`"), distill(model):
+            pass
+
+
+def test_outputs_that_do_not_fit():
+    model, teacher = pruned_spp(), tiny_llama()
+    teacher.resize_token_embeddings(100)
+    with distill(model, teacher), pytest.raises(ValueError, match="same tokenizer"):
+        model(input_ids=IDS, labels=IDS)
+
+
+def train(folder, callbacks, **options):
+    model = get_peft_model(tiny_bert(), PstConfig(task_type="SEQ_CLS", sparsity=0.5))
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(IDS.repeat(4, 1), [0, 1, 1] * 4, strict=True)]
+    arguments = TrainingArguments(
+        folder, max_steps=4, report_to="none", save_strategy="no", seed=1, use_cpu=True, logging_steps=1,
+        learning_rate=1e-2, per_device_train_batch_size=3, **options,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+    return trainer, model
+
+
+def test_with_an_unchanged_trainer(tmp_path):
+    """One that is interrupted leaves a hook, which the next training takes away."""
+    dense = tiny_bert()
+    callback = DistillationCallback(weight=1.0)
+    trainer, model = train(tmp_path, [SparsityCallback(), callback])
+    trainer.train()
+    before = divergence(tiny_bert()(input_ids=IDS).logits, dense(input_ids=IDS).logits).mean()
+    assert before == 0 and not model._forward_hooks
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 4 and all(0 <= loss < 0.2 for loss in losses)  # cross entropy of two is 0.69
+
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    assert len(model._forward_hooks) == 1
+    callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    assert not model._forward_hooks
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        model = pst(tiny_bert(), task_type="SEQ_CLS")
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with distill(model):
+            model(input_ids=IDS, labels=torch.tensor([0, 1, 1])).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
