@@ -46,7 +46,7 @@ from benchmarks.leaderboard import (
     zeroshot,
 )
 from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget
-from peft_sparse import prune_magnitude
+from peft_sparse import prune_magnitude, sparsity_report
 from peft_sparse.linears import block_linears, get_weight
 
 import models
@@ -622,6 +622,24 @@ def test_the_command_makes_tables_and_runs_nothing_twice(tmp_path, data, capsys)
     capsys.readouterr()
     assert run_command(tmp_path, data, folder, *options, "--list") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_row_with_a_teacher(tmp_path, data):
+    """The same start, batches and rate, another loss; one teacher for each seed, the dense model tuned."""
+    folder = save_with_tokenizer(models.tiny_llama(), tmp_path / "tiny")
+    rows = ("spp_swapped", "spp_swapped_taught")
+    assert run_command(tmp_path, data, folder, "--part", "causal-lm", "--cases", "wanda 2:4", "--rows", *rows) == 0
+    kept = store.Store(tmp_path / "store")
+    plain, taught = (
+        {(tuple(record["rates"]), record["seed"]): record for record in kept.records().values() if record["row"] == row}
+        for row in rows
+    )
+    both = plain.keys() & taught.keys()
+    assert both and all(plain[run]["last_loss"] != taught[run]["last_loss"] for run in both)
+    assert all(record["status"] == "done" and record.get("zeros_lost", 0) == 0 for record in taught.values())
+    teachers = sorted(path.name for path in kept.checkpoints.glob("tiny-teacher-*"))
+    assert [name.rpartition("-")[2] for name in teachers] == ["0", "1", "1234"]
+    assert sparsity_report(str(kept.checkpoints / teachers[0])).total_sparsity < 0.01
 
 
 def test_a_fresh_clone_goes_on_from_the_runs_beside_the_tables(tmp_path, data, capsys):

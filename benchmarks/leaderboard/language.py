@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget, Trial
 from benchmarks.leaderboard.store import Store
 from benchmarks.leaderboard.variants import VARIANTS
-from peft_sparse import calibration_batches, perplexity, verify_sparsity
+from peft_sparse import calibration_batches, distill, perplexity, verify_sparsity
 from peft_sparse.pruning import prune_magnitude, prune_sparsegpt, prune_wanda
 
 PRUNERS = {"wanda": prune_wanda, "sparsegpt": prune_sparsegpt, "magnitude": prune_magnitude}
@@ -159,9 +160,20 @@ class CausalLm:
             rows, length = self.budget.calibration_rows, self.budget.length
             batches = calibration_batches(texts, self.tokenizer, num_sequences=rows, length=length)
             PRUNERS[pruner](model, batches, pattern, sparsity)
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        model.save_pretrained(unfinished)
-        unfinished.rename(folder)  # only a complete folder gets the name that is looked for
+        _save(model, folder)
+
+    def teacher(self, seed: int) -> nn.Module:
+        """The dense model, tuned on the batches of a seed; made by the first process that asks for it."""
+        method, budget = METHODS["dense_lora"], self.budget
+        name = f"{self.model}-teacher-{budget.steps}x{budget.batch_size}x{budget.length}-clip{budget.clip:g}-{seed}"
+        folder = self.store.checkpoints / name
+        with self.store.claim(name, wait=True):
+            if not folder.is_dir():
+                set_seed(seed)
+                tuned = method.adapt(self.load(self.folder))
+                training.train(tuned, method.start, self.batches(seed), budget, self.device)
+                _save(tuned.merge(), folder)
+        return self.load(folder)
 
     # A run
 
@@ -171,11 +183,13 @@ class CausalLm:
         model = self.load(folder)
         found: dict[str, Any] = {"fingerprint": methods.fingerprint(model)}
         if method.adapt is not None:
+            teacher = self.teacher(trial.seed) if method.taught else None
             set_seed(trial.seed)
             tuned = method.adapt(model)
             found["trainable"] = sum(parameter.numel() for parameter in tuned.trainable)
             batches = self.batches(trial.seed)
-            course = training.train(tuned, trial.rates, batches, self.budget, self.device, trial.stage == FINAL)
+            with distill(tuned.model, teacher) if teacher is not None else nullcontext():
+                course = training.train(tuned, trial.rates, batches, self.budget, self.device, trial.stage == FINAL)
             found |= vars(course)
             before = training.outputs(tuned.model, batches[0])
             model = tuned.merge()
@@ -201,3 +215,9 @@ class CausalLm:
             rows = zeroshot.read(self.data, task, self.budget.zeroshot_rows)
             found[f"acc_{task}"] = zeroshot.accuracy(model, self.tokenizer, rows, length)
         return found | {"zeroshot": sum(found.values()) / len(found)}
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)  # only a complete folder gets the name that is looked for

@@ -34,12 +34,15 @@ class Method(NamedTuple):
         adapt: from a model to what is trained; None: the row is not trained.
         start: the first learning rates of the search, one for each that it searches.
         dense: it starts from the dense model: a ceiling, or what adaptation to the text alone gives.
+        taught: half of its loss is from a teacher, the dense model that the row `dense_lora` tuned with its first rate
+            on the same batches.
     """
 
     title: str
     adapt: Callable[[nn.Module], Tuned] | None
     start: tuple[float, ...] = ()
     dense: bool = False
+    taught: bool = False
 
 
 def _peft(model: nn.Module, config) -> Tuned:

@@ -12,7 +12,9 @@ start, and the first steps of B scale rows by random signs. The variants change 
 * `spp_s1`, `spp_s8`: another scaling, spp_alpha / r;
 * `spp_swapped_s32`: a higher one than that of `spp_swapped_s8`, from the same start;
 * `spp_swapped_still`: from that start, and B stays there, so that A alone is trained;
-* `spp_r4`, `spp_r32`, `spp_r64`: fewer and more row groups, which is not the same number of parameters.
+* `spp_r4`, `spp_r32`, `spp_r64`: fewer and more row groups, which is not the same number of parameters;
+* `spp_swapped_taught`, `masked_lora_taught`: half of the loss is the divergence from a tuned dense model, see
+  [`peft_sparse.distill`].
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.leaderboard.methods import ROW_GROUPS, Method, spp, spp_swapped
+from benchmarks.leaderboard.methods import ROW_GROUPS, Method, masked_lora, spp, spp_swapped
 from benchmarks.leaderboard.tuned import Tuned, parametrized
 from peft_sparse.tuners.spp import SppLinear
 
@@ -161,4 +163,6 @@ VARIANTS: dict[str, Method] = {
     "spp_r4": Method("SPP r=4", _groups(4), (2e-2,)),
     "spp_r32": Method("SPP r=32", _groups(2 * ROW_GROUPS), (2e-2,)),
     "spp_r64": Method("SPP r=64", _groups(4 * ROW_GROUPS), (2e-2,)),
+    "spp_swapped_taught": Method("SPP, A = 0 and B = 1, with a teacher", spp_swapped, (2e-2,), taught=True),
+    "masked_lora_taught": Method("masked LoRA r=8, with a teacher", masked_lora, (5e-3,), taught=True),
 }

@@ -6,12 +6,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BartForConditionalGeneration,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from peft_sparse import DistillationCallback, PstConfig, SparsityCallback, SppConfig, distill, prune_magnitude
+from peft_sparse.training import finetune, plan_finetune
 from peft_sparse.training.distillation import divergence
 
-from models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama
+from models import save_with_tokenizer, tiny_bart, tiny_bert, tiny_gpt2, tiny_llama
+from recipes import classifier, language_model
 
 IDS = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -115,8 +122,6 @@ def test_without_labels_all_tokens_but_padding_count():
 
 def test_an_encoder_decoder():
     """Whose decoder's input is made of the labels."""
-    from transformers import BartForConditionalGeneration
-
     config = tiny_bart().config
     torch.manual_seed(0)
     dense = BartForConditionalGeneration(config).eval()
@@ -222,3 +227,58 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_a_recipe_whose_model_is_its_own_teacher(tmp_path, sentences):
+    """The loss that is logged is the divergence alone, which starts at zero; labels would cost 0.69."""
+    pytest.importorskip("evaluate")
+    result = finetune(classifier(tmp_path, sentences, distillation={"weight": 1.0}))
+    losses = [entry["loss"] for entry in result.log if "loss" in entry]
+    assert len(losses) == 3 and all(0 <= loss < 0.2 for loss in losses)
+    assert result.metrics["eval_loss"] > 0.5 and result.sparsity == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_recipe_with_a_teacher(tmp_path, sentences):
+    """The dense model that is pruned first teaches the pruned one."""
+    dense = save_with_tokenizer(tiny_llama(), tmp_path / "llama")
+    result = finetune(language_model(tmp_path, sentences, distillation={"teacher": dense, "weight": 1.0}))
+    losses = [entry["loss"] for entry in result.log if "loss" in entry]
+    assert 0 < losses[-1] < losses[0] < 1 < result.metrics["eval_loss"]
+    assert result.zeros_lost is None and result.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "rule"),
+    [
+        (language_model, {}, "`distillation.teacher` names a dense model, got none with method spp"),
+        (classifier, {"weight": 2}, "`distillation`: The teacher's `weight` is above 0 and at most 1, got 2"),
+        (classifier, {"temperature": 0}, "`temperature` is above 0, got 0"),
+        (classifier, {"techer": "x"}, "did you mean 'teacher'"),
+    ],
+)
+def test_recipes_that_are_refused(make, part, rule, tmp_path, sentences):
+    with pytest.raises(ValueError, match=rule):
+        make(tmp_path, sentences, distillation=part)
+
+
+def test_teachers_that_are_found_out_before_training(tmp_path, sentences):
+    """A head that would be random, of the teacher or of a model that is its own, and other outputs."""
+    pytest.importorskip("evaluate")
+    headless = save_with_tokenizer(tiny_bert().bert, tmp_path / "headless")
+    config = tiny_bert().config
+    config.num_labels = 3
+    other = save_with_tokenizer(BertForSequenceClassification(config), tmp_path / "other")
+    model = {"path": headless, "num_labels": 2}
+    for parts, rule in (
+        (
+            {"distillation": {}, "model": model},
+            "is one that was tuned for the task, got .*headless' without `classifier",
+        ),
+        ({"distillation": {"teacher": headless}}, "A teacher was tuned for the task, got .* without `classifier"),
+        ({"distillation": {"teacher": other}}, "got num_labels 3 in `distillation.teacher` .* and 2 in the model"),
+    ):
+        recipe = classifier(tmp_path, sentences, **parts)
+        for run in (plan_finetune, finetune):
+            with pytest.raises(ValueError, match=rule):
+                run(recipe)
+        assert not recipe.output_dir.exists()

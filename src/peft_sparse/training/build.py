@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_sparse.checkpoint import lookup
@@ -15,7 +15,7 @@ from peft_sparse.checkpoint.labels import named_labels
 from peft_sparse.checkpoint.lookup import is_adapter
 from peft_sparse.checkpoint.models import load_model
 from peft_sparse.checkpoint.tasks import is_for
-from peft_sparse.training.callbacks import SparsityCallback, log_before_reporters
+from peft_sparse.training.callbacks import DistillationCallback, SparsityCallback, log_before_reporters
 from peft_sparse.training.checkpoint_callback import CheckpointCallback
 from peft_sparse.training.data import Examples
 from peft_sparse.training.labels import Labels
@@ -117,14 +117,19 @@ def make_trainer(
     examples: Examples,
     tokenizer: Any,
     metrics: dict[str, Any],
+    teacher: torch.nn.Module | None = None,
 ) -> Trainer:
-    """An unchanged Trainer with the schedule's driver, what it logs, and checkpoints that a killed run can trust."""
+    """An unchanged Trainer with the schedule's driver, what it logs, the teacher of a recipe that has one, and
+    checkpoints that a killed run can trust."""
     language_model = recipe.model.task == "causal_lm"
     if not language_model:
         # Its loss is a mean over examples. Trainer takes it for a sum over `num_items_in_batch`, since the forward has
         # `**kwargs`, and would multiply it by the processes and by the accumulated batches.
         model.get_base_model().accepts_loss_kwargs = False
     schedule = SparsityCallback(best_at_final_sparsity=recipe.method == "pst")
+    callbacks: list[TrainerCallback] = [schedule, CheckpointCallback()]
+    if (part := recipe.distillation) is not None:
+        callbacks.append(DistillationCallback(teacher, part.weight, part.temperature))
     from transformers import Trainer  # loads `datasets` and more: not for who only imports peft_sparse
 
     trainer = Trainer(
@@ -134,7 +139,7 @@ def make_trainer(
         eval_dataset=examples.validation,
         data_collator=examples.collator,
         processing_class=tokenizer,
-        callbacks=[schedule, CheckpointCallback()],
+        callbacks=callbacks,
         optimizers=(make_optimizer(recipe, arguments, model), None),
         **Metrics(metrics, language_model).for_trainer(),
     )

@@ -47,6 +47,7 @@ from peft_sparse.training.metrics import other_outputs, without_times
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import FinetuneResult
 from peft_sparse.training.start import where_to_start
+from peft_sparse.training.teacher import check_teacher, load_teacher
 
 
 def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
@@ -83,12 +84,14 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     examples = _examples(recipe, tokenizer, arguments)
-    model, new = _start_model(recipe, tokenizer, arguments, examples, resumed=start.checkpoint is not None)
+    teacher = load_teacher(recipe, arguments)
+    resumed = start.checkpoint is not None
+    model, new = _start_model(recipe, tokenizer, arguments, examples, teacher, resumed)
     set_seed(arguments.seed)  # the same start whether or not something was pruned first
     model = adapt(recipe, model, new)
     if start.trained:
         examples = _without_a_step(arguments, examples, start.steps)
-    trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics)
+    trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics, teacher)
     trained = trainer.train(resume_from_checkpoint=start.checkpoint, ignore_keys_for_eval=other_outputs())
     measured = {} if start.trained else {"train_loss": trained.metrics["train_loss"]}
     if examples.validation is not None and recipe.evaluation.at_end:
@@ -136,7 +139,7 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before
             warnings.filterwarnings("ignore", message="SPP tunes a model that is already pruned")
-        model, new = _model(recipe, tokenizer, examples)
+        model, new = _model(recipe, tokenizer, examples, load_teacher(recipe, arguments))
         if recipe.pruner is not None:
             _plan_prune(recipe, model, tokenizer)
         model = adapt(recipe, model, new)
@@ -178,19 +181,19 @@ def _examples(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments) -> E
 
 
 def _start_model(
-    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
+    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, teacher: Any, resumed: bool
 ) -> tuple[Any, list[str]]:
     """The model to adapt, and its new modules."""
     if recipe.pruner is None:
-        model, new = _model(recipe, tokenizer, examples)
+        model, new = _model(recipe, tokenizer, examples, teacher)
     else:
-        model, new = _pruned_model(recipe, tokenizer, arguments, examples, resumed)
+        model, new = _pruned_model(recipe, tokenizer, arguments, examples, teacher, resumed)
     pad_as(model, tokenizer)
     return model, new
 
 
 def _pruned_model(
-    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, resumed: bool
+    recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, examples: Examples, teacher: Any, resumed: bool
 ) -> tuple[Any, list[str]]:
     """The pruned model, and its new modules. Of several processes the first one prunes, and the others read what it
     saved."""
@@ -198,7 +201,7 @@ def _pruned_model(
     prunes = not resumed and arguments.process_index == 0
     if prunes:
         with loaded_whole(arguments):
-            model, new = _prune(recipe, tokenizer, examples, folder)
+            model, new = _prune(recipe, tokenizer, examples, teacher, folder)
     if not resumed:
         PartialState().wait_for_everyone()
     if prunes and arguments.deepspeed_plugin is None:
@@ -206,17 +209,18 @@ def _pruned_model(
     return model_of(recipe, folder), noted_new_modules(folder)  # with ZeRO-3 the first one too, for its share
 
 
-def _model(recipe: Recipe, tokenizer: Any, examples: Examples) -> tuple[Any, list[str]]:
-    """[`model_of`] and its new modules, and it takes the recipe's examples."""
+def _model(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any) -> tuple[Any, list[str]]:
+    """[`model_of`] and its new modules, and it takes the recipe's examples and teacher."""
     missing: list[str] = []
     model = model_of(recipe, on_missing=missing.extend)
     check_positions(model, "data.max_length", recipe.data.max_length)
     check_fit(recipe, model, tokenizer, examples)
+    check_teacher(recipe, model, teacher, missing)
     return model, new_modules(recipe, model, missing)
 
 
-def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, folder: Path) -> tuple[Any, list[str]]:
-    model, new = _model(recipe, tokenizer, examples)
+def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any, folder: Path) -> tuple[Any, list[str]]:
+    model, new = _model(recipe, tokenizer, examples, teacher)
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     save_with_card(model, folder)

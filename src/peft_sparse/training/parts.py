@@ -10,6 +10,7 @@ from typing import Any
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.pruning.sources import reader_of
+from peft_sparse.training.distillation import check_distillation
 
 TEMPLATES = ("alpaca",)
 
@@ -72,6 +73,16 @@ class EvaluationPart:
 
     metrics: list[str] = field(default_factory=list)
     at_end: bool = True
+
+
+@dataclass(frozen=True)
+class DistillationPart:
+    """A dense model whose outputs are learned besides the labels, see [`peft_sparse.distill`]: `teacher` is a folder
+    or a name on the Hub (None: the model that PST makes sparse, with the adapter off)."""
+
+    teacher: str | None = None
+    weight: float = 0.5
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,22 @@ def _check_splits_of_file(data: DataPart) -> None:
         raise ValueError(
             f"A file is one split, got {data.path!r} for {splits}; name two of its slices, such as "
             "train_split='train[:90%]' and validation_split='train[90%:]', or one file for each split in `data.files`."
+        )
+
+
+def check_distillation_part(part: DistillationPart | None, method: str) -> None:
+    """Raises:
+    ValueError: for numbers out of range, or no teacher where the model is none of its own."""
+    if part is None:
+        return
+    try:
+        check_distillation(part.weight, part.temperature)
+    except ValueError as error:
+        raise ValueError(f"`distillation`: {error}") from error
+    if part.teacher is None and method != "pst":
+        raise ValueError(
+            "`distillation.teacher` names a dense model, got none with method spp, whose model without the adapter is "
+            "the pruned one; name the model from before it was pruned, tuned on the same data if you have that."
         )
 
 

@@ -1,12 +1,13 @@
 """A recipe: one experiment as plain values, read from YAML and checked before anything is loaded.
 
-    model       what `from_pretrained` takes, and the task
-    prune       a pruner's arguments, for methods that start from a sparse model (may be left out)
-    adapter     the method, and the fields of `PstConfig` or `SppConfig`
-    data        where the examples are, and which columns to use
-    training    the arguments of transformers' TrainingArguments, `score_learning_rate` and `head_learning_rate`
-    evaluation  metrics
-    output      merging and saving at the end
+    model         what `from_pretrained` takes, and the task
+    prune         a pruner's arguments, for methods that start from a sparse model (may be left out)
+    adapter       the method, and the fields of `PstConfig` or `SppConfig`
+    data          where the examples are, and which columns to use
+    training      the arguments of transformers' TrainingArguments, `score_learning_rate` and `head_learning_rate`
+    distillation  a teacher, its weight and the temperature (may be left out)
+    evaluation    metrics
+    output        merging and saving at the end
 
 Every key is checked against the real signature it goes to; an unknown one is an error with the nearest name.
 """
@@ -28,10 +29,12 @@ from peft_sparse.pruning.plan import pruning_pattern
 from peft_sparse.training.labels import check_labels
 from peft_sparse.training.parts import (
     DataPart,
+    DistillationPart,
     EvaluationPart,
     ModelPart,
     OutputPart,
     check_data,
+    check_distillation_part,
     check_model,
     check_output,
 )
@@ -44,12 +47,14 @@ from peft_sparse.tuners.spp import SppConfig
 METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
+PARTS = ("model", "prune", "adapter", "data", "training", "distillation", "evaluation", "output")
 # Keys of a part that name files or folders.
 _PATHS = {
     "model": ("path", "tokenizer"),
     "prune": ("checkpoint_dir",),
     "data": ("path", "files"),
     "training": ("output_dir",),
+    "distillation": ("teacher",),
     "output": ("folder",),
 }
 
@@ -76,6 +81,7 @@ class Recipe:
     pruner: str | None = None
     prune: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    distillation: DistillationPart | None = None
     score_learning_rate: float | None = None
     head_learning_rate: float | None = None
 
@@ -124,7 +130,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         >>> recipe.method, recipe.data.max_length
         ('spp', 128)
     """
-    check_keys("recipe", values, ("model", "prune", "adapter", "data", "training", "evaluation", "output"))
+    check_keys("recipe", values, PARTS)
     values = with_environment(values)
     for part, content in values.items():
         if content is not None:
@@ -137,6 +143,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     pruner, prune, calibration = _prune(dict(values.get("prune") or {}))
     training = dict(values["training"])
     own_rates = {name: training.pop(name, None) for name in OWN_RATES}
+    distillation = values.get("distillation")
     recipe = Recipe(
         model=_part("model", ModelPart, values["model"]),
         data=_part("data", DataPart, values["data"]),
@@ -148,6 +155,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         pruner=pruner,
         prune=prune,
         calibration=calibration,
+        distillation=None if distillation is None else _part("distillation", DistillationPart, distillation),
         **own_rates,
     )
     check_model(recipe.model)
@@ -155,6 +163,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     check_labels(recipe.data, recipe.model)
     _check_adapter(recipe)
     check_training(recipe)
+    check_distillation_part(recipe.distillation, recipe.method)
     check_output(recipe.output, recipe.output_dir)
     return recipe
 
