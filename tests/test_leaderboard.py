@@ -630,10 +630,8 @@ def test_a_row_with_a_teacher(tmp_path, data):
     rows = ("spp_swapped", "spp_swapped_taught")
     assert run_command(tmp_path, data, folder, "--part", "causal-lm", "--cases", "wanda 2:4", "--rows", *rows) == 0
     kept = store.Store(tmp_path / "store")
-    plain, taught = (
-        {(tuple(record["rates"]), record["seed"]): record for record in kept.records().values() if record["row"] == row}
-        for row in rows
-    )
+    runs = {(record["row"], *record["rates"], record["seed"]): record for record in kept.records().values()}
+    plain, taught = ({run[1:]: record for run, record in runs.items() if run[0] == row} for row in rows)
     both = plain.keys() & taught.keys()
     assert both and all(plain[run]["last_loss"] != taught[run]["last_loss"] for run in both)
     assert all(record["status"] == "done" and record.get("zeros_lost", 0) == 0 for record in taught.values())
