@@ -49,7 +49,7 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
             cites both papers.
 
     Returns:
-        The path of the card. One that is there and was not written by this function is left alone.
+        The path of the card. An existing one that this function did not write is left alone.
 
     Raises:
         ValueError: if there is no model, or another `method`.

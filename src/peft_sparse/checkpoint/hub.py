@@ -30,7 +30,7 @@ def push_sparse_to_hub(
 ) -> str:
     """Save a model with [`save_sparse`] and upload it in one commit, which also removes weights of earlier ones.
 
-    The model card is part of it, unless the repository has one of somebody's own.
+    The model card is part of it, unless the repository has one that somebody wrote.
 
     Args:
         model: as [`save_sparse`] takes it.

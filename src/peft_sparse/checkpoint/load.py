@@ -46,19 +46,20 @@ def load_sparse(
 
     Args:
         dir_or_repo: a folder, or a repository on the Hub.
-        packed: leave the linears of the transformer blocks packed, as `PackedLinear`s, which take the memory of what
-            is stored and can be trained on. False: an ordinary dense model, like that of `from_pretrained`.
+        packed: leave the linear layers of the transformer blocks packed, as `PackedLinear`s, which take the memory of
+            what is stored and can be trained on. False: an ordinary dense model, like that of `from_pretrained`.
         dtype: of the model; None: of each tensor the one in which it was saved, unless transformers keeps it in
             float32.
-        device: where to; None: the CPU.
+        device: where to put the model; None: the CPU.
         verify_checksums: False skips the comparison with the checksums, to save its time or to load files that were
             changed on purpose. Shapes, bits and values are compared with each other in any case.
         model_cls: the class of the model, or one of transformers' Auto classes; None: the one that config.json names.
-            What another class has beyond the transformer blocks, such as a new head, is random, and you are warned.
+            What another class has beyond the transformer blocks, such as a new head, is random, with a warning.
         config: fields of the model's config to change before it is made, such as `num_labels`.
-        ignore_mismatched_sizes: make what has another shape in the files anew, such as a head of another number of
-            labels, and warn of it. A linear of the transformer blocks has the shape that was saved in any case.
-        trust_remote_code: run the code that a repository brings along, for models whose class is there.
+        ignore_mismatched_sizes: initialise anew, with a warning, what has another shape in the files, such as a head
+            with another number of labels. A linear layer of the transformer blocks has the shape that was saved in any
+            case.
+        trust_remote_code: run the code that a repository brings along, for models whose class is defined there.
         on_missing: called, in place of those warnings, with the full names of what is random.
         **download: `revision`, `token`, `cache_dir` and others for huggingface_hub's `snapshot_download`; no others.
 
@@ -67,7 +68,7 @@ def load_sparse(
 
     Raises:
         ValueError: if there is no such checkpoint, or if any of it is damaged; the message names the tensor, and the
-            file where that is missing or unreadable; or for a field that the config has not.
+            file where that is missing or unreadable; or for a field that the config does not have.
         TypeError: for an argument that is none of these.
 
     Examples:

@@ -39,17 +39,17 @@ def save_sparse(
 ) -> None:
     """Save a model so that zeros take one bit each. [`load_sparse`] gives it back, bit for bit.
 
-    With one exception, which is warned of: where more than a sixteenth of a weight's entries are negative zeros, as
-    `weight * mask` leaves them, they come back as zeros without a sign.
+    There is one exception, with a warning: where more than a sixteenth of a weight's entries are negative zeros, as
+    `weight * mask` leaves them, they come back without their sign.
 
     A tensor that would not become smaller is stored as it is. The folder gets what `save_pretrained` writes (config,
     generation config, code of custom models), but `sparse_model*.safetensors` in place of `model*.safetensors`, so
-    that plain transformers raises instead of loading random weights. It is written beside what the folder holds, and
-    takes its place when it is complete.
+    that plain transformers raises instead of loading random weights. All of it is written beside the folder's old
+    contents, and replaces them once it is complete.
 
     Args:
         model: of transformers, with adapters merged; dense or packed.
-        folder: where to; made if it is not there. An older packed checkpoint in it is replaced.
+        folder: where to save; made if it is not there. An older packed checkpoint in it is replaced.
         max_shard_size: of one file, in bytes or as "200MB"; a larger tensor gets a file of its own.
         tokenizer: a tokenizer or processor to save with it.
         base_model: for the model card, what it was made from; None: what the model's config says, or else the name on
@@ -57,9 +57,9 @@ def save_sparse(
         method: for the model card, `"pst"` or `"spp"`; None: the one that was merged, if any.
 
     Raises:
-        ValueError: if the model has adapters, is quantized or is none of transformers', if torch.nn.utils.prune or a
-            parametrization is on a linear, or if the folder holds dense weights, which plain transformers would load
-            in place of these. Nothing is written then.
+        ValueError: if the model has adapters, is quantised or is not a transformers model, if torch.nn.utils.prune or
+            a parametrization is on a linear layer, or if the folder holds dense weights, which plain transformers
+            would load in place of these. Nothing is written then.
 
     Examples:
         >>> import tempfile

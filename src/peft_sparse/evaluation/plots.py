@@ -55,13 +55,13 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
 
 
 def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = None) -> Any:
-    """A strip for each linear: how full its rows and its columns are, and its sparsity.
+    """A strip for each linear layer: how full its rows and its columns are, and its sparsity.
 
     Colours are relative to the layer's mean, so that 50% and 95% are read alike: a row of colour 2 keeps twice the
     share of weights that its layer keeps. Pruning without structure gives a pale strip; one that goes from one colour
-    to the other tells that zeros cluster by row or column. N:M and pruners that compare within rows leave rows pale.
+    to the other shows that zeros cluster by row or column. N:M and pruners that compare within rows leave rows pale.
     The scale leaves out 2% of the data at either end, and a layer that keeps nothing is grey. Strips of a kind of
-    linear lie together, the first block on top.
+    linear layer lie together, the first block on top.
 
     Args:
         model_or_path: as in [`sparsity_report`]; with unmerged adapters the weights that the forward uses.

@@ -49,7 +49,7 @@ class SparsityReport(Totals):
     """The zeros of a model. `print` it for a table.
 
     Attributes:
-        layers: one row for every linear.
+        layers: one row for every linear layer.
         outside: parameters that are not counted.
         outside_zeros: how many of them are zero.
         notes: what a reader has to know to read the numbers right.
@@ -83,19 +83,19 @@ class SparsityReport(Totals):
 
 
 def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
-    """Count the zeros of a model's linears.
+    """Count the zeros of a model's linear layers.
 
     Args:
         model_or_path: a model, a folder with its safetensors files, dense or packed, or a repository on the Hub; files
             are read tensor by tensor. With unmerged adapters the weights are those that the forward uses, the active
             adapters included. Routers and gates of experts are not counted. A model without repeated transformer
-            blocks is reported with all of its linears.
+            blocks is reported with all of its linear layers.
 
     Returns:
         A [`SparsityReport`]; layers are in the model's order.
 
     Raises:
-        ValueError: if the path is no folder with a model's safetensors, or if there is no linear.
+        ValueError: if the path is no folder with a model's safetensors, or if there is no linear layer.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 3))

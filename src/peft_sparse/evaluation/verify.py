@@ -23,15 +23,15 @@ def verify_sparsity(
     reference: nn.Module | str | Path | LinearWeights | None = None,
     pattern: str | Pattern | None = None,
 ) -> VerifyReport:
-    """Compare the zeros of a model's linears with those of the model it came from.
+    """Compare the zeros of a model's linear layers with those of the model it came from.
 
     Args:
         model_or_path: a model (with unmerged adapters, the weights that the forward uses), a folder with safetensors,
             dense or packed, or a repository on the Hub. Pickled weights are never opened.
         reference: the same, usually the pruned base model, or what was noted of it before it was merged into. None:
             nothing is lost or gained.
-        pattern: an N:M pattern that every layer has to follow. None: each layer has to follow the one that the
-            reference's follows, if any; "unstructured": none.
+        pattern: an N:M pattern that every layer has to follow. None: each layer has to follow the pattern of the same
+            layer in the reference, if it has one; "unstructured": none.
 
     Returns:
         A [`VerifyReport`]; layers are in the model's order.

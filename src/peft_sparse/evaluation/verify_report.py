@@ -53,7 +53,7 @@ class VerifyReport(Totals):
     """What [`peft_sparse.verify_sparsity`] found. `print` it for a table.
 
     Attributes:
-        layers: one row for every linear.
+        layers: one row for every linear layer.
         compared: whether there was a reference, without which nothing counts as lost or gained.
         notes: what a reader has to know to read the numbers right.
     """

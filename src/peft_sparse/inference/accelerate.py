@@ -52,19 +52,19 @@ def accelerate_sparse(
     keep_dense: bool = True,
     kernel: str | None = None,
 ) -> AccelerationReport:
-    """Let each linear of a pruned model compute in the fastest way there is for it, in place.
+    """Let each linear layer of a pruned model compute in the fastest way that it has, in place.
 
     Every way that is possible on the layer's device and in its dtype is timed on the layers themselves, beside the
-    dense one, for each number of tokens, with the weights from memory as in a model and from a cache. What does not
-    save a tenth from memory, or loses from a cache, in any of two measurements, is not taken:
+    dense one, for each number of tokens, with the weights from memory as in a model and from a cache. A way is taken
+    only if, in both of two measurements, it saves a tenth from memory and loses nothing from a cache:
 
     - `csr`: lists of the non-zeros; on a CPU, in float32 and half precision by C kernels that are compiled at their
       first use where there is a compiler (`native.use_native`), else in float32 and float64 by MKL. With few non-zeros
       the fastest.
     - `semi_structured`: torch's 2:4 matmul on NVIDIA GPUs, in half precision.
-    - `bitmask`: values and a bit for each place, read as they lie: the packed format. On a CPU by such kernels: pays
-      from about half zeros for a few tokens, and takes less memory than `csr`. On an NVIDIA GPU a Triton kernel for
-      one token, in half precision; only inside of `ops.use_triton`.
+    - `bitmask`: values and a bit for each place, read as they lie: the packed format. On a CPU it too has C kernels:
+      it pays from about half zeros for a few tokens, and takes less memory than `csr`. On an NVIDIA GPU a Triton
+      kernel for one token, in half precision; only inside of `ops.use_triton`.
 
     The result is that of the dense layer up to the order of sums; where a weight is zero, infinities and NaNs in the
     input may be ignored. A layer computes in its own way as before wherever autograd records, in autocast and in
@@ -79,8 +79,9 @@ def accelerate_sparse(
         tokens: for how many tokens at a time (batch size times length) to choose. Numbers in between get what both
             neighbours got, if it took 0.6 or less of the time for both. Above the largest a dense layer computes
             densely, and a packed one, whose own way is to unpack, as for the largest, if that took 0.6 or less.
-        target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
-            all linears inside the repeated transformer blocks; of a model without such blocks, all linears.
+        target_modules: names of linear layers or the ends of names, or one regex that matches full names, as in PEFT.
+            None: all linear layers inside the repeated transformer blocks; of a model without such blocks, all linear
+            layers.
         exclude_modules: what to leave out of them, given in the same way.
         keep_dense: False packs the layers for which that is no slower with any of `tokens`, and so gives up their
             dense weights: at 90% in float32 they take 0.23 of the dense bytes instead of 1.2. `save_sparse` saves such
@@ -91,8 +92,8 @@ def accelerate_sparse(
         What was chosen for each layer and why, with the bytes that it takes. [`remove_acceleration`] is the way back.
 
     Raises:
-        ValueError: if there is no such linear, if the model has adapters, or a layer no memory (the meta device). The
-            model is as it was then.
+        ValueError: if there is no such linear layer, if the model has adapters, or a layer no memory (the meta
+            device). The model is as it was then.
 
     Examples:
         >>> from peft_sparse.pruning import prune_magnitude
@@ -126,7 +127,7 @@ def accelerate_sparse(
 
 
 def remove_acceleration(model: nn.Module) -> nn.Module:
-    """The inverse of [`accelerate_sparse`], in place: every linear is the one that it was, with the weights of now.
+    """The inverse of [`accelerate_sparse`], in place: each linear layer is what it was, with its present weights.
 
     Layers that `keep_dense=False` packed get their dense weights back.
 
@@ -134,7 +135,7 @@ def remove_acceleration(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: if something has replaced an accelerated linear's forward. Nothing is changed then.
+        ValueError: if something has replaced an accelerated linear layer's forward. Nothing is changed then.
     """
     check_model(model)
     for name, module in model.named_modules():

@@ -76,7 +76,7 @@ class AccelerationReport:
     """What [`peft_sparse.accelerate_sparse`] chose. `print` it for a table.
 
     Attributes:
-        layers: one row for every linear.
+        layers: one row for every linear layer.
         threads: of torch, with which it was measured.
         notes: what a reader has to know to read the numbers right.
     """

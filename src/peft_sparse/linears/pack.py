@@ -23,7 +23,7 @@ from peft_sparse.linears.weights import forward_replaced, in_out_features, num_z
 def pack_model(
     model: nn.Module, target_modules: Names | None = None, exclude_modules: Names | None = None
 ) -> nn.Module:
-    """Replace a pruned model's linears by PackedLinears, in place.
+    """Replace a pruned model's linear layers by PackedLinears, in place.
 
     The model computes what it computed before; a negative zero becomes a positive one. Packed weights are frozen:
     `get_peft_model(model, SppConfig())` then trains the model in the memory of its packed weights.
@@ -34,16 +34,16 @@ def pack_model(
 
     Args:
         model: any module without adapters.
-        target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
-            all linears inside the repeated transformer blocks but routers and gates of experts.
+        target_modules: names of linear layers or the ends of names, or one regex that matches full names, as in PEFT.
+            None: all linear layers inside the repeated transformer blocks but routers and gates of experts.
         exclude_modules: what to leave out of them, given in the same way.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: if there is no such linear, if one carries an adapter, or has no memory (the meta device). Nothing
-            is changed then.
+        ValueError: if there is no such linear layer, if one carries an adapter, or has no memory (the meta device).
+            Nothing is changed then.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,8 +91,8 @@ def unpack_model(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: if a packed linear carries an adapter or is offloaded, or `model` is no module. Nothing is changed
-            then.
+        ValueError: if a packed linear layer carries an adapter or is offloaded, or `model` is no module. Nothing is
+            changed then.
 
     Examples:
         >>> unpack_model(nn.Sequential(PackedLinear.from_linear(nn.Linear(3, 2))))

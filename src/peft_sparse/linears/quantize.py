@@ -28,7 +28,7 @@ def quantize_model(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Replace a pruned model's linears by those of bitsandbytes, in place, so that exactly its zeros are zeros.
+    """Replace a pruned model's linear layers by those of bitsandbytes, in place, so that exactly its zeros are zeros.
 
     `get_peft_model(model, SppConfig())` then trains in the memory of the quantised weights. The model counts as
     quantised for transformers and PEFT, and `save_pretrained` writes what `from_pretrained` loads again.
@@ -39,11 +39,11 @@ def quantize_model(
     Args:
         model: any module without adapters, in memory, with float32, bfloat16 or float16 weights.
         kind: "nf4", "fp4" (4 bits, blocks of 64 weights with a scale) or "int8" (a scale for each row).
-        target_modules: names of linears or the ends of names, or one regex that matches full names, as in PEFT. None:
-            all linears inside the repeated transformer blocks but routers and gates of experts.
+        target_modules: names of linear layers or the ends of names, or one regex that matches full names, as in PEFT.
+            None: all linear layers inside the repeated transformer blocks but routers and gates of experts.
         exclude_modules: what to leave out of them, given in the same way.
         double_quant: whether the scales of 4-bit weights are quantised too.
-        compute_dtype: in which 4-bit linears multiply; None: the dtype of their weights.
+        compute_dtype: in which 4-bit linear layers multiply; None: the dtype of their weights.
 
     Returns:
         `model`.
@@ -158,11 +158,11 @@ def _tell_transformers(model: nn.Module, quantizer: Any, kind: str) -> None:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Replace all quantised linears of bitsandbytes by nn.Linear, in place; all other floating point parameters are
-    cast to the same dtype. A transformers model no longer counts as quantised.
+    """Replace all quantised linear layers of bitsandbytes by nn.Linear, in place; all other floating point parameters
+    are cast to the same dtype. A transformers model no longer counts as quantised.
 
     Args:
-        model: without adapters on quantised linears.
+        model: without adapters on quantised linear layers.
         dtype: torch.bfloat16, torch.float16 or torch.float32.
 
     Returns:

@@ -129,7 +129,7 @@ def owl_sparsity(
         sparsity: share of zeros in all targets together.
         lam: lambda of the paper, which takes 0.08.
         outlier_threshold: M of the paper, which takes 5 (or 7).
-        level: `"block"` as in the paper, all linears of a block have the same sparsity but for rounding; or
+        level: `"block"` as in the paper, all linear layers of a block have the same sparsity but for rounding; or
             `"linear"`, each one its own.
         group: what competes where the result is used: `"row"` (Wanda's default; every row of a layer loses the same
             number) or `"layer"` (magnitude, PST).

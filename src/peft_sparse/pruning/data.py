@@ -37,13 +37,13 @@ def calibration_batches(
       numbers (strings, labels of whole sequences) are left out.
     * Batches, dicts of tensors with two dimensions or more: the first `num_sequences` sequences, otherwise unchanged.
 
-    What has a length is drawn from at random; a stream (a generator, an `IterableDataset`) is read from its start, no
-    further than needed.
+    From a source that has a length sequences are drawn at random; a stream (a generator, an `IterableDataset`) is read
+    from its start, no further than needed.
 
     Args:
         source: see above.
         tokenizer: of transformers; needed for text.
-        num_sequences: how many there are to be at most; None: all.
+        num_sequences: how many sequences at most; None: all.
         length: tokens per sequence. Needed for text; None leaves rows as long as they are.
         batch_size: sequences per batch, of text and of rows.
         seed: of the draw.

@@ -37,17 +37,16 @@ def prune_magnitude(
     Args:
         model: any module; its dtype and device stay.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
-            For layers with different ones a mapping from full names, ends of names or regexes, such as
-            [`owl_sparsity`] gives.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error. A
+            mapping from full names, ends of names or regexes, such as [`owl_sparsity`] returns, sets it by layer.
         group: what competes: `"layer"`, all weights of a layer (None), or `"row"`, those of one output, each with
             `int(sparsity * in_features)` zeros. Not for N:M.
-        target_modules: names of linears, or a regex for full names, as in PEFT. None: every linear inside the model's
-            repeated transformer blocks but routers and gates of experts, never embeddings, pooler or head.
-        exclude_modules: linears to leave alone, given in the same way.
+        target_modules: names of linear layers, or a regex for full names, as in PEFT. None: every linear layer inside
+            the model's repeated transformer blocks but routers and gates of experts, never embeddings, pooler or head.
+        exclude_modules: linear layers to leave alone, given in the same way.
 
     Returns:
-        `model` itself. A linear whose weight is shared with a module that is no target is left as it was.
+        `model` itself. A linear layer whose weight is shared with a module that is no target is left as it was.
 
     Raises:
         ValueError: for a malformed pattern, sparsity or group; if in_features of a target is not divisible by M, or

@@ -47,22 +47,21 @@ def prune_ria(
     exactly `int(sparsity * numel)` zeros afterwards; of equal scores those with the lower index go first.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned by default, but routers and gates of
-            experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights may
-            be kept in CPU memory or on disk by accelerate's hooks.
+        model: with repeated transformer blocks. By default all their linear layers are pruned except routers and gates
+            of experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights
+            may be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
             ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
             Tokens that `attention_mask` marks as padding do not count.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
-            For layers with different ones a mapping from full names, ends of names or regexes, such as
-            [`owl_sparsity`] gives.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error. A
+            mapping from full names, ends of names or regexes, such as [`owl_sparsity`] returns, sets it by layer.
         group: what competes: `"layer"`, all weights of a layer (None, the default of the authors' code), or `"row"`,
             those of one output, each with `int(sparsity * in_features)` zeros. Not for N:M.
         exponent: a, of the activations' norm; at least 0.
-        target_modules: linears to prune instead of all: names or their last parts, or one regex for full names, as in
-            PEFT; inside the blocks.
-        exclude_modules: linears to leave alone, given in the same way.
+        target_modules: linear layers to prune instead of all: names or their last parts, or one regex for full names,
+            as in PEFT; inside the blocks.
+        exclude_modules: linear layers to leave alone, given in the same way.
         checkpoint_dir, device, measure_error: as in [`prune_wanda`].
         progress: show a bar over the blocks.
 

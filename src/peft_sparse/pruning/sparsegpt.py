@@ -62,20 +62,19 @@ def prune_sparsegpt(
 ) -> Model:
     """Zero weights by SparseGPT and move those that stay, in place.
 
-    Every layer has exactly `int(sparsity * numel)` zeros afterwards, an N:M pattern N weights of every M. An input
-    that is zero in every calibration token is dead: its weights go first, since they change nothing.
+    Every layer has exactly `int(sparsity * numel)` zeros afterwards, and with an N:M pattern N weights are kept of
+    every M. An input that is zero in every calibration token is dead: its weights go first, since they change nothing.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned by default, but routers and gates of
-            experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights may
-            be kept in CPU memory or on disk by accelerate's hooks.
+        model: with repeated transformer blocks. By default all their linear layers are pruned except routers and gates
+            of experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights
+            may be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
             ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
             Tokens that `attention_mask` marks as padding do not count. The authors take 128 sequences of 2048 tokens.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
-            For layers with different ones a mapping from full names, ends of names or regexes, such as
-            [`owl_sparsity`] gives.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error. A
+            mapping from full names, ends of names or regexes, such as [`owl_sparsity`] returns, sets it by layer.
         group: what competes within a block of columns: `"layer"`, all its weights (None, the paper's), or `"row"`,
             those of one output, each row with `int(sparsity * in_features)` zeros. Not for N:M.
         damping: added to the diagonal of the Hessian, relative to its mean. If a factorisation fails, it is tried
@@ -83,9 +82,9 @@ def prune_sparsegpt(
         block_size: columns whose masks are chosen together.
         match_authors: prune exactly what the authors' code does: in unstructured patterns one weight more in every
             block of columns, and all weights of dead inputs.
-        target_modules: linears to prune instead of all: names or their last parts, or one regex for full names, as in
-            PEFT; inside the blocks.
-        exclude_modules: linears to leave alone, given in the same way.
+        target_modules: linear layers to prune instead of all: names or their last parts, or one regex for full names,
+            as in PEFT; inside the blocks.
+        exclude_modules: linear layers to leave alone, given in the same way.
         checkpoint_dir, device, measure_error: as in [`prune_wanda`].
         progress: show a bar over the blocks.
 
@@ -102,8 +101,9 @@ def prune_sparsegpt(
 
     Memory:
         As for `prune_wanda`, plus, for one block at a time: a Hessian of 4 * in_features^2 bytes for each different
-        input of its linears (q, k and v of a Llama share one, gate and up another), factorised in place; the inputs of
-        one batch, once more where a Hessian is shared; and three float32 copies of the weight that is being pruned.
+        input of its linear layers (q, k and v of a Llama share one, gate and up another), factorised in place; the
+        inputs of one batch, once more where a Hessian is shared; and three float32 copies of the weight that is being
+        pruned.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -44,27 +44,26 @@ def prune_wanda(
     has exactly `int(sparsity * in_features)` zeros afterwards; of equal scores those with the lower index go first.
 
     Args:
-        model: with repeated transformer blocks, all of whose linears are pruned by default, but routers and gates of
-            experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights may
-            be kept in CPU memory or on disk by accelerate's hooks.
+        model: with repeated transformer blocks. By default all their linear layers are pruned except routers and gates
+            of experts and, with a warning, those that are not called; never embeddings, pooler or head. Its weights
+            may be kept in CPU memory or on disk by accelerate's hooks.
         batches: calibration data, dicts of tensors as the model's forward takes them (`input_ids`, `attention_mask`,
             ...): a list, a DataLoader, a generator, a tokenized `datasets` dataset; see [`calibration_batches`].
             Tokens that `attention_mask` marks as padding do not count. The authors take 128 sequences of the model's
             full length.
         pattern: `"unstructured"` or `"N:M"`, N weights kept of every M consecutive ones along in_features.
-        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error.
-            For layers with different ones a mapping from full names, ends of names or regexes, such as
-            [`owl_sparsity`] gives.
+        sparsity: share of zeros in [0, 1); None: 0.5. An N:M pattern fixes it at 1 - N/M; another value is an error. A
+            mapping from full names, ends of names or regexes, such as [`owl_sparsity`] returns, sets it by layer.
         group: what competes: `"row"`, the weights of one output (None, the paper's), or `"layer"`, all of a layer,
             which then has `int(sparsity * numel)` zeros. Not for N:M.
-        target_modules: linears to prune instead of all: names or their last parts, or one regex for full names, as in
-            PEFT; inside the blocks.
-        exclude_modules: linears to leave alone, given in the same way.
-        checkpoint_dir: a folder to write each block to when it is done. A later run with the same arguments goes on
-            from there and gives the same model; another run is refused.
-        device: where to run the blocks of a model that does not fit there: they are moved one at a time, and nothing
-            else is on it but one batch's activations. None: where they are.
-        measure_error: also estimate how much the output of every linear changes on the calibration data,
+        target_modules: linear layers to prune instead of all: names or their last parts, or one regex for full names,
+            as in PEFT; inside the blocks.
+        exclude_modules: linear layers to leave alone, given in the same way.
+        checkpoint_dir: a folder to write each block to when it is done. A later run with the same arguments resumes
+            from there and gives the same model; a run with others is refused.
+        device: where to run the blocks, also of a model that does not fit there: they are moved one at a time, and
+            nothing else is on it but one batch's activations. None: where they are.
+        measure_error: also estimate how much the output of every linear layer changes on the calibration data,
             ||X W_new^T - X W^T|| / ||X W^T||, see `OutputSketch`. It is written into the config and shown by
             [`sparsity_report`].
         progress: show a bar over the blocks.

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class SparsityCallback(TrainerCallback):
     """Drives PST's sparsity schedule: one step of it for each optimizer step, whatever the gradient accumulation.
 
-    The schedule spans `PstConfig.total_steps`, or else all steps of the training. A resumed run goes on where it
+    The schedule spans `PstConfig.total_steps`, or else all steps of the training. A resumed run continues where it
     stopped. As in the authors' code, the sparsity of step t is set after that step and used by the next forward.
 
     With each training loss it also logs `sparsity`, `mask_churn` (the share of weights that changed state since the
     last log) and statistics of PST's scores; of SPP, which has no schedule, sparsity and churn. All of them are over
-    the adapted weights: `sparsity_report` of a model whose blocks hold others too, such as fused experts, tells a
+    the adapted weights: `sparsity_report` of a model whose blocks hold others too, such as fused experts, shows a
     smaller share. With the groups of [`pst_param_groups`] each learning rate is logged by its name; Trainer alone logs
     that of the scores, which come first. They reach `state.log_history` and every callback behind this one. Those that
     `report_to` names come before the callbacks of a Trainer; `log_before_reporters` lets them have the numbers too.
@@ -35,7 +35,7 @@ class SparsityCallback(TrainerCallback):
             that `load_best_model_at_end` chooses among fully sparse models, as the authors do, and that
             EarlyStoppingCallback begins to count there. With False, the best model may be an early one with fewer
             zeros.
-        log: False logs nothing. It costs a pass over the masks and scores for each log, and a bit a weight.
+        log: False logs nothing. Logging costs a pass over the masks and scores each time, and one bit per weight.
 
     Raises:
         ValueError: when training starts, if the model has no PST or SPP layer.

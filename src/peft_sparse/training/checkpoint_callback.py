@@ -21,12 +21,13 @@ _REST = 1 << 16
 
 
 class CheckpointCallback(TrainerCallback):
-    """Lets a run be killed at any moment, also in the middle of a save, and go on from its last complete checkpoint.
+    """Lets a run be killed at any moment, also in the middle of a save, and resume from its last complete checkpoint.
 
     When a Trainer with it is made, unfinished checkpoints that are newer than the last complete one are renamed to
     `incomplete-checkpoint-<step>`: `train(resume_from_checkpoint=True)` takes the newest folder without looking. After
     each save, when all processes are done, a manifest of the files is written, by which [`last_complete_checkpoint`]
-    knows a complete checkpoint. Before training and before each save it is checked that there is a place for it.
+    recognises a complete checkpoint. Before training it checks that the folder can be written, and before each save
+    that the disk has room for it.
 
     One run at a time may write to an `output_dir`.
 

@@ -55,8 +55,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
 
     Args:
         recipe: from [`load_recipe`].
-        resume: go on from the last complete checkpoint in `training.output_dir`, or from the one that is named. A run
-            that is finished stays as it is, and its result is returned again; one that has all its steps, but was
+        resume: continue from the last complete checkpoint in `training.output_dir`, or from the one that is named. A
+            run that is finished stays as it is, and its result is returned again; one that has all its steps, but was
             stopped before its end, is evaluated, saved and merged.
 
     Returns:

@@ -40,8 +40,9 @@ class PstConfig(SparseConfig):
 
     Args:
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices:
-            as in PEFT's LoraConfig. `target_modules=None` means every linear inside the model's repeated blocks but,
-            with a warning, routers and gates of experts, linears that are not called, and those that share a weight.
+            as in PEFT's LoraConfig. `target_modules=None` means every linear layer inside the model's repeated
+            blocks except, with a warning, routers and gates of experts, linear layers that are not called, and those
+            that share a weight.
         r: rank of the weight update U V.
         score_r: rank of the scores A B.
         beta: scale of U V.
@@ -49,10 +50,10 @@ class PstConfig(SparseConfig):
         alpha2: scale of R and C.
         sparsity: share of zeros at the end, in [0, 1). None: 0.9 for unstructured; an N:M pattern fixes it at 1 - N/M,
             and another value is an error.
-        sparsity_pattern: shares of zeros at the end for some layers, others get `sparsity`. Keys are full names, ends
-            of names or regexes for them, as in LoraConfig's `rank_pattern`; what `owl_sparsity(..., group="layer")`
-            returns fits. Each layer's schedule ends at its own share. Not for N:M, and a key that names none of the
-            adapted layers is an error when the adapter is added.
+        sparsity_pattern: shares of zeros at the end for some layers; the others get `sparsity`. Keys are full names,
+            ends of names or regexes for them, as in LoraConfig's `rank_pattern`; what `owl_sparsity(...,
+            group="layer")` returns fits. Each layer's schedule ends at its own share. Not for N:M, and a key that
+            names none of the adapted layers is an error when the adapter is added.
         initial_sparsity: share of zeros at the start of the schedule, of all layers.
         pattern: "unstructured" (the weights of a layer compete), or "N:M" (N kept of every M consecutive weights along
             in_features).
@@ -64,8 +65,8 @@ class PstConfig(SparseConfig):
         total_steps: optimizer steps that the schedule spans. None: what `SparsityCallback` reads from the Trainer, or
             what `set_sparsity_step` is given.
         init_weights: True starts at W' = W and S = |W'| (U and A are normal, V, B, R and C zero, as the authors' are).
-            "unit": the same with U divided by sqrt(out_features), so that its columns have about length 1 and U
-            can turn beside V; give weights a rate that is several times as high. Better on a small GPT-2 in
+            "unit": the same with U divided by sqrt(out_features), so that its columns have about length 1 and U can
+            turn beside V; give the weights a learning rate several times as high. Better on a small GPT-2 in
             `benchmarks/results/leaderboard`, not on MiniLM. False draws all of them, which only tests want.
         labels: what a classifier's labels are called, in the order of their numbers. None: with a `task_type` of
             classification, what the model's config calls them when the adapter is added.

@@ -21,8 +21,9 @@ class SppConfig(SparseConfig):
 
     Args:
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices:
-            as in PEFT's LoraConfig. `target_modules=None` means every linear inside the model's repeated blocks but,
-            with a warning, routers and gates of experts, linears that are not called, and those that share a weight.
+            as in PEFT's LoraConfig. `target_modules=None` means every linear layer inside the model's repeated
+            blocks except, with a warning, routers and gates of experts, linear layers that are not called, and those
+            that share a weight.
         r: number of row groups that share a row of A. More than a layer has rows: one group per row.
         spp_alpha: scaling s = spp_alpha / r.
         spp_dropout: dropout probability on the input of the update alone; the base weight sees the whole input.
