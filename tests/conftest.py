@@ -4,8 +4,10 @@ What lies in `shared/` (oracle tensors, two small pretrained models, data) is no
 for beside the repository's folder, or where PEFT_SPARSE_SHARED points. Without it the tests that need it are skipped.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 import models
 
@@ -93,6 +97,36 @@ def llama_dir(shared: Path) -> Path:
 def gpt2_dir(shared: Path) -> Path:
     """A trained GPT-2 of 859,008 parameters (Conv1D layers) with a tokenizer of bytes."""
     return _existing(shared / "models" / "gpt2-byte-shakespeare")
+
+
+@pytest.fixture
+def transformers_adapters() -> None:
+    """For tests of transformers' own `model.add_adapter` and the like, which refuse a PEFT that is too old for them;
+    for transformers 5.24 every released one is."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as refusal:
+        pytest.skip(f"transformers' own adapter functions: {refusal}")
+
+
+@pytest.fixture(scope="session")
+def one_graph() -> bool:
+    """Whether the compiler makes one graph of a model, for `fullgraph`. That of torch 2.6 makes several: it enters no
+    context manager of Python code, as PEFT's forward has, and sees no method of packed weights, named tuples."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        yield
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with context():
+            return x + 1
+
+    try:
+        torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(1))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
 
 
 @pytest.fixture

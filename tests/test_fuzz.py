@@ -283,6 +283,7 @@ def test_every_byte_of_a_number_counts(saved):
             type(CONFIGS[saved.name]()).from_pretrained(folder)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_saving_over_an_adapter(saved):
     """Through PEFT, and through transformers, which writes the config before the weights."""
     folder, config_cls = copy_of(saved), CONFIGS[saved.name]

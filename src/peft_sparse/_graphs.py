@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-_is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+# torch 2.6 has no such function; its flag is set by torch.export alone, while torch.compile answers in its own way
+_is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
 
 
 def values_unknown(tensor: torch.Tensor | None = None) -> bool:

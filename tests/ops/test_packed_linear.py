@@ -159,7 +159,7 @@ def test_saves_nothing_of_the_weights_size():
     assert all(t.untyped_storage().data_ptr() in own or t.numel() == 0 for t in saved)
 
 
-def test_compiles_to_one_graph():
+def test_compiles(one_graph):
     packed, bias, A, B = tensors(12, 9, 5, torch.float32)
     x = torch.randn(3, 9, requires_grad=True)
     A.requires_grad_()
@@ -168,7 +168,9 @@ def test_compiles_to_one_graph():
         effective = ops.spp_weight(weight, A, B, 0.5)
         return ops.spp_linear(x, effective, bias, A, B, SCALING) + ops.packed_linear(x, weight, bias)
 
-    y, expected = (f(x, packed, bias, A, B) for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), step))
+    y, expected = (
+        f(x, packed, bias, A, B) for f in (torch.compile(step, fullgraph=one_graph, backend="aot_eager"), step)
+    )
     torch.testing.assert_close(y, expected)
     found, wanted = (torch.autograd.grad(t.square().sum(), (x, A)) for t in (y, expected))
     torch.testing.assert_close(found, wanted)

@@ -206,6 +206,7 @@ class TestTransformers:
         adapted(method, loaded).save_pretrained(tmp_path / "adapter")
         return tmp_path / "base", tmp_path / "adapter"
 
+    @pytest.mark.usefixtures("transformers_adapters")
     @pytest.mark.parametrize(
         ("harm", "words"), [(lambda folder: flip(folder, "_B"), DAMAGED), (pickle, PICKLED)], ids=["flipped", "pickle"]
     )

@@ -238,6 +238,7 @@ def test_callback_without_pst_layers_is_told_so(tmp_path):
         run.train()
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_callback_drives_an_adapter_of_transformers_own_api(tmp_path):
     model = tiny_bert()
     model.add_adapter(PstConfig(sparsity=0.75))

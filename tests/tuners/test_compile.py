@@ -21,11 +21,11 @@ CONFIGS = {
 STEPS = 5
 
 
-def losses(config, backend: str | None) -> list[float]:
+def losses(config, backend: str | None, one_graph: bool = True) -> list[float]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = get_peft_model(tiny_llama(num_blocks=1), config())  # each is compiled anew
-    forward = torch.compile(model, fullgraph=True, backend=backend) if backend else model
+    forward = torch.compile(model, fullgraph=one_graph, backend=backend) if backend else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.arange(3, 33).reshape(2, 15)
     found = []
@@ -42,14 +42,15 @@ def losses(config, backend: str | None) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_aot_eager(config):
+def test_aot_eager(config, one_graph):
     """The whole of tracing and of the backward's graph, without the code generation that needs a C++ compiler."""
-    assert losses(config, "aot_eager") == pytest.approx(losses(config, None), abs=1e-5)
+    tolerance = 1e-5 if one_graph else 1e-3  # between graphs other things are rounded: see the mask in test_inductor
+    assert losses(config, "aot_eager", one_graph) == pytest.approx(losses(config, None), abs=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
 @pytest.mark.parametrize("config", [CONFIGS["spp"], CONFIGS["pst"]], ids=["spp", "pst"])
-def test_nothing_is_multiplied_with_empty_memory(config):
+def test_nothing_is_multiplied_with_empty_memory(config, one_graph):
     """For a GPU, inductor makes `beta * input + product` of an addmm: NaN where beta is 0 and the input not set."""
     graphs = []
 
@@ -57,7 +58,7 @@ def test_nothing_is_multiplied_with_empty_memory(config):
         graphs.append(graph.graph)
         return make_boxed_func(graph.forward)
 
-    losses(config, aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    losses(config, aot_autograd(fw_compiler=keep, bw_compiler=keep), one_graph)
     nodes = [node for graph in graphs for node in graph.nodes]
     assert any(node.target == torch.ops.aten.mm.default for node in nodes)
     assert not [node for node in nodes if node.kwargs.get("beta") == 0]
@@ -66,9 +67,9 @@ def test_nothing_is_multiplied_with_empty_memory(config):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
 @pytest.mark.parametrize("config", [CONFIGS["spp"], CONFIGS["pst"]], ids=["spp", "pst"])
-def test_inductor(config):
+def test_inductor(config, one_graph):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("inductor's CPU backend needs a C++ compiler")
     # PST's mask is chosen anew in each step: what its kernels round otherwise can change a weight at the threshold
     tolerance = 1e-3 if isinstance(config(), PstConfig) else 1e-5
-    assert losses(config, "inductor") == pytest.approx(losses(config, None), abs=tolerance)
+    assert losses(config, "inductor", one_graph) == pytest.approx(losses(config, None), abs=tolerance)

@@ -218,13 +218,21 @@ def test_all_of_it_in_inference_mode(config, tmp_path):
 
 
 @each_config
-def test_auto_classes_and_transformers_own_api(config, tmp_path):
+def test_auto_class(config, tmp_path):
+    pruned_model(tiny_llama, config).save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config())
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
+@each_config
+@pytest.mark.usefixtures("transformers_adapters")
+def test_transformers_own_api(config, tmp_path):
     base = pruned_model(tiny_llama, config)
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config())
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model)
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
 
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -53,14 +53,15 @@ def inputs(*batch: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*(deprecated|Dtype|dtype)")
-def test_torch_export(model, strict):
+def test_torch_export(model, strict, one_graph):
+    if strict and not one_graph:
+        pytest.skip("strict=True asks for one graph")
     batches = [{0: torch.export.Dim.AUTO}]
     program = torch.export.export(model, (inputs(3),), dynamic_shapes=batches, strict=strict)
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     assert called
-    if hasattr(torch.compiler, "is_exporting"):  # torch 2.6 cannot be asked
-        assert not [name for name in called if "peft_sparse" in name]
+    assert not [name for name in called if "peft_sparse" in name]
     x = inputs(5)
     torch.testing.assert_close(program.module()(x), model(x))
 

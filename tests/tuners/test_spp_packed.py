@@ -226,6 +226,7 @@ def test_casts_and_copies():
     assert torch.equal(other(IDS).logits, packed(IDS).logits)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_transformers_own_adapters():
     model = pack_model(prune_magnitude(tiny_llama()))
     model.add_adapter(SppConfig(init_weights=False))
@@ -233,6 +234,7 @@ def test_transformers_own_adapters():
     model(**LM).loss.backward()
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_transformers_saves_the_adapter_of_a_packed_model(tmp_path):
     model = pack_model(prune_magnitude(tiny_llama()))
     model.add_adapter(SppConfig(init_weights=False))

@@ -72,7 +72,10 @@ _FORMS = {form.__name__: form for form in (PackedWeight, FourBitWeight, EightBit
 def take_apart(weight: Weight) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """The tensor of a weight's entries (of a quantised one, their codes), which autograd is to know, and the rest of
     it: empty for a dense weight."""
-    return (weight, ()) if isinstance(weight, torch.Tensor) else (weight[0], (type(weight).__name__, *weight[1:]))
+    if isinstance(weight, torch.Tensor):
+        return weight, ()
+    entries, *rest = weight  # the compiler of torch 2.6 cannot slice a named tuple
+    return entries, (type(weight).__name__, *rest)
 
 
 def put_together(entries: torch.Tensor, rest: tuple[Any, ...]) -> Weight:
