@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_sparse.linears import block_linears
+from peft_sparse.linears import find_block_lists
 from peft_sparse.storage import StoredModel
 from peft_sparse.storage.names import names_in_model
 
@@ -94,6 +95,21 @@ def check_complete(
         )
 
 
+def check_blocks(model: nn.Module, missing: Iterable[str], source: str | Path) -> None:
+    """For what transformers has loaded, which makes up what is missing.
+
+    Raises:
+        ValueError: if a weight of the blocks is missing in the files."""
+    inside = _inside(model)
+    made_up = [name for name in missing if name.startswith(inside)]
+    if made_up:
+        raise ValueError(
+            f"A checkpoint has all weights of its model's transformer blocks, got none for {made_up[:3]} "
+            f"({len(made_up)} in all) in {str(source)!r}, which would be random; it is damaged, or config.json is "
+            "that of another model."
+        )
+
+
 def _inside(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the tensors of the blocks' linears begin with."""
-    return tuple(f"{name}." for name in block_linears(model))
+    """What the names of the tensors of the blocks begin with."""
+    return tuple(f"{block_list.name}." for block_list in find_block_lists(model))

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig
 
+from peft_sparse.checkpoint.complete import check_blocks
 from peft_sparse.checkpoint.labels import labels_of_head, named_labels
 from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
@@ -129,7 +130,9 @@ def _load_dense(
         source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
     )
     missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if missing and on_missing is not None:
+    if on_missing is None:
+        check_blocks(model, missing, source)
+    elif missing:
         on_missing(missing)
     return model
 
@@ -225,6 +228,7 @@ def _load_adapter(
     if missing and on_missing is not None:
         on_missing(missing)
     elif missing:
+        check_blocks(loaded, missing, base)
         warnings.warn(
             f"Neither {str(base)!r} nor the adapter in {str(folder)!r} has weights for {missing[:3]} ({len(missing)} "
             "in all), which are new and random.",

@@ -1,11 +1,13 @@
 """The folder that a result goes into, and what is in it beside the weights.
 
-It is new or empty, since what is in the way may be somebody's only copy. It is written beside its place and gets its
-name when it is complete, so that an error or an interruption leaves nothing behind.
+It is new or empty, since what is in the way may be somebody's only copy. A new one is written beside its place and
+gets its name when it is complete; one that is there stays, and gets its files, config.json last. So an error or an
+interruption leaves nothing behind that looks like a model.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,13 +20,16 @@ from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.linears import unpack_model
 from peft_sparse.storage import companions
 
+_TEMPORARY = ".peft-sparse-"
+
 
 def check_new_folder(folder: str | Path) -> Path:
     """Raises:
     ValueError: if the folder is a file, there is something in it, or it cannot be made here."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        kind = "which is a file" if not folder.is_dir() else "which is not empty"
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if there or (folder.exists() and not folder.is_dir()):
+        kind = f"which is not empty ({there[0]!r} is in it)" if there else "which is a file"
         raise ValueError(f"A result goes into a new folder, got {str(folder)!r}, {kind}; choose another name.")
     check_writable(folder)
     return folder
@@ -39,7 +44,7 @@ def check_writable(folder: str | Path) -> None:
     folder = Path(folder).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     try:  # what permissions say is not all: a file system may be read-only
-        Path(tempfile.mkdtemp(prefix=".peft-sparse-", dir=there)).rmdir()
+        Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=there)).rmdir()
     except OSError as error:
         raise ValueError(
             f"A result goes into a folder that can be written, got {str(folder)!r} ({error.strerror} in "
@@ -49,18 +54,43 @@ def check_writable(folder: str | Path) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `folder` when the block ends, and is removed after an error."""
-    folder = check_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """A folder to write into. What it holds when the block ends is then in `folder`; it is removed after an error."""
+    place = Path(os.path.realpath(check_new_folder(folder)))  # which a link points to
+    is_there = place.is_dir()
+    beside = place if is_there else place.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=beside))
     try:
         yield temporary
-        temporary.chmod(0o755)  # a temporary folder is its owner's alone
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        if is_there:
+            _move_up(temporary)
+        else:
+            temporary.chmod(0o755)  # a temporary folder is its owner's alone
+            temporary.rename(place)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _move_up(temporary: Path) -> None:
+    """Move what is in a folder to the one around it, which is empty otherwise. That one is not replaced: it may be
+    where a disk is mounted, the working directory, or in a place where nothing can be made."""
+    folder = temporary.parent
+    others = [path.name for path in folder.iterdir() if path != temporary]
+    if others:
+        raise ValueError(f"A result goes into an empty folder, got {others[0]!r} in {str(folder)!r} since it began.")
+    moved: list[Path] = []
+    try:
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+            moved.append(folder / path.name)
+            path.rename(moved[-1])
+        temporary.rmdir()
+    except BaseException:
+        for path in moved:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         raise
 
 
