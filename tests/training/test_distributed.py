@@ -94,6 +94,17 @@ def test_fsdp2_with_more_processes_and_other_models(tmp_path, number, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_with_a_teacher(tmp_path, engine):
+    """PST's own dense model, whose forward is inside of the student's, and another model."""
+    for tuner, teacher in (("pst", "itself"), ("spp", "dense")):
+        fork(engine, [{"tuner": tuner, "teacher": teacher, "output_dir": str(tmp_path / tuner)}])
+        alone = one_process(tmp_path / "alone" / tuner, tuner=tuner, teacher=teacher)
+        assert alone["losses"] != one_process(tmp_path / "plain" / tuner, tuner=tuner)["losses"]
+        check(tmp_path / tuner, alone, "MULTI_CPU" if engine == "ddp" else "FSDP", sharded=engine == "fsdp2")
+
+
+@pytest.mark.slow
 def test_fsdp2_resumes(tmp_path):
     fork("fsdp2", whole_and_resumed(tmp_path, "pst") + whole_and_resumed(tmp_path, "spp"))
     check_resumed(tmp_path, ("pst", "spp"))

@@ -34,6 +34,7 @@ from transformers import (
 
 from peft_sparse import (
     CheckpointCallback,
+    DistillationCallback,
     PstConfig,
     SparsityCallback,
     SppConfig,
@@ -194,6 +195,9 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
     callbacks = [Recorder(model), *callbacks, *kill_callbacks(settings["kill"])]
     if "pst" in settings["tuner"] or settings["tuner"] in ("movement", "magnitude"):
         callbacks.append(SparsityCallback())
+    if settings["teacher"] is not None:
+        teacher = None if settings["teacher"] == "itself" else getattr(models, settings["model"])(settings["seed"])
+        callbacks.append(DistillationCallback(teacher, temperature=2.0))
     data = Sentences(base, settings["size"], order=settings["order"])
     other = Sentences(base, settings["size"])
     return Trainer(model, arguments, train_dataset=data, eval_dataset=other, callbacks=callbacks)
@@ -202,7 +206,7 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
 DEFAULTS = {
     "tuner": "pst", "model": "tiny_llama", "dtype": "float32", "seed": 0, "steps": 6, "batch_size": 2, "resume": None,
     "arguments": {"save_strategy": "no"}, "merge": False, "path": None, "config": {}, "second": None, "size": 48,
-    "kill": None, "late": None, "order": None,
+    "kill": None, "late": None, "order": None, "teacher": None,
 }  # fmt: skip
 
 
