@@ -31,7 +31,8 @@ def distill(
     """While this context is open, the loss that `model` returns in training mode is that of the labels and a teacher.
 
     It is (1 - weight) times the model's own loss plus weight times the divergence of its outputs from the teacher's,
-    see [`divergence`]. In evaluation mode nothing is changed.
+    T^2 KL(softmax(z_teacher / T) || softmax(z / T)); where outputs are regressed, their mean squared difference. In
+    evaluation mode nothing is changed.
 
     Args:
         model: one of transformers, or PEFT's around it; called with keywords.
