@@ -153,7 +153,7 @@ def test_nothing_in_evaluation_and_no_trace_left():
     assert torch.equal(evaluated, model(**batch).loss)
 
 
-def test_an_error_in_the_teacher_leaves_the_model_as_it_was():
+def test_a_batch_without_labels_is_refused():
     model = pst(tiny_bert(), task_type="SEQ_CLS")
     with distill(model), pytest.raises(ValueError, match="labels with each batch"):
         model(input_ids=IDS)
@@ -169,6 +169,11 @@ def test_numbers_out_of_range(values, rule):
         DistillationCallback(**values)
     with pytest.raises(ValueError, match=rule), distill(tiny_bert(), tiny_bert(), **values):
         pass
+
+
+def test_a_teacher_that_is_not_loaded():
+    with pytest.raises(TypeError, match=r"is a model, got '\./dense'; load it first"):
+        DistillationCallback("./dense")
 
 
 def test_models_that_are_no_teacher_of_their_own():

@@ -90,6 +90,7 @@ class DistillationCallback(TrainerCallback):
         temperature: above 0.
 
     Raises:
+        TypeError: for a teacher that is no model.
         ValueError: for a weight or temperature out of range; when training starts, for a model that is no teacher of
             its own; in the first step, for outputs that do not fit.
 
@@ -98,7 +99,7 @@ class DistillationCallback(TrainerCallback):
     """
 
     def __init__(self, teacher: nn.Module | None = None, weight: float = 0.5, temperature: float = 1.0) -> None:
-        check_distillation(weight, temperature)
+        check_distillation(weight, temperature, teacher)
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self._open = ExitStack()
 

@@ -42,6 +42,7 @@ def distill(
         temperature: T, above 0. A higher one shows more of what the teacher finds unlikely.
 
     Raises:
+        TypeError: for a teacher that is no model.
         ValueError: for a weight or temperature out of range, a model that is no teacher of its own, and, in its
             forward, for outputs that do not fit.
 
@@ -55,7 +56,7 @@ def distill(
         >>> with distill(model, weight=0.9):
         ...     loss = model(input_ids=torch.arange(10).view(2, 5), labels=torch.tensor([0, 1])).loss
     """
-    check_distillation(weight, temperature)
+    check_distillation(weight, temperature, teacher)
     if teacher is not None:
         teacher.eval()
     elif not isinstance(model, PeftModel) or not has_pst_layers(model):
@@ -70,9 +71,12 @@ def distill(
         handle.remove()
 
 
-def check_distillation(weight: float, temperature: float) -> None:
+def check_distillation(weight: float, temperature: float, teacher: nn.Module | None = None) -> None:
     """Raises:
+    TypeError: for a teacher that is no model.
     ValueError: for numbers out of range."""
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"A `teacher` is a model, got {teacher!r}; load it first, with `from_pretrained`.")
     if not 0 < weight <= 1:
         raise ValueError(f"The teacher's `weight` is above 0 and at most 1, got {weight}.")
     if not 0 < temperature < float("inf"):

@@ -178,7 +178,7 @@ def check_distillation_part(part: DistillationPart | None, method: str) -> None:
     if part.teacher is None and method != "pst":
         raise ValueError(
             "`distillation.teacher` names a dense model, got none with method spp, whose model without the adapter is "
-            "the pruned one; name the model from before it was pruned, tuned on the same data if you have that."
+            "the pruned one; name the one from before it was pruned, tuned on the same data."
         )
 
 
