@@ -7,7 +7,6 @@ the package, since importing anything inside would run it first. What the comman
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -27,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # is nothing to tidy: Ctrl-C ends the process at once. In between `front.main` has an answer to it.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which `nohup` and a shell's `&` ask for
         signal.signal(signal.SIGINT, _leave)
+    import importlib.util  # after that, as all that takes time
+
     spec = importlib.util.find_spec("peft_sparse")
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)

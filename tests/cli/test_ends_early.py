@@ -17,7 +17,13 @@ from peft_sparse.cli import _hub
 from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, main
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-START = "import sys; from peft_sparse_cli import main; sys.exit(main())"  # as the console script does
+# As the console script does. What comes before is Python's own start, in which Ctrl-C is Python's too.
+START = """
+import os, sys
+from peft_sparse_cli import main
+os.close({started})
+sys.exit(main())
+"""
 # Where a command is when Ctrl-C comes: the name of a module that is being imported, or of a function that runs.
 IN_IMPORT = """
 import importlib.abc, os, signal, sys
@@ -35,15 +41,19 @@ sys.meta_path.insert(0, Finder())
 def run(arguments, before="", interrupt_after=None, **environment):
     """(status, stdout, stderr) of a process of its own, in which Ctrl-C is not ignored as in a background job."""
     settings = os.environ | {"PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"} | environment
+    waiting, started = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", before + START, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings,
+        [sys.executable, "-c", before + START.format(started=started), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings, pass_fds=[started],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
+    os.close(started)
     if interrupt_after is not None:
+        assert os.read(waiting, 1) == b""  # the process has closed its end
         time.sleep(interrupt_after)
         process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
+    os.close(waiting)
     return process.returncode, out, err
 
 

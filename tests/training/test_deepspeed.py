@@ -60,6 +60,18 @@ def test_zero3(tmp_path):
     check_resumed(tmp_path / "resuming", ("pst", "spp"))
 
 
+def test_with_a_teacher(tmp_path):
+    """PST's own dense model, whose forward is inside of the student's, and others, whole and in shards."""
+    train_script.save_model(tmp_path / "dense", seed=1)
+    runs = {
+        "itself": from_folder(tmp_path, "itself", tuner="pst", teacher="itself"),
+        "whole": from_folder(tmp_path, "whole", tuner="spp", teacher="dense"),
+        "shards": from_folder(tmp_path, "shards", tuner="spp", teacher=str(tmp_path / "dense")),
+    }
+    fork("zero3", list(runs.values()))
+    check_runs(runs, tmp_path)
+
+
 def test_three_processes(tmp_path):
     """Rows that do not divide by three, fewer rows than processes, accumulation, several adapters."""
     accumulating = {"save_strategy": "no", "gradient_accumulation_steps": 2, "gradient_checkpointing": True}

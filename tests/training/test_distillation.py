@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     BartForConditionalGeneration,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     Trainer,
     TrainingArguments,
@@ -35,6 +36,11 @@ def moved(model):
 def pst(model, **options):
     torch.manual_seed(0)
     return moved(get_peft_model(model, PstConfig(sparsity=0.5, **options)))
+
+
+def tiny_question_answering():
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(tiny_bert().config).eval()
 
 
 def pruned_spp(**options):
@@ -71,6 +77,19 @@ def test_several_labels_are_choices_of_two():
              for z, t in zip(logits[0].tolist(), target[0].tolist(), strict=True)]  # fmt: skip
     found = divergence(logits, target, problem_type="multi_label_classification")
     torch.testing.assert_close(found, torch.stack(pairs).mean()[None])
+
+
+def test_question_answering_has_two_outputs():
+    """Where an answer starts and where it ends, each a choice of a token; the mean of both."""
+    dense, batch = tiny_question_answering(), {"input_ids": IDS}
+    model = pst(copy.deepcopy(dense))
+    places = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 4, 5])}
+    plain, target = model(**batch, **places), dense(**batch)
+    away = divergence(plain.start_logits, target.start_logits) + divergence(plain.end_logits, target.end_logits)
+    with distill(model, weight=0.3):
+        torch.testing.assert_close(model(**batch, **places).loss, 0.7 * plain.loss + 0.15 * away.mean())
+    with distill(model, tiny_bert()), pytest.raises(ValueError, match="got none for"):
+        model(**batch, **places)
 
 
 def test_the_teacher_of_pst_is_the_dense_model():

@@ -185,6 +185,15 @@ def kill_callbacks(kill: dict | None) -> list[TrainerCallback]:
     return []
 
 
+def make_teacher(settings: dict):
+    """None if the model teaches itself; else one that is made here, or one from a folder, which ZeRO-3 shards."""
+    if settings["teacher"] == "itself":
+        return None
+    if settings["teacher"] == "dense":
+        return getattr(models, settings["model"])(settings["seed"])
+    return AutoModelForCausalLM.from_pretrained(settings["teacher"])
+
+
 def make_trainer(settings: dict, callbacks=()) -> Trainer:
     arguments = make_arguments(settings)
     base, config = make_model(settings)
@@ -196,8 +205,7 @@ def make_trainer(settings: dict, callbacks=()) -> Trainer:
     if "pst" in settings["tuner"] or settings["tuner"] in ("movement", "magnitude"):
         callbacks.append(SparsityCallback())
     if settings["teacher"] is not None:
-        teacher = None if settings["teacher"] == "itself" else getattr(models, settings["model"])(settings["seed"])
-        callbacks.append(DistillationCallback(teacher, temperature=2.0))
+        callbacks.append(DistillationCallback(make_teacher(settings), temperature=2.0))
     data = Sentences(base, settings["size"], order=settings["order"])
     other = Sentences(base, settings["size"])
     return Trainer(model, arguments, train_dataset=data, eval_dataset=other, callbacks=callbacks)

@@ -58,7 +58,7 @@ from peft_sparse.linears.saving import (
     is_packed,
     refuse_save_pretrained,
 )
-from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter
+from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter, zero_gathered
 from peft_sparse.linears.sharing import shared_weights, storage_key
 from peft_sparse.linears.weights import (
     as_stored,
@@ -148,4 +148,5 @@ __all__ = [
     "weights_loaded",
     "whole_parameter",
     "write_quantized",
+    "zero_gathered",
 ]

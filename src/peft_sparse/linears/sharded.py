@@ -34,7 +34,7 @@ def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
         return _whole(parameter)
     if not _is_away(parameter):
         return parameter
-    with _zero_gathered([parameter], modifier_rank=None):
+    with zero_gathered([parameter]):
         return parameter.detach().clone()
 
 
@@ -81,7 +81,7 @@ def gathered(*modules: nn.Module, write: Iterable[nn.Module] = (), recurse: bool
         yield False
         return
     read, change = ([_raw(*slot) for slot in slots if (slot[0] in written) == wanted] for wanted in (False, True))
-    with _zero_gathered(read, modifier_rank=None), _zero_gathered(change, modifier_rank=0):
+    with zero_gathered(read), zero_gathered(change, modifier_rank=0):
         shares = [(owner, name, share) for owner, name in slots if is_dtensor(share := _raw(owner, name))]
         for owner, name, share in shares:
             owner._parameters[name] = nn.Parameter(_whole(share), share.requires_grad)
@@ -120,8 +120,13 @@ def _scatter(whole: Any, share: Any) -> None:
 
 
 @contextmanager
-def _zero_gathered(parameters: list[Any], modifier_rank: int | None) -> Iterator[None]:
-    """DeepSpeed's own context, for those that are its."""
+def zero_gathered(parameters: Iterable[Any], modifier_rank: int | None = None) -> Iterator[None]:
+    """DeepSpeed's own context, for those that are its: whole while the block runs, in all processes, which enter it
+    together.
+
+    Args:
+        modifier_rank: the process whose changes are kept, None if nothing is changed.
+    """
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         yield

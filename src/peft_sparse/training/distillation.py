@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from peft_sparse.linears import zero_gathered
 from peft_sparse.training.mask_log import has_pst_layers
 
 IGNORED = -100  # the label of a token that is not learned
@@ -124,37 +125,56 @@ class _Distillation:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
             return output
-        logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
-        if logits is None or (loss is None and self.weight < 1):
+        names, loss = _names_of_logits(output), getattr(output, "loss", None)
+        if not names or (loss is None and self.weight < 1):
             raise ValueError(
-                "Distillation takes the `logits` that a model returns, and its `loss` where `weight` is below 1, got "
-                f"{type(output).__name__} without; give labels with each batch, and leave out what replaces either."
+                "Distillation takes the `logits` that a model returns (or `start_logits` and `end_logits`), and its "
+                f"`loss` where `weight` is below 1, got {type(output).__name__} without; give labels with each batch, "
+                "and leave out what replaces either."
             )
         target = self._target(model, args, kwargs)
-        if target.shape != logits.shape:
-            raise ValueError(
-                f"A teacher has the student's outputs, got logits of shape {tuple(target.shape)} for "
-                f"{tuple(logits.shape)}; take one with the same tokenizer and labels."
-            )
-        config: Any = model.config
-        problem_type = getattr(config, "problem_type", None)
-        rows = _learned(model, logits, kwargs)
-        found = divergence(logits[rows], target[rows].to(logits.device), self.temperature, problem_type)
-        items = kwargs.get("num_items_in_batch")  # Trainer's, of all batches of an optimizer step
-        mean = found.sum() / (max(1, found.numel()) if items is None or not _is_causal(model) else items)
+        means = [self._mean(model, output[name], getattr(target, name, None), kwargs) for name in names]
+        mean = torch.stack(means).mean()
         output.loss = mean if loss is None or self.weight == 1 else (1 - self.weight) * loss + self.weight * mean
         return output
 
+    def _mean(
+        self, model: nn.Module, logits: torch.Tensor, target: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The divergence of all rows that count, as a mean."""
+        if target is None or target.shape != logits.shape:
+            got = "none" if target is None else f"logits of shape {tuple(target.shape)}"
+            raise ValueError(
+                f"A teacher has the student's outputs, got {got} for {tuple(logits.shape)}; take one with the same "
+                "tokenizer and labels."
+            )
+        config: Any = model.config
+        rows = _learned(model, logits, kwargs)
+        found = divergence(
+            logits[rows], target[rows].to(logits.device), self.temperature, getattr(config, "problem_type", None)
+        )
+        items = kwargs.get("num_items_in_batch")  # Trainer's, of all batches of an optimizer step
+        return found.sum() / (max(1, found.numel()) if items is None or not _is_causal(model) else items)
+
     @torch.no_grad()
-    def _target(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The teacher's logits."""
+    def _target(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The teacher's outputs."""
         config: Any = model.config
         unused = {"num_items_in_batch"} | (set() if config.is_encoder_decoder else {"labels"})
         kwargs = {name: value for name, value in kwargs.items() if name not in unused}
         if self.teacher is not None:
-            return self.teacher(*args, **kwargs).logits
+            with zero_gathered(self.teacher.parameters()):  # DeepSpeed does it for the model that it trains alone
+                return self.teacher(*args, **kwargs)
         with _adapters_off(model):
-            return model.forward(*args, **kwargs).logits  # not called: this hook stands behind its forward
+            return model.forward(*args, **kwargs)  # not called: this hook stands behind its forward
+
+
+def _names_of_logits(output: Any) -> tuple[str, ...]:
+    """Of a model's outputs; () if it has none. Two for question answering: where an answer starts and ends."""
+    for names in (("logits",), ("start_logits", "end_logits")):
+        if all(getattr(output, name, None) is not None for name in names):
+            return names
+    return ()
 
 
 def _learned(model: nn.Module, logits: torch.Tensor, kwargs: dict[str, Any]) -> Any:
