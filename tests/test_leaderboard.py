@@ -324,9 +324,10 @@ def test_super_tuning_says_that_it_refuses_conv1d():
         methods.METHODS["supertuning"].adapt(prune_magnitude(models.tiny_gpt2(), "2:4"))
 
 
-@pytest.mark.parametrize("name", pst_methods.ALL)
+@pytest.mark.parametrize("name", [name for name, method in pst_methods.ALL.items() if method.adapt is not None])
 def test_a_row_becomes_sparse(name, tmp_path, data):
-    part = part_of(encoders.Encoders, models.tiny_bert(), tmp_path, data)
+    budget = SMOKE.change(tuned_first=5) if pst_methods.ALL[name].tuned_first else SMOKE
+    part = part_of(encoders.Encoders, models.tiny_bert(), tmp_path, data, budget)
     (line,) = part.lines(["sst2 75%"], [name], (0,))
     found = part.run(line.trial(FINAL, line.start, 0))
     assert found["sparsity"] == pytest.approx(0.0 if name == "dense" else 0.75, abs=2e-3)
@@ -336,6 +337,25 @@ def test_a_row_becomes_sparse(name, tmp_path, data):
     if name in without:
         full = part.run(part.lines(["sst2 75%"], ["pst"], (0,))[0].trial(SEARCH, (1e-3, 1e-3), 0))
         assert found["trainable"] < full["trainable"]
+
+
+@pytest.mark.parametrize("cls", [encoders.Encoders, nlg.Nlg])
+def test_rows_that_start_from_a_tuned_model(cls, tmp_path, data):
+    """One model for all rows and seeds, which is another than the pretrained one; a teacher changes the loss alone."""
+    model = models.tiny_bert() if cls is encoders.Encoders else models.tiny_gpt2()
+    part = part_of(cls, model, tmp_path, data, SMOKE.change(tuned_first=5))
+    task = part.tasks[0]
+    lines = {line.row: line for line in part.lines([f"{task} 50%"], None, (0,))}
+    assert lines.keys() == set(pst_methods.METHODS) | {"tuned", "pst_taught", "gradual_taught"}
+    assert lines["tuned"].start == () and lines["tuned"].case == f"{task} dense"
+    runs = {row: part.run(lines[row].trial(FINAL, lines["pst"].start, 0)) for row in ("tuned", "pst", "pst_taught")}
+    again = part.run(lines["pst"].trial(SEARCH, lines["pst"].start, 1))
+    plain = part_of(cls, model, tmp_path / "plain", data)
+    pretrained = plain.run(plain.lines([f"{task} 50%"], ["pst"], (0,))[0].trial(SEARCH, lines["pst"].start, 0))
+    assert {run["fingerprint"] for run in runs.values()} == {again["fingerprint"]} != {pretrained["fingerprint"]}
+    assert len(list(part.store.checkpoints.iterdir())) == 1 and not list(plain.store.checkpoints.iterdir())
+    assert "last_loss" not in runs["tuned"] and runs["tuned"]["sparsity"] < 0.01 and runs["tuned"]["score"] > 0
+    assert runs["pst"]["last_loss"] != runs["pst_taught"]["last_loss"]
 
 
 def test_a_seed_draws_the_same_batches_for_every_row(tmp_path, data):
@@ -555,7 +575,7 @@ class _Loss(torch.nn.Module):
 def test_a_budget_without_a_head_rate_has_the_name_that_it_had(tmp_path, data):
     line = _line()
     trial = line.trial(FINAL, (1.0,), 0)
-    assert not {"head_rate", "clip"} & trial.record()["budget"].keys()
+    assert not {"head_rate", "clip", "tuned_first"} & trial.record()["budget"].keys()
     assert trial.key == "0946858e167841f83867"
     own = line.budget.change(head_rate=1.5e-3)
     assert own.name == "smoke-headrate0.0015"
@@ -594,6 +614,11 @@ def test_a_task_has_a_small_budget_of_its_own_and_tasks_of_one_budget_a_table(tm
     assert made("--budget", "small", "--cases", "sst2 75%") == [(budget.change(head_rate=1.5e-3), ("sst2 75%",))]
     assert made("--budget", "small", "--cases", "stsb 50%", "--head-rate", "0.1", "--steps", "9", "--tries", "2") == [
         (budget.change(head_rate=0.1, steps=9, tries=2), ("stsb 50%",))
+    ]
+    tuned = made("--budget", "small", "--cases", "sst2 50%", "cola 50%", "rte 50%", "--tuned-first", "300")
+    assert tuned == [
+        (budget.change(tuned_first=300), ("sst2 50%", "cola 50%")),
+        (budget.change(tuned_first=300, length=128), ("rte 50%",)),
     ]
     assert made("--budget", "smoke", "--cases", "rte 50%", "sst2 50%") == [
         (parts.BUDGETS["encoders"]["smoke"], ("rte 50%", "sst2 50%"))
@@ -679,6 +704,15 @@ def test_several_workers_from_the_command(tmp_path, data):
     assert "SPP r=16 (ours)" in (tmp_path / "out" / "causal-lm-tiny-smoke.md").read_text()
 
 
+def test_tuned_first_from_the_command(tmp_path, data):
+    folder = save_with_tokenizer(models.tiny_bert(), tmp_path / "tiny")
+    options = ("--part", "encoders", "--cases", "cola 50%", "--rows", "tuned", "pst", "--tuned-first", "4")
+    assert run_command(tmp_path, data, folder, *options) == 0
+    text = (tmp_path / "out" / "encoders-tiny-smoke-tunedfirst4.md").read_text()
+    assert "tuned for 4 steps before" in text and "| the dense model that all start from |" in text
+    assert "from a tuned dense model" in (tmp_path / "out" / "overview.md").read_text()
+
+
 def test_nlg_from_the_command(tmp_path, data):
     folder = save_with_tokenizer(models.tiny_gpt2(), tmp_path / "tiny")
     assert run_command(tmp_path, data, folder, "--part", "nlg", "--cases", "e2e 50%", "--rows", "dense", "pst") == 0
@@ -694,6 +728,9 @@ def test_nlg_from_the_command(tmp_path, data):
         (["--part", "nlg", "--cases", "e2e 190%"], "A case is"),
         (["--part", "encoders", "--rows", "spp"], "A row of encoders is"),
         (["--part", "causal-lm", "--steps", "2"], "more than 3 steps"),
+        (["--part", "causal-lm", "--tuned-first", "9"], "whose rows make a dense model sparse, got causal-lm"),
+        (["--part", "nlg", "--tuned-first", "-1"], "--tuned-first is at least 0"),
+        (["--part", "nlg", "--rows", "pst_taught"], "give --tuned-first STEPS"),
         (["--part", "causal-lm", "--tries", "0"], "--tries is at least 1"),
         (["--part", "causal-lm", "nlg"], "--model is for one part"),
         (["--part", "nlg", "--device", "tpv"], "--device is one that torch knows, .* got tpv"),

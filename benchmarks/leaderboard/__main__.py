@@ -48,6 +48,13 @@ def options() -> argparse.ArgumentParser:
         metavar="NORM",
         help="that gradients are clipped at, in every row (default: 1)",
     )
+    found.add_argument(
+        "--tuned-first",
+        type=int,
+        default=None,
+        metavar="STEPS",
+        help="of dense fine-tuning, from which every row starts, at one rate for head and weights (default: 0)",
+    )
     found.add_argument("--workers", type=int, default=1, help="processes (default: 1); more may be started elsewhere")
     found.add_argument("--threads", type=int, default=1, help="torch threads of each worker (default: 1)")
     found.add_argument("--minutes", type=float, default=None, help="begin no run after so long (default: no limit)")

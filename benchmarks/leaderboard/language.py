@@ -22,7 +22,7 @@ from benchmarks.leaderboard import methods, training, zeroshot
 from benchmarks.leaderboard.methods import METHODS
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget, Trial
-from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.store import Store, save_complete
 from benchmarks.leaderboard.variants import VARIANTS
 from peft_sparse import calibration_batches, distill, perplexity, verify_sparsity
 from peft_sparse.pruning import prune_magnitude, prune_sparsegpt, prune_wanda
@@ -69,7 +69,7 @@ class CausalLm:
         logging.disable_progress_bar()  # of each load
 
     @classmethod
-    def small(cls, case: str) -> Mapping[str, float]:
+    def small(cls, case: str, tuned_first: bool = False) -> Mapping[str, float]:
         """What the small budget of a case has instead of the part's."""
         return {}
 
@@ -160,7 +160,7 @@ class CausalLm:
             rows, length = self.budget.calibration_rows, self.budget.length
             batches = calibration_batches(texts, self.tokenizer, num_sequences=rows, length=length)
             PRUNERS[pruner](model, batches, pattern, sparsity)
-        _save(model, folder)
+        save_complete(model, folder)
 
     def teacher(self, seed: int) -> nn.Module:
         """The dense model, tuned on the batches of a seed; made by the first process that asks for it."""
@@ -172,7 +172,7 @@ class CausalLm:
                 set_seed(seed)
                 tuned = method.adapt(self.load(self.folder))
                 training.train(tuned, method.start, self.batches(seed), budget, self.device)
-                _save(tuned.merge(), folder)
+                save_complete(tuned.merge(), folder)
         return self.load(folder)
 
     # A run
@@ -215,9 +215,3 @@ class CausalLm:
             rows = zeroshot.read(self.data, task, self.budget.zeroshot_rows)
             found[f"acc_{task}"] = zeroshot.accuracy(model, self.tokenizer, rows, length)
         return found | {"zeroshot": sum(found.values()) / len(found)}
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)  # only a complete folder gets the name that is looked for

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,9 @@ class Nlg(Sparsifying):
         chosen = [(row["mr"], [row["ref"]]) for row in rows if (row["mr"] in apart) == (split == "validation")]
         return chosen if split == "train" else chosen[: self.budget.validation_rows]
 
-    def load(self, task: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
+    def load(self, task: str, folder: Path | None = None) -> nn.Module:
+        folder = self.folder if folder is None else folder
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
 
     def num_train(self, task: str) -> int:
         return len(self._pairs("train"))

@@ -77,6 +77,7 @@ def write(folder: Path) -> Path | None:
 def _protocol(budget: Budget) -> str:
     """What rows of one table must share beside the steps, which a task has of its own."""
     found = ["the head has a rate of its own"] if budget.head_rate else []
+    found += ["from a tuned dense model"] if budget.tuned_first else []
     return ", ".join([*found, *([f"gradients clipped at {budget.clip:g}"] if budget.clip != 1 else [])])
 
 

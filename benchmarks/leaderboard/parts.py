@@ -15,6 +15,7 @@ from benchmarks.leaderboard.encoders import Encoders, minilm, relabel_as_roberta
 from benchmarks.leaderboard.language import CausalLm
 from benchmarks.leaderboard.nlg import Nlg
 from benchmarks.leaderboard.settings import Budget
+from benchmarks.leaderboard.sparsifying import Sparsifying
 from benchmarks.leaderboard.store import Store
 
 Part = CausalLm | Encoders | Nlg
@@ -97,6 +98,11 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
             raise SystemExit(
                 f"--head-rate is for a part whose models get a new head, got {board.part}; use --part encoders."
             )
+        if args.tuned_first and not issubclass(made, Sparsifying):
+            raise SystemExit(
+                f"--tuned-first is for a part whose rows make a dense model sparse, got {board.part}; use --part "
+                "encoders or nlg."
+            )
         folder, label = find_model(board.model, store)
         for budget, cases in _by_budget(board, args).items():
             found.append((made(folder, args.data, store, budget, device, label), tuple(cases)))
@@ -106,12 +112,12 @@ def make(args: argparse.Namespace, store: Store) -> list[tuple[Part, tuple[str, 
 def _by_budget(board: Board, args: argparse.Namespace) -> dict[Budget, list[str]]:
     """The board's cases, those of one budget together."""
     part = CLASSES[board.part]
-    given = {"steps": args.steps, "tries": args.tries, "head_rate": args.head_rate, "clip": args.clip}
+    given = {name: getattr(args, name) for name in ("steps", "tries", "head_rate", "clip", "tuned_first")}
+    given = {name: value for name, value in given.items() if value is not None}
     found: dict[Budget, list[str]] = {}
     for case in args.cases or board.cases or part.all_cases():
-        own = {**part.small(case), **board.small} if args.budget == "small" else {}
-        changes = {name: own.get(name) if value is None else value for name, value in given.items()}
-        found.setdefault(BUDGETS[board.part][args.budget].change(**changes), []).append(case)
+        own = {**part.small(case, bool(args.tuned_first)), **board.small} if args.budget == "small" else {}
+        found.setdefault(BUDGETS[board.part][args.budget].change(**{**own, **given}), []).append(case)
     return found
 
 

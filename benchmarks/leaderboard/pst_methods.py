@@ -31,13 +31,18 @@ class PstMethod(NamedTuple):
     """A row; `start` has one rate, or one for weights and one for scores.
 
     Attributes:
+        adapt: None for a row that is not trained.
         dense: it is not pruned, so it is the same at every sparsity.
+        tuned_first: only where rows start from a dense model that was tuned first.
+        taught: half of its loss is from that model, which is the row's own with its adapter off.
     """
 
     title: str
-    adapt: Callable[[nn.Module, Setup], Tuned]
+    adapt: Callable[[nn.Module, Setup], Tuned] | None
     start: tuple[float, ...]
     dense: bool = False
+    tuned_first: bool = False
+    taught: bool = False
 
 
 def _tuner(frozen: Sequence[str] = (), **options) -> Callable[[nn.Module, Setup], Tuned]:
@@ -53,7 +58,8 @@ def _tuner(frozen: Sequence[str] = (), **options) -> Callable[[nn.Module, Setup]
     return adapt
 
 
-def _dense(model: nn.Module, setup: Setup) -> Tuned:
+def dense(model: nn.Module, setup: Setup) -> Tuned:
+    """Dense fine-tuning."""
     return tuned.full(model, masked=False, heads=setup.heads)
 
 
@@ -70,7 +76,7 @@ def _one_shot_after(model: nn.Module, setup: Setup) -> Tuned:
 
 
 METHODS: dict[str, PstMethod] = {
-    "dense": PstMethod("dense fine-tuning", _dense, (1e-4,), dense=True),
+    "dense": PstMethod("dense fine-tuning", dense, (1e-4,), dense=True),
     "one_shot": PstMethod("one-shot magnitude, then tuned", _one_shot_before, (3e-4,)),
     "one_shot_after": PstMethod("one-shot magnitude after dense tuning", _one_shot_after, (1e-4,)),
     "gradual": PstMethod("gradual magnitude", _tuner(importance="magnitude", weight_update="full"), (3e-4,)),
@@ -80,9 +86,19 @@ METHODS: dict[str, PstMethod] = {
     "pst_no_rc": PstMethod("PST without R C", _tuner(SCORES_RC, alpha2=0.0), (5e-4, 5e-4)),
     "pst_no_uv": PstMethod("PST without U V", _tuner(weight_update="none"), (5e-4, 5e-4)),
 }
-# Only run when `--rows` names them: whether it is PST's mask or its update of low rank that a result is due to, and
-# whether a U that is small at the start, so that it learns beside V, is better at the same number of parameters.
+# Only run when `--rows` names them, or, those of a tuned model, with `--tuned-first`: whether it is PST's mask or its
+# update of low rank that a result is due to, whether a U that is small at the start, so that it learns beside V, is
+# better at the same number of parameters, and what a teacher adds.
 VARIANTS: dict[str, PstMethod] = {
+    "tuned": PstMethod("the dense model that all start from", None, (), dense=True, tuned_first=True),
+    "pst_taught": PstMethod("PST, with a teacher", _tuner(), (5e-4, 5e-4), tuned_first=True, taught=True),
+    "gradual_taught": PstMethod(
+        "gradual magnitude, with a teacher",
+        _tuner(importance="magnitude", weight_update="full"),
+        (3e-4,),
+        tuned_first=True,
+        taught=True,
+    ),
     "pst_full": PstMethod("PST's scores, every weight tuned", _tuner(weight_update="full"), (3e-4, 5e-4)),
     "pst_r32": PstMethod("PST r=32", _tuner(r=32), (5e-4, 5e-4)),
     "pst_unit": PstMethod("PST, U of length 1 at the start", _tuner(init_weights="unit"), (1e-3, 5e-4)),

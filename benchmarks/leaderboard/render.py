@@ -81,9 +81,15 @@ def _budget_text(budget: Budget) -> str:
         f"{budget.warmup:.0%} warm-up and linear decay; {budget.tries} learning rates tried for each row on the "
         f"validation part ({budget.validation_rows} rows), measured on {test}. "
         f"{f'The head learns at {budget.head_rate:g} in every row. ' if budget.head_rate else ''}"
+        f"{_start_text(budget)}"
         f"{f'Gradients are clipped at {budget.clip:g}. ' if budget.clip != 1 else ''}"
         "Mean ± standard deviation over seeds."
     )
+
+
+def _start_text(budget: Budget) -> str:
+    steps = budget.tuned_first
+    return f"Every row starts from one dense model, tuned for {steps} steps before. " if steps else ""
 
 
 def _table(rows: Sequence[Row], part: Any) -> list[str]:

@@ -13,6 +13,7 @@ from benchmarks import memory
 SEARCH_SEED = 1234  # of the runs that choose a learning rate; no final run has it
 PEAK_STEPS = memory.PEAK_STEPS
 SEARCH, FINAL = "search", "final"
+LATER = ("head_rate", "clip", "tuned_first")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Budget:
         calibration_rows: sequences of `length` tokens of C4 for the pruners.
         warmup: share of the steps in which the rates rise; they fall linearly afterwards.
         head_rate: learning rate of a task's head, which starts at random, in every row; 0: that of the row's weights.
+        tuned_first: steps of dense fine-tuning, after which every row starts; 0: rows start at the pretrained model.
         clip: the norm that a step's gradient is clipped at. Methods have gradients of unlike size, so at 1 some are
             clipped in most steps and others in none.
     """
@@ -45,6 +47,7 @@ class Budget:
     warmup: float = 0.1
     head_rate: float = 0.0
     clip: float = 1.0
+    tuned_first: int = 0
 
     def __post_init__(self) -> None:
         if self.steps <= PEAK_STEPS:
@@ -58,7 +61,7 @@ class Budget:
         """
         given = {name: value for name, value in changes.items() if value not in (None, getattr(self, name))}
         for name, value in given.items():
-            least = 0 if name in ("head_rate", "clip") else 1
+            least = 0 if name in ("head_rate", "clip", "tuned_first") else 1
             if not (least <= value < math.inf) or (name == "clip" and value == 0):
                 rule = "above 0" if name == "clip" else f"at least {least}"
                 raise SystemExit(f"--{name.replace('_', '-')} is {rule}, got {value}.")
@@ -68,9 +71,9 @@ class Budget:
         return replace(self, name=f"{self.name}-{named}", **given)
 
     def as_dict(self) -> dict[str, Any]:
-        """What a run is named by. Without `head_rate` where it is 0 and `clip` where it is 1: runs that were made
-        before these were there keep their names."""
-        later = {field.name: field.default for field in fields(self) if field.name in ("head_rate", "clip")}
+        """What a run is named by. Without `head_rate` and `tuned_first` where they are 0, and `clip` where it is 1:
+        runs that were made before these were there keep their names."""
+        later = {field.name: field.default for field in fields(self) if field.name in LATER}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 

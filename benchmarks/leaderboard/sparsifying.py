@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from benchmarks.leaderboard import methods, pst_methods, training
 from benchmarks.leaderboard.plan import Line
 from benchmarks.leaderboard.pst_methods import ALL, METHODS, Setup
 from benchmarks.leaderboard.search import Rates, rounded
-from benchmarks.leaderboard.settings import FINAL, Budget, Trial
-from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.settings import FINAL, SEARCH_SEED, Budget, Trial
+from benchmarks.leaderboard.store import Store, save_complete
 from benchmarks.leaderboard.tuned import with_head_rate
-from peft_sparse import verify_sparsity
+from peft_sparse import distill, verify_sparsity
 
 SPLIT_SEED = 7
 
@@ -52,8 +54,8 @@ class Sparsifying:
 
     # What a subclass defines
 
-    def load(self, task: str) -> nn.Module:
-        """The pretrained model, on the device."""
+    def load(self, task: str, folder: Path | None = None) -> nn.Module:
+        """The model in a folder, on the device; None: the pretrained one."""
         raise NotImplementedError
 
     def num_train(self, task: str) -> int:
@@ -69,8 +71,8 @@ class Sparsifying:
         raise NotImplementedError
 
     @classmethod
-    def small(cls, case: str) -> Mapping[str, float]:
-        """What the small budget of a case has instead of the part's."""
+    def small(cls, case: str, tuned_first: bool = False) -> Mapping[str, float]:
+        """What the small budget of a case has instead of the part's; of rows that start from a tuned model too."""
         return {}
 
     # The rest
@@ -86,13 +88,16 @@ class Sparsifying:
         Raises:
             SystemExit: for a case or a row that there is not.
         """
-        rows = list(METHODS) if rows is None else rows
+        if rows is None:
+            rows = [row for row in ALL if row in METHODS or (ALL[row].tuned_first and self.budget.tuned_first)]
         for case in cases:
             if self._task(case) not in self.tasks or not 0 < self._sparsity(case) < 1:
                 raise SystemExit(f"A case is one of {list(self.tasks)} and a sparsity such as 90%, got {case!r}.")
         for row in rows:
             if row not in ALL:
                 raise SystemExit(f"A row of {self.name} is one of {list(ALL)}, got {row!r}.")
+            if ALL[row].tuned_first and not self.budget.tuned_first:
+                raise SystemExit(f"The row {row} is one of a dense model that was tuned; give --tuned-first STEPS.")
         tasks = dict.fromkeys(self._task(case) for case in cases)
         pairs = [(f"{task} dense", row) for task in tasks for row in rows if ALL[row].dense]
         pairs += [(case, row) for case in cases for row in rows if not ALL[row].dense]
@@ -122,20 +127,22 @@ class Sparsifying:
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Train, merge, verify and measure."""
-        task, method = self._task(trial.case), ALL[trial.row]
+        task, method, final = self._task(trial.case), ALL[trial.row], trial.stage == FINAL
+        start = self._tuned_first(task) if self.budget.tuned_first else None
         set_seed(trial.seed)  # before the model: its head starts at random
-        model = self.load(task)
+        model = self.load(task, start)
         found: dict[str, Any] = {"fingerprint": methods.fingerprint(model)}
+        if method.adapt is None:
+            return found | {"sparsity": methods.sparsity(model)} | self.measure(task, model.eval(), final)
         tuned = method.adapt(model, Setup(self._sparsity(trial.case), self.heads, self.task_type))
         if self.budget.head_rate:
             tuned = with_head_rate(tuned, self.heads, self.budget.head_rate)
         found["trainable"] = sum(parameter.numel() for parameter in tuned.trainable)
-        batches = training.draw(
-            self.num_train(task), self.budget, trial.seed, lambda indices: self.collate(task, indices)
-        )
-        course = training.train(tuned, trial.rates, batches, self.budget, self.device, trial.stage == FINAL)
+        batches = self._batches(task, self.budget, trial.seed)
+        with distill(tuned.model) if method.taught else nullcontext():
+            course = training.train(tuned, trial.rates, batches, self.budget, self.device, final)
         before = training.outputs(tuned.model, batches[0])
-        unmerged = copy.deepcopy(tuned.model) if trial.stage == FINAL else None
+        unmerged = copy.deepcopy(tuned.model) if final else None
         merged = tuned.merge()
         difference = (training.outputs(merged, batches[0]) - before).abs().max().item()
         found |= {**vars(course), "merge_difference": difference, "largest_logit": before.abs().max().item()}
@@ -143,4 +150,23 @@ class Sparsifying:
         if unmerged is not None:  # the zeros to keep are those of the last forward
             report = verify_sparsity(merged, unmerged)
             found |= {"zeros_lost": report.lost, "violations": report.violations}
-        return found | self.measure(task, merged, final=trial.stage == FINAL)
+        return found | self.measure(task, merged, final)
+
+    def _batches(self, task: str, budget: Budget, seed: int) -> list[training.Batch]:
+        return training.draw(self.num_train(task), budget, seed, lambda indices: self.collate(task, indices))
+
+    def _tuned_first(self, task: str) -> Path:
+        """The folder of the tuned dense model, made by the first process that asks for it."""
+        budget = replace(self.budget, steps=self.budget.tuned_first)
+        name = f"{self.model}-{task}-tuned-{budget.steps}x{budget.batch_size}x{budget.length}-clip{budget.clip:g}"
+        folder = self.store.checkpoints / name
+        with self.store.claim(name, wait=True):
+            if not folder.is_dir():
+                set_seed(SEARCH_SEED)
+                tuned = pst_methods.dense(self.load(task), Setup(0.0, self.heads, self.task_type))
+                rate = self.small(f"{task} dense").get("head_rate", 0.0)
+                tuned = with_head_rate(tuned, self.heads, rate) if rate else tuned
+                batches = self._batches(task, budget, SEARCH_SEED)
+                training.train(tuned, self.start(task, "dense"), batches, budget, self.device)
+                save_complete(tuned.merge(), folder)
+        return folder

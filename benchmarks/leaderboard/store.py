@@ -76,6 +76,13 @@ class Store:
             yield True
 
 
+def save_complete(model: Any, folder: Path) -> None:
+    """Save a model; only a complete folder gets the name that is looked for."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
 def _is_whole(line: bytes) -> bool:
     """Whether a line is a record and not the torn half of one, which only a killed process leaves."""
     try:
