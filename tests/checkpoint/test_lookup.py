@@ -5,6 +5,7 @@ import json
 import pytest
 
 from peft_sparse.checkpoint.lookup import base_of_adapter
+from peft_sparse.checkpoint.models import load_model
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,22 @@ def test_an_adapter_without_a_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"names its base model, got none in .*; pass it as `base`"):
         base_of_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("null", "is a JSON object, got NoneType in"),
+        ("[]", "is a JSON object, got list in"),
+        ("{", "is JSON, got something else"),
+        ("[" * 100_000, "is JSON, got something else"),
+        ("{}", "has a method of PEFT's as `peft_type`, got None in"),
+        ('{"peft_type": "NEWER"}', "got 'NEWER' in .*; update PEFT"),
+        ('{"peft_type": ["SPP"]}', r"got \['SPP'\] in"),
+        ('{"peft_type": "SPP", "base_model_name_or_path": 7}', "names its base model, got 7 in"),
+    ],
+)
+def test_a_config_that_tells_no_adapter(written, message, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(written)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_sparse import prune_magnitude, verify_sparsity
 from peft_sparse.checkpoint import pack_checkpoint, unpack_checkpoint
-from peft_sparse.checkpoint.new_folder import new_folder
+from peft_sparse.checkpoint.new_folder import check_writable, new_folder
 
 import models
 
@@ -42,6 +42,22 @@ def test_places(given, dense, tmp_path, monkeypatch):
         assert names(tmp_path / "nothing") == FILES
     unpack_checkpoint(given, tmp_path / "again")
     AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+
+
+def test_an_end_as_soon_as_there_is_a_folder_leaves_nothing(tmp_path, monkeypatch):
+    """Before anybody has been told its name."""
+    mkdir = Path.mkdir
+
+    def ending(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.mkdir", ending)
+    with pytest.raises(KeyboardInterrupt):
+        check_writable(tmp_path)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("is_there", "ends_at"), [(False, 0), (True, 0), (True, 2), (True, 3)])

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from peft_sparse import sparsity_report
 from peft_sparse.cli import _hub
-from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, main
+from peft_sparse.cli.main import DONE, FAILED, INTERRUPTED, TERMINATED, main
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 # As the console script does. What comes before is Python's own start, in which Ctrl-C is Python's too.
@@ -94,6 +94,52 @@ def test_an_interrupt_that_a_library_turns_into_another_error(monkeypatch, capsy
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, of_tests)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize("command", ["prune", "pack"])
+def test_sigterm_is_tidied_up_after(command, monkeypatch, capsys, llama_dir, tmp_path):
+    """It came while the result was being written, in a folder that nobody would find."""
+
+    def terminated(self, folder, *_, **__):
+        assert Path(folder).parent.name != "out"  # what is left would be hidden
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", terminated)
+    more = ["--method", "magnitude"] if command == "prune" else []
+    assert main([command, str(llama_dir), str(tmp_path / "out"), *more, "--quiet"]) == TERMINATED
+    assert capsys.readouterr().err.strip() == "terminated" and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_sigterm_ends_a_forked_worker_without_a_word(monkeypatch, capfd, llama_dir):
+    """Pools of processes end theirs by it."""
+
+    def forking(*_):
+        worker = os.fork()
+        if worker == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == TERMINATED
+        raise ValueError("the command goes on")
+
+    monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", forking)
+    assert main(["report", str(llama_dir)]) == FAILED
+    assert capfd.readouterr().err.strip() == "error: the command goes on"
+
+
+@pytest.mark.parametrize("number", ["2", "16"])
+def test_sigterm_ends_one_process_of_several_at_once(number, monkeypatch, llama_dir):
+    """A handler would not run while it waits for the others."""
+    monkeypatch.setenv("WORLD_SIZE", number)
+
+    def looking(*_):
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        raise ValueError
+
+    monkeypatch.setattr("peft_sparse.evaluation.sparsity_report", looking)
+    assert main(["report", str(llama_dir)]) == FAILED
 
 
 # The Hub

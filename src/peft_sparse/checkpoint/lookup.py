@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from peft import PeftType
 from transformers import AutoTokenizer
 
 from peft_sparse.storage import may_be_on_the_hub
+from peft_sparse.storage.folders import read_json
 
 # Any of these tells that a folder has a tokenizer.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.codes")
@@ -30,8 +31,30 @@ def is_adapter(source: str | Path) -> bool:
 
 
 def adapter_settings(folder: str | Path) -> dict[str, Any]:
-    """What the adapter_config.json of a folder has."""
-    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    """What the adapter_config.json of a folder has.
+
+    Raises:
+        ValueError: if that is no JSON object."""
+    settings = read_json(Path(folder) / "adapter_config.json")
+    if isinstance(settings, dict):
+        return settings
+    raise ValueError(
+        f"An adapter_config.json is a JSON object, got {type(settings).__name__} in {str(folder)!r}; save or download "
+        "the adapter again."
+    )
+
+
+def check_method(folder: str | Path) -> None:
+    """Before an adapter's base is loaded.
+
+    Raises:
+        ValueError: if the adapter is of a method that the installed PEFT does not have."""
+    method = adapter_settings(folder).get("peft_type")
+    if method not in list(PeftType):
+        raise ValueError(
+            f"An adapter_config.json has a method of PEFT's as `peft_type`, got {method!r} in {str(folder)!r}; update "
+            "PEFT if it is a newer one, else save or download the adapter again."
+        )
 
 
 def base_of_adapter(folder: str | Path) -> str | Path:
@@ -41,8 +64,9 @@ def base_of_adapter(folder: str | Path) -> str | Path:
     Raises:
         ValueError: if it names none."""
     base = adapter_settings(folder).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"An adapter names its base model, got none in {str(folder)!r}; pass it as `base`.")
+    if not base or not isinstance(base, str):
+        got = repr(base) if base else "none"
+        raise ValueError(f"An adapter names its base model, got {got} in {str(folder)!r}; pass it as `base`.")
     named = Path(base)
     beside = Path(folder).absolute().parent / named.name
     # "owner/model" may be a name on the Hub, whatever a folder here is called; but not if that is the place it had.

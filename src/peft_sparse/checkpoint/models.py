@@ -18,7 +18,13 @@ from transformers import AutoConfig
 from peft_sparse.checkpoint.complete import check_blocks
 from peft_sparse.checkpoint.labels import labels_of_head, named_labels
 from peft_sparse.checkpoint.load import load_sparse
-from peft_sparse.checkpoint.lookup import adapter_settings, base_of_adapter, check_source, is_adapter
+from peft_sparse.checkpoint.lookup import (
+    adapter_settings,
+    base_of_adapter,
+    check_method,
+    check_source,
+    is_adapter,
+)
 from peft_sparse.checkpoint.tasks import auto_class, task_of_adapter
 from peft_sparse.pruning.checks import padding_of_positions
 from peft_sparse.pruning.token_inputs import vocabulary_size
@@ -203,6 +209,7 @@ def _load_adapter(
     config: dict[str, Any],
     on_missing: Callable[[list[str]], Any] | None,
 ) -> nn.Module:
+    check_method(folder)
     base = base or base_of_adapter(folder)
     trained = task_of_adapter(folder)
     if task and trained and task != trained:

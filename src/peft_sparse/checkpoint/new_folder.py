@@ -8,8 +8,8 @@ interruption leaves nothing behind that looks like a model.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +44,8 @@ def check_writable(folder: str | Path) -> None:
     folder = Path(folder).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     try:  # what permissions say is not all: a file system may be read-only
-        Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=there)).rmdir()
+        with _temporary_folder(there):
+            pass
     except OSError as error:
         raise ValueError(
             f"A result goes into a folder that can be written, got {str(folder)!r} ({error.strerror} in "
@@ -59,17 +60,25 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     is_there = place.is_dir()
     beside = place if is_there else place.parent
     beside.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=beside))
-    try:
+    with _temporary_folder(beside) as temporary:
         yield temporary
         if is_there:
             _move_up(temporary)
         else:
             temporary.chmod(0o755)  # a temporary folder is its owner's alone
             temporary.rename(place)
-    except BaseException:
+
+
+@contextmanager
+def _temporary_folder(inside: Path) -> Iterator[Path]:
+    """A new folder, gone when the block ends. Its name is known before it is made, so that no interruption, at
+    whatever moment, leaves it behind."""
+    temporary = inside / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(mode=0o700)
+        yield temporary
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _move_up(temporary: Path) -> None:

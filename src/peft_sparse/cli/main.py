@@ -23,7 +23,7 @@ from peft_sparse.cli import _hub as hub
 from peft_sparse.cli import _options as shared
 from peft_sparse.cli import convert, measure, prune, train
 
-DONE, CHECK_FAILED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, CHECK_FAILED, USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 EPILOG = """\
 a first session:
@@ -40,6 +40,7 @@ exit status:
   2  the command line is wrong; nothing was run
   3  the command could not be carried out; the message says why, --traceback where
   130  interrupted with Ctrl-C
+  143  ended by SIGTERM, as `timeout` and batch systems send it
 
 `peft-sparse COMMAND --help` has the options and examples of each command.
 """
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None, before_running: Callable[[], Any] = 
             _print(outcome, options.json)
         return outcome.status
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(interrupts)
     except BrokenPipeError:  # `peft-sparse report MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -102,33 +103,48 @@ def main(argv: Sequence[str] | None = None, before_running: Callable[[], Any] = 
         if options.traceback:
             traceback.print_exc()
         if interrupts:  # a library has made something else of it
-            return _interrupted()
+            return _interrupted(interrupts)
         print(f"error: {_message(error)}", file=sys.stderr)
         return FAILED
 
 
 @contextlib.contextmanager
 def _noted(interrupts: list[int]) -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, as ever, and note it."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise KeyboardInterrupt on Ctrl-C, as ever, and on SIGTERM, to tidy up alike; note which it was."""
+    before = {number: signal.getsignal(number) for number in _signals()}
+    process = os.getpid()
 
     def interrupt(number: int, _: Any) -> None:
+        if number == signal.SIGTERM and os.getpid() != process:  # a worker that was forked, ended by its pool
+            os._exit(TERMINATED)
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _interrupted() -> int:
-    print("\ninterrupted", file=sys.stderr)
-    return INTERRUPTED
+def _signals() -> list[int]:
+    """Those that end a command: not those that are ignored, as by `nohup`, or that somebody else has an answer to."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    ending = [] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT]
+    # A process among others may wait for them where no handler is run, and its launcher waits for it.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        ending.append(signal.SIGTERM)
+    return list(ending)
+
+
+def _interrupted(interrupts: Sequence[int] = ()) -> int:
+    terminated = signal.SIGTERM in interrupts
+    print("\nterminated" if terminated else "\ninterrupted", file=sys.stderr)
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def _message(error: Exception) -> str:

@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
     ValueError: if the file is no JSON."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested deeper than Python goes
         raise ValueError(f"{str(path)!r} is JSON, got something else ({error}); save or download it again.") from error
 
 
