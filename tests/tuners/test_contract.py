@@ -286,6 +286,13 @@ def test_several_adapters_compose_and_merge_in_order(build, config):
 
 
 @each_config
+def test_a_weighted_sum_of_adapters_is_refused(config):
+    model = get_peft_model(pruned_model(tiny_llama, config), config())
+    with pytest.raises(TypeError, match="no weighted sum"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+@each_config
 def test_composed_adapters_get_gradients(config):
     model = get_peft_model(pruned_model(tiny_llama, config), config(), adapter_name="a")
     model.add_adapter("b", config())

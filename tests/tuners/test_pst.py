@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_sparse import PstConfig
+from peft_sparse import PstConfig, save_sparse
 from peft_sparse.linears import block_linears, get_weight, num_zeros
 from peft_sparse.pruning import prune_magnitude
 from peft_sparse.tuners.pst import PstLinear, set_sparsity_step
@@ -151,6 +151,17 @@ def test_merged_zeros_are_the_mask_of_the_last_forward():
     masks = {n: m.get_mask("default") for n, m in model.base_model.model.named_modules() if isinstance(m, PstLinear)}
     for name, linear in block_linears(model.merge_and_unload()).items():
         assert torch.equal(get_weight(linear) != 0, masks[name])
+
+
+def test_merged_zeros_have_no_sign(tmp_path):
+    """Of a masked negative weight neither, so a merged model is packed bit for bit, without the warning that some were
+    turned."""
+    model = get_peft_model(tiny_llama(), PstConfig(schedule="constant", sparsity=0.9)).merge_and_unload()
+    assert not any((torch.signbit(get_weight(linear)) & (get_weight(linear) == 0)).any()
+                   for linear in block_linears(model).values())  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_sparse(model, tmp_path)
 
 
 # Being told

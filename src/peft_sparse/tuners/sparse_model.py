@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import TaskType
@@ -17,12 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_sparse.linears import (
-    bits,
-    check_float,
-    dequantize_model,
-    reshard,
-)
+from peft_sparse.linears import bits, check_float, dequantize_model, reshard
 from peft_sparse.storage import record_facts
 from peft_sparse.tuners.adapter_state import (
     adapter_keys,
@@ -262,6 +257,13 @@ class SparseTuner(BaseTuner):
     def sparse_layers(self) -> list[SparseLayer]:
         """The tuner layers of this method in the model."""
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, where PEFT has no message for it. Raises TypeError."""
+        raise TypeError(
+            f"Adapters of {type(self).__name__} have no weighted sum, since they multiply or mask the weight; compose "
+            "them with `model.base_model.set_adapter([...])`, and merge what is active."
+        )
 
     # Loading
 

@@ -214,7 +214,8 @@ class PstLinear(SparseLayer):
     def effective_weight(self, adapter_name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.base_weight if weight is None else weight
         mask, scales = self._mask(adapter_name, weight), self._settings[adapter_name].scales
-        return ops.reference.pst_weight(weight, mask, self.factors(adapter_name), scales)
+        # A masked negative weight is -0.0, and -0.0 + 0.0 is 0.0: a merged weight is packed bit for bit.
+        return ops.reference.pst_weight(weight, mask, self.factors(adapter_name), scales) + 0.0
 
     def adapted_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter_name: str
