@@ -730,6 +730,7 @@ def test_nlg_from_the_command(tmp_path, data):
         (["--part", "causal-lm", "--steps", "2"], "more than 3 steps"),
         (["--part", "causal-lm", "--tuned-first", "9"], "whose rows make a dense model sparse, got causal-lm"),
         (["--part", "nlg", "--tuned-first", "-1"], "--tuned-first is at least 0"),
+        (["--part", "nlg", "--tuned-first", "2"], "more than 3 steps, .* got 2"),
         (["--part", "nlg", "--rows", "pst_taught"], "give --tuned-first STEPS"),
         (["--part", "causal-lm", "--tries", "0"], "--tries is at least 1"),
         (["--part", "causal-lm", "nlg"], "--model is for one part"),

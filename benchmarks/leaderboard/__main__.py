@@ -39,7 +39,8 @@ def options() -> argparse.ArgumentParser:
         type=float,
         default=None,
         metavar="RATE",
-        help="of a classifier's head, in every row; 0: that of the weights (default if small: the task's, else 0)",
+        help="of a classifier's head, in every row; 0: that of the weights (default if small: the task's, but 0 with "
+        "--tuned-first; else 0)",
     )
     found.add_argument(
         "--clip",

@@ -105,11 +105,9 @@ class Encoders(Sparsifying):
         return [rows[index] for index in (order[:count] if split == "validation" else order[count:])]
 
     @classmethod
-    def small(cls, case: str, tuned_first: bool = False) -> Mapping[str, float]:
+    def small(cls, case: str) -> Mapping[str, float]:
         task = cls._task(case)
-        own = TASKS[task].small if task in TASKS else {}  # [`lines`] says that there is no such task
-        # A model that was tuned has learnt its task, and its head is no new one.
-        return {name: value for name, value in own.items() if name == "length"} if tuned_first else own
+        return TASKS[task].small if task in TASKS else {}  # [`lines`] says that there is no such task
 
     def start(self, task: str, row: str) -> Rates:
         first, full = super().start(task, row), TASKS[task].full_start

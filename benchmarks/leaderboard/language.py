@@ -69,7 +69,7 @@ class CausalLm:
         logging.disable_progress_bar()  # of each load
 
     @classmethod
-    def small(cls, case: str, tuned_first: bool = False) -> Mapping[str, float]:
+    def small(cls, case: str) -> Mapping[str, float]:
         """What the small budget of a case has instead of the part's."""
         return {}
 

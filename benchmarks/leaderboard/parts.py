@@ -116,7 +116,9 @@ def _by_budget(board: Board, args: argparse.Namespace) -> dict[Budget, list[str]
     given = {name: value for name, value in given.items() if value is not None}
     found: dict[Budget, list[str]] = {}
     for case in args.cases or board.cases or part.all_cases():
-        own = {**part.small(case, bool(args.tuned_first)), **board.small} if args.budget == "small" else {}
+        own = {**part.small(case), **board.small} if args.budget == "small" else {}
+        if args.tuned_first:  # such a model has learnt its task, and its head is no new one
+            own = {name: value for name, value in own.items() if name not in ("steps", "head_rate")}
         found.setdefault(BUDGETS[board.part][args.budget].change(**{**own, **given}), []).append(case)
     return found
 

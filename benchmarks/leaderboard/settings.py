@@ -50,8 +50,9 @@ class Budget:
     tuned_first: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps <= PEAK_STEPS:
-            raise SystemExit(f"A run has more than {PEAK_STEPS} steps, as the first are not timed; got {self.steps}.")
+        for steps in (self.steps, self.tuned_first or self.steps):
+            if steps <= PEAK_STEPS:
+                raise SystemExit(f"A run has more than {PEAK_STEPS} steps, as the first are not timed; got {steps}.")
 
     def change(self, **changes: float | None) -> Budget:
         """The same budget but for those of the changes that are not None, with a name that says so.

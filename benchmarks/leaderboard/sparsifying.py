@@ -71,8 +71,8 @@ class Sparsifying:
         raise NotImplementedError
 
     @classmethod
-    def small(cls, case: str, tuned_first: bool = False) -> Mapping[str, float]:
-        """What the small budget of a case has instead of the part's; of rows that start from a tuned model too."""
+    def small(cls, case: str) -> Mapping[str, float]:
+        """What the small budget of a case has instead of the part's."""
         return {}
 
     # The rest
