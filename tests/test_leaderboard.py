@@ -43,6 +43,7 @@ from benchmarks.leaderboard import (
     training,
     tuned,
     variants,
+    who_wins,
     zeroshot,
 )
 from benchmarks.leaderboard.settings import FINAL, SEARCH, Budget
@@ -516,6 +517,40 @@ def test_the_overview_in_the_repository_is_that_of_the_tables_beside_it(tmp_path
 
 def test_a_folder_without_tables_has_no_overview(tmp_path):
     assert overview.write(tmp_path) is None
+
+
+def test_who_wins_is_counted_from_the_tables(tables):
+    page = tables / "README.md"
+    page.write_text("Above.\n\n<!-- who wins: PST -->\nstale\n<!-- end -->\n\nBelow.\n")
+    assert who_wins.write(tables) == page
+    text = page.read_text()
+    assert text.startswith("Above.") and text.endswith("<!-- end -->\n\nBelow.\n") and "stale" not in text
+    rivals = "one-shot magnitude, then tuned | gradual magnitude"
+    assert f"| | {rivals} |" in text  # no result of the other two
+    row = "| [tiny, SST-2 90%, one rate for head and weights](encoders-tiny-small.md) | wins by 0.1 | level |"
+    assert row in text and text.count("[tiny") == 1
+    who_wins.write(tables)
+    assert page.read_text() == text
+
+
+def test_who_wins_needs_both_marks_and_leaves_other_pages_alone(tables):
+    assert who_wins.write(tables) is None
+    page = tables / "README.md"
+    for text in ("Another page.\n", "<!-- who wins: SPP -->\nno table of that part\n<!-- end -->\n"):
+        page.write_text(text)
+        who_wins.write(tables)
+        assert page.read_text() == text
+    page.write_text("<!-- who wins: PST -->\n")
+    with pytest.raises(ValueError, match=r"between <!-- who wins: PST --> and <!-- end -->, got no second"):
+        who_wins.write(tables)
+
+
+def test_who_wins_in_the_repository_is_that_of_the_tables_beside_it(tmp_path):
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "leaderboard"
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    text = who_wins.write(copy).read_text()
+    assert text == (folder / who_wins.PAGE).read_text()
+    assert text.count("<!-- who wins: ") == text.count(who_wins.END) == 2
 
 
 # The command

@@ -15,5 +15,6 @@ The rules, which hold for every row:
 
 What was measured lies in a store (`--store`), a JSON line for each run; a run that is there is not repeated, so the
 command can be stopped and started again, and several processes may work on one store. Tables, CSVs and charts are made
-from it into benchmarks/results/leaderboard, and `overview.md`, which has all tables side by side.
+from it into benchmarks/results/leaderboard, and `overview.md`, which has all tables side by side. Where a README.md
+there has tables of who wins, they are counted anew.
 """

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import check_pruning, models
 from benchmarks.leaderboard import __doc__ as description
-from benchmarks.leaderboard import overview, parts, render, runs
+from benchmarks.leaderboard import overview, parts, render, runs, who_wins
 from benchmarks.leaderboard.settings import SEARCH_SEED
 from benchmarks.leaderboard.store import Store
 from benchmarks.leaderboard.workers import make_runs
@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     page = overview.write(args.out)
     if page is not None:
         print(f"All tables side by side: {page}")
+        who_wins.write(args.out)
     return 0 if whole else 1
 
 
