@@ -57,9 +57,23 @@ def test_all_pages_are_in_the_navigation():
 
 
 def test_links_lead_somewhere():
-    for page in DOCS.rglob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
-            assert (page.parent / target).exists() or target in NOTEBOOKS, f"{page.name}: {target}"
+    """Of all pages in the repository, to files and to headings."""
+    folders = [ROOT / folder for folder in ("benchmarks", "configs", "docs")]
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]
+    found = 0
+    for page in pages:
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists() or target in NOTEBOOKS, f"{page.name}: {target}"
+            assert not heading or heading in anchors(file), f"{page.name}: {target}#{heading}"
+            found += 1
+    assert found > 200
+
+
+def anchors(page):
+    """Those of a page's headings, as GitHub and mkdocs name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_reference_has_all_public_names():
