@@ -50,7 +50,8 @@ class Column:
         """Leads to the table."""
         metric = [TASKS[task_of(self.case)].metric] if task_of(self.case) in TASKS else []
         several = len({cell.fingerprint for name, cell in self.cells.items() if name not in self.dense}) > 1
-        settings = ", ".join([*metric, f"{self.budget.steps} steps"])
+        before = f" after {self.budget.tuned_first:,} dense ones" if self.budget.tuned_first else ""
+        settings = ", ".join([*metric, f"{self.budget.steps} steps{before}"])
         return f"[{self.case}]({self.file}){' †' if several else ''}<br>{settings}"
 
 
