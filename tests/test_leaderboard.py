@@ -529,6 +529,8 @@ def test_who_wins_is_counted_from_the_tables(tables):
     assert f"| | {rivals} |" in text  # no result of the other two
     row = "| [tiny, SST-2 90%, one rate for head and weights](encoders-tiny-small.md) | wins by 0.1 | level |"
     assert row in text and text.count("[tiny") == 1
+    for path in tables.glob("encoders-tiny-smoke-variants*.csv"):  # of a few steps, which mean nothing
+        shutil.copyfile(path, tables / path.name.replace("-variants", ""))
     who_wins.write(tables)
     assert page.read_text() == text
 
