@@ -60,12 +60,31 @@ def test_weights_of_other_tokens_are_refused(tmp_path):
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
-@pytest.mark.parametrize("tokens, error", [([96], IndexError), ({"wte": [1]}, ValueError)], ids=["token", "name"])
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([96], "from 0 up to 95 in `model.embed_tokens`, got 96; for new ones"),
+        ({"embed_tokens": [3, 200]}, "from 0 up to 95 in `model.embed_tokens`, got 200"),
+        ({"lm_head": [96]}, "from 0 up to 95 in `lm_head`, got 96"),
+        ({"wte": [1]}, "wte"),
+    ],
+    ids=["token", "token of a name", "token of the head", "name"],
+)
 @pytest.mark.parametrize("config_cls", [PstConfig, SppConfig])
-def test_a_refusal_leaves_the_model_as_it_was(config_cls, tokens, error):
+def test_a_refusal_leaves_the_model_as_it_was(config_cls, tokens, words):
     model = pruned(False)
     before = list(model.state_dict())
-    with pytest.raises(error):
+    with pytest.raises(ValueError, match=words):
         get_peft_model(model, config_cls(trainable_token_indices=tokens))
     assert list(model.state_dict()) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_adapter_has_tokens_of_the_embedding_too():
+    model = trained(SppConfig(trainable_token_indices=TOKENS), False)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"from 0 up to 95 in `model\.embed_tokens`, got 96"):
+        model.add_adapter("other", SppConfig(trainable_token_indices=[96]))
+    assert list(model.state_dict()) == before
+    model.add_adapter("other", SppConfig(trainable_token_indices=[95]))
+    assert "other" in model.peft_config

@@ -138,6 +138,32 @@ def check_modules_to_save(config: Any, model: nn.Module, targets: Container[str]
             )
 
 
+def check_trainable_tokens(tokens: Any, model: Any) -> None:
+    """What PEFT finds out when all linears have adapters.
+
+    Args:
+        tokens: `trainable_token_indices` of a config: of the input embedding, or by the name of each module.
+
+    Raises:
+        ValueError: if a token is beyond those that the embedding has.
+    """
+    if tokens is None:
+        return
+    if not isinstance(tokens, dict):
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        names = {name: tokens for name, module in model.named_modules() if module is embedding}
+        tokens = names or {"embed_tokens": tokens}  # PEFT's default
+    for full, module in model.named_modules():
+        module = getattr(module, "original_module", module)  # what another adapter's tokens are wrapped around
+        rows = getattr(module, "num_embeddings", getattr(module, "out_features", None))
+        for name, several in tokens.items():
+            if isinstance(rows, int) and full.endswith(name) and max(several) >= rows:
+                raise ValueError(
+                    f"`trainable_token_indices` has tokens of the embedding, from 0 up to {rows - 1} in `{full}`, got "
+                    f"{max(several)}; for new ones call `model.resize_token_embeddings(len(tokenizer))` first."
+                )
+
+
 def labels_of(model: nn.Module) -> list[str] | None:
     """What a model's config calls its labels, in the order of their numbers; None where it has no names of its own."""
     named = getattr(getattr(model, "config", None), "id2label", None) or {}

@@ -24,6 +24,7 @@ from peft_sparse.tuners.adapter_state import (
     cast_to_base_dtype,
     check_adapter_state,
     check_modules_to_save,
+    check_trainable_tokens,
     labels_of,
     names_with_weights,
 )
@@ -85,6 +86,7 @@ class SparseTuner(BaseTuner):
         check_alone(targets, model)
         peft_config.names_found = names_with_weights(model, peft_config.modules_to_save)
         check_modules_to_save(peft_config, model, targets)
+        check_trainable_tokens(peft_config.trainable_token_indices, model)
         self._check_targets(targets, peft_config)
         if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             peft_config.labels = labels_of(model)
