@@ -542,9 +542,10 @@ def test_who_wins_needs_both_marks_and_leaves_other_pages_alone(tables):
         page.write_text(text)
         who_wins.write(tables)
         assert page.read_text() == text
-    page.write_text("<!-- who wins: PST -->\n")
-    with pytest.raises(ValueError, match=r"between <!-- who wins: PST --> and <!-- end -->, got no second"):
-        who_wins.write(tables)
+    for rest in ("", "text\n<!-- who wins: SPP -->\n<!-- end -->\n"):
+        page.write_text("<!-- who wins: PST -->\n" + rest)
+        with pytest.raises(ValueError, match=r"between <!-- who wins: PST --> and <!-- end -->, got no second"):
+            who_wins.write(tables)
 
 
 def test_who_wins_in_the_repository_is_that_of_the_tables_beside_it(tmp_path):

@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     page = overview.write(args.out)
     if page is not None:
         print(f"All tables side by side: {page}")
-        who_wins.write(args.out)
+        if who_wins.write(args.out) is not None:
+            print(f"Who wins, counted anew: {args.out / who_wins.PAGE}")
     return 0 if whole else 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.leaderboard import tables
 from benchmarks.leaderboard.render import count, plus_minus
 from benchmarks.leaderboard.summary import outcome
-from benchmarks.leaderboard.tables import OURS, Column, Protocol, Section
+from benchmarks.leaderboard.tables import Column, Protocol, Section
 
 PAGE = "overview.md"
 INTRODUCTION = """\
@@ -71,7 +71,7 @@ def _cell(name: str, column: Column, better: str) -> str:
 def _tally(rows: Sequence[str], section: Section) -> list[str]:
     """How often each row of ours is better than, level with, and worse than each other one that trains."""
     kind, columns = section.kind, section.columns
-    ours = [name for name in rows if kind.titles[name].endswith(OURS)]
+    ours = [name for name in rows if name in section.ours]
     tuned = {name for column in columns for name, cell in column.cells.items() if cell.trained} - set(ours)
     others = [name for name in rows if name in tuned.difference(*(column.dense for column in columns))]
     lines = ["Cases in which ours wins / is level / loses, beyond the spread:", ""]

@@ -86,6 +86,11 @@ class Section(NamedTuple):
         """The class of the part."""
         return CLASSES[self.part]
 
+    @property
+    def ours(self) -> list[str]:
+        """The part's rows that are ours, variants included."""
+        return [name for name, title in self.kind.titles.items() if title.endswith(OURS)]
+
 
 def read(folder: Path) -> list[Section]:
     """All sections, those of a model together."""

@@ -47,10 +47,10 @@ def _but_smoke(section: Section) -> Section:
 
 def _replaced(text: str, start: str, lines: Iterator[str]) -> str:
     before, found, rest = text.partition(start)
-    _, closed, after = rest.partition(END)
+    inside, closed, after = rest.partition(END)
     if not found:
         return text
-    if not closed:
+    if not closed or "<!-- who wins" in inside:  # what is between would be lost
         raise ValueError(f"{PAGE} has a table between {start} and {END}, got no second comment; add it.")
     return "\n".join([before + start, "", *lines, "", END + after])
 
@@ -64,7 +64,7 @@ def _counts(sections: Sequence[Section]) -> Iterator[str]:
     yield "| --- |" + " ---: |" * (len(rivals) + 1)
     for protocol in protocols:
         columns = [column for section in sections if section.protocol == protocol for column in section.columns]
-        for own in [name for name in titles if titles[name].endswith(OURS)]:
+        for own in sections[0].ours:
             count = sum(own in column.cells for column in columns)
             if count:
                 clipped = f", all rows clipped at {protocol.clip:g}" if protocol.clip != 1 else ""
@@ -87,11 +87,7 @@ def _outcomes(sections: Sequence[Section]) -> Iterator[str]:
 def _rivals(sections: Sequence[Section]) -> list[str]:
     """Those that some section has a result of."""
     there = {name for section in sections for column in section.columns for name in column.cells}
-    return [name for name in sections[0].kind.rivals if name in there and not _is_ours(sections[0], name)]
-
-
-def _is_ours(section: Section, name: str) -> bool:
-    return section.kind.titles[name].endswith(OURS)
+    return [name for name in sections[0].kind.rivals if name in there and name not in sections[0].ours]
 
 
 def _outcome(own: str, rival: str, column: Column, better: str) -> str:
@@ -106,7 +102,8 @@ def _outcome(own: str, rival: str, column: Column, better: str) -> str:
 
 def _title(section: Section, column: Column) -> str:
     task, protocol = task_of(column.case), section.protocol
+    one_rate = section.kind.heads and not (protocol.own_head_rate or protocol.tuned_first)
     words = [f"{MODELS.get(section.model, section.model)}, {TASKS[task]} {column.case.rpartition(' ')[2]}"]
     words += ["from a tuned model"] if protocol.tuned_first else []
-    words += ["one rate for head and weights"] if section.kind.heads and not any(protocol[:2]) else []
+    words += ["one rate for head and weights"] if one_rate else []
     return ", ".join(words)
