@@ -15,21 +15,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft_sparse.checkpoint.card import CITATIONS, MARK, METHODS, may_replace
 from peft_sparse.checkpoint.labels import labels_of_head
 from peft_sparse.checkpoint.lookup import adapter_settings
+from peft_sparse.checkpoint.tasks import class_of_adapter
 from peft_sparse.storage import may_be_on_the_hub
 from peft_sparse.storage.files import SafetensorsFile
-from peft_sparse.storage.model import transformers_class
 from peft_sparse.tuners.adapter_files import WEIGHTS
 from peft_sparse.tuners.sparse_config import AFTER_SAVE
 
-# PEFT's task types, and the class of transformers that the base model is loaded with.
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _SHOWN = ("r", "score_r", "spp_alpha", "importance", "weight_update", "pattern", "sparsity", "sparsity_pattern")
 _ZEROS = {
     "pst": "It chooses which weights of its base model are zero: as many as its schedule had reached.",
@@ -83,12 +74,11 @@ def _size(folder: Path) -> str:
 
 def _how_to_load(folder: Path, settings: dict[str, Any], base: str | None) -> str:
     where = f'"{base}"' if base else '"the model that it was trained on"'
-    name = _CLASSES.get(settings.get("task_type") or "") or (settings.get("auto_mapping") or {}).get(
-        "base_model_class"
-    )
     labels = labels_of_head(folder)
     more = f", num_labels={labels}" if labels and settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ""
-    if name and (name in _CLASSES.values() or transformers_class(name)):
+    model_cls = class_of_adapter(folder)
+    if model_cls is not None:
+        name = model_cls.__name__
         imports, loaded = f"from transformers import {name}\n", f"{name}.from_pretrained({where}{more})"
     else:  # not a class that can be imported by its name
         imports, loaded = "", "...  # the model that it was trained on"

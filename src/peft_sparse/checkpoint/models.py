@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import transformers
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoConfig
 
+from peft_sparse.checkpoint.base import load_base
 from peft_sparse.checkpoint.complete import check_blocks
 from peft_sparse.checkpoint.labels import labels_of_head, named_labels
-from peft_sparse.checkpoint.load import load_sparse
 from peft_sparse.checkpoint.lookup import (
     adapter_settings,
     base_of_adapter,
@@ -25,10 +23,9 @@ from peft_sparse.checkpoint.lookup import (
     check_source,
     is_adapter,
 )
-from peft_sparse.checkpoint.tasks import auto_class, task_of_adapter
+from peft_sparse.checkpoint.tasks import auto_class, class_of_adapter, config_of, is_class_for, takes
 from peft_sparse.pruning.checks import padding_of_positions
 from peft_sparse.pruning.token_inputs import vocabulary_size
-from peft_sparse.storage import open_model
 
 
 def load_model(
@@ -72,111 +69,8 @@ def load_model(
     if base is not None:
         raise ValueError(f"A base belongs to an adapter, got {str(source)!r}, which has no adapter_config.json.")
     check_source(source)
-    # also where there is nothing to read but a pickle, which is refused
-    stored_packed = folder.is_dir() and gguf_file is None and open_model(folder).layout != "dense"
-    if packed and not stored_packed:
-        raise ValueError(
-            f"`packed` keeps a packed checkpoint packed, got a dense one in {str(source)!r}; pack it first, with "
-            "`peft-sparse pack`, or leave `packed` out."
-        )
     model_cls = None if task is None else auto_class(task)
-    try:
-        if stored_packed:
-            return _load_packed(source, model_cls, dtype, packed, trust_remote_code, config or {}, on_missing)
-        if model_cls is None:
-            model_cls = _class_of_config(source, trust_remote_code)
-        return _load_dense(source, model_cls, dtype, gguf_file, trust_remote_code, config or {}, on_missing)
-    except (TypeError, OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
-        explained = _explained(error, source, task, model_cls, config or {})
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _load_packed(
-    source: str | Path,
-    model_cls: Any,
-    dtype: str | None,
-    packed: bool,
-    trust_remote_code: bool,
-    config: Mapping[str, Any],
-    on_missing: Callable[[list[str]], Any] | None,
-) -> Any:
-    changes = dict(config)
-    return load_sparse(
-        source,
-        packed=packed,
-        dtype=dtype,
-        model_cls=model_cls,
-        ignore_mismatched_sizes=changes.pop("ignore_mismatched_sizes", False),
-        config=changes,
-        trust_remote_code=trust_remote_code,
-        on_missing=on_missing,
-    )
-
-
-def _load_dense(
-    source: str | Path,
-    model_cls: Any,
-    dtype: str | None,
-    gguf_file: str | None,
-    trust_remote_code: bool,
-    config: Mapping[str, Any],
-    on_missing: Callable[[list[str]], Any] | None,
-) -> Any:
-    arguments: dict[str, Any] = dict(config) | ({"dtype": dtype} if dtype else {})
-    if gguf_file is None:
-        arguments |= {"use_safetensors": True}  # never a pickle from the Hub
-    else:
-        arguments |= {"gguf_file": gguf_file}
-        # Without it a model stays marked as quantised and cannot be saved; before 5.17 all are dequantised.
-        if hasattr(transformers, "GgufConfig"):
-            arguments |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    model, info = model_cls.from_pretrained(
-        source, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
-    )
-    missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if on_missing is None:
-        check_blocks(model, missing, source)
-    elif missing:
-        on_missing(missing)
-    return model
-
-
-def _explained(
-    error: Exception, source: str | Path, task: str | None, model_cls: Any, config: Mapping[str, Any]
-) -> ValueError | None:
-    """What an error of a load means for who asked for the model; None where the error says so itself.
-
-    Args:
-        model_cls: that was loaded; None: the one that a packed folder names.
-        config: fields that were to be changed.
-    """
-    if isinstance(error, TypeError):
-        unknown = next((key for key in config if f"'{key}'" in str(error)), None)
-        if unknown is None:
-            return None
-        return ValueError(
-            f"`config` changes fields of a model's config, got {unknown!r}, which {str(source)!r} has not; check its "
-            "config.json (in a recipe, the key in `model.config`)."
-        )
-    reason = " ".join(str(error).split())
-    if "ignore_mismatched_sizes" in reason:
-        why = "its config.json is that of another model, or damaged."
-        if model_cls is None or "ForSequenceClassification" in model_cls.__name__:
-            why = "its head has another number of labels. Ask for that number, or for a new head "
-            why += "(`model.new_head` of a recipe)."
-        return ValueError(
-            f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: {why}"
-        )
-    if reason.startswith("Unrecognized configuration class"):  # and then all that there are
-        return ValueError(
-            f"A task is one that transformers has a class of the model for, got {task} for the model in "
-            f"{str(source)!r}; name another one, or none where the class in config.json will do."
-        )
-    if isinstance(error, ValueError):
-        return None
-    return ValueError(f"A model is a folder or a name on the Hub, got {str(source)!r}: {reason}")
+    return load_base(source, model_cls, dtype, packed, gguf_file, trust_remote_code, config or {}, on_missing)
 
 
 def pad_as(model: Any, tokenizer: Any) -> None:
@@ -185,18 +79,6 @@ def pad_as(model: Any, tokenizer: Any) -> None:
     token, size = tokenizer.pad_token_id, vocabulary_size(model)
     if token is not None and (size is None or token < size) and padding_of_positions(model) is None:
         model.config.pad_token_id = token
-
-
-def _class_of_config(source: str | Path, trust_remote_code: bool) -> Any:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None)
-    if found is None and not trust_remote_code:
-        raise ValueError(
-            f"config.json names the class of the model, one of transformers', got {name!r} in {str(source)!r}; name a "
-            "task instead."
-        )
-    return found or transformers.AutoModelForCausalLM
 
 
 def _load_adapter(
@@ -211,24 +93,13 @@ def _load_adapter(
 ) -> nn.Module:
     check_method(folder)
     base = base or base_of_adapter(folder)
-    trained = task_of_adapter(folder)
-    if task and trained and task != trained:
-        raise ValueError(f"An adapter is loaded for the task that it was trained for, {trained}, got {task!r}.")
-    task = task or trained
-    if task == "sequence_classification":
+    model_cls = _class_for_adapter(folder, base, task, trust_remote_code)
+    if model_cls is not None and "Classification" in model_cls.__name__:
         config = _with_saved_head(folder, config)
     missing: list[str] = []
     with _without_report():
-        loaded = load_model(
-            base,
-            task,
-            dtype=dtype,
-            packed=packed,
-            trust_remote_code=trust_remote_code,
-            config=config,
-            on_missing=missing.extend,
-        )
-    model = PeftModel.from_pretrained(loaded, str(folder))
+        loaded = load_base(base, model_cls, dtype, packed, None, trust_remote_code, config, missing.extend)
+    model = _with_adapter(loaded, folder, base)
     modules = model.get_base_model().named_modules()
     in_adapter = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
     missing = [name for name in missing if not name.startswith(in_adapter)]
@@ -242,6 +113,35 @@ def _load_adapter(
             stacklevel=3,
         )
     return model
+
+
+def _class_for_adapter(folder: Path, base: str | Path, task: str | None, trust_remote_code: bool) -> Any:
+    """The class to load the base of an adapter as, which it was trained on; None: the one that config.json names.
+
+    Raises:
+        ValueError: if a task is asked for that it was not trained for."""
+    trained = class_of_adapter(folder)
+    if task is not None:
+        if trained is not None and not is_class_for(task, trained):
+            raise ValueError(f"An adapter is loaded for what it was trained for, {trained.__name__}, got {task!r}.")
+        return auto_class(task)
+    check_source(base)
+    return trained if trained is not None and takes(trained, config_of(base, trust_remote_code)) else None
+
+
+def _with_adapter(loaded: Any, folder: Path, base: str | Path) -> PeftModel:
+    """Raises:
+    ValueError: if the adapter has no weights for the places in the model where it would go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
+        try:
+            return PeftModel.from_pretrained(loaded, str(folder))
+        except UserWarning as warning:
+            raise ValueError(
+                f"An adapter is loaded on a model of the class that it was trained on, got "
+                f"{type(loaded).__name__} from {str(base)!r}, whose layers have other names than the weights in "
+                f"{str(folder)!r}; name the base that it was trained on, or `task`."
+            ) from warning
 
 
 def _with_saved_head(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
