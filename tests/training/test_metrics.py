@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from peft_sparse.checkpoint import merge_checkpoint
-from peft_sparse.training import evaluate_recipe, finetune
+from peft_sparse.evaluation.metrics import BUNDLED, compares_numbers, load_metric
+from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
 from peft_sparse.training.metrics import IGNORED, Metrics, other_outputs, row_sums
 
 from models import VOCAB_SIZE, WORDS, tiny_llama
@@ -141,3 +142,56 @@ def test_a_decoder_classifies_padded_rows_as_it_was_trained_to(tmp_path, token):
     together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
     alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def _two_classes_only(predictions, references):
+    if max(references) > 1:
+        raise ValueError("Target is multiclass but average='binary'")
+    return {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (lambda *_: {"per_class": [0.5, 0.25]}, r"gives one number under each .* \[0.5, 0.25\] as 'per_class'"),
+        (_two_classes_only, "multiclass but average='binary'"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_found_before_training(tmp_path, sentences, compute, message):
+    """Its error would end the run behind its last step."""
+    metric = {"model": {"num_labels": 3, "new_head": True}, "evaluation": {"metrics": ["accuracy"]}}
+    asked = classifier(tmp_path, sentences, prune={"method": "magnitude"}, **metric)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUNDLED, "accuracy", (compute, False))
+        for start in (plan_finetune, finetune, evaluate_recipe):
+            with pytest.raises(
+                ValueError, match="got 'accuracy', which fails on a try .*" + message.removeprefix("got ")
+            ):
+                start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_metric_of_ours_passes_its_try(name):
+    metrics = {name: load_metric(name)}
+    for outputs in (1,) if compares_numbers(name) else (2, 3, 20):
+        Metrics(metrics, language_model=False).check(outputs)
+    if not compares_numbers(name):
+        Metrics(metrics, language_model=True).check(2)
+
+
+def test_the_adapter_is_saved_before_what_may_fail(tmp_path, sentences):
+    """A metric that fails on the real predictions, in a run that keeps no checkpoint."""
+    asked = classifier(tmp_path, sentences, training={"save_strategy": "no"}, evaluation={"metrics": ["accuracy"]})
+
+    def fails(predictions, _):
+        if len(predictions) > 2:
+            raise ArithmeticError("no number")
+        return {"accuracy": 1.0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUNDLED, "accuracy", (fails, False))
+        with pytest.raises(ArithmeticError, match="no number"):
+            finetune(asked)
+    adapter = tmp_path / "run" / "adapter"
+    assert 0 <= evaluate_recipe(asked, adapter)["accuracy"] <= 1

@@ -20,9 +20,12 @@ from transformers import (
     TrainerCallback,
 )
 
+from peft_sparse.checkpoint import prune_checkpoint
 from peft_sparse.evaluation.metrics import BUNDLED
 from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
+from peft_sparse.training.adapt import note_new_modules
 from peft_sparse.training.checkpoints import checkpoint_fault
+from peft_sparse.training.result import FinetuneResult
 
 from models import WORDS, tiny_llama
 from recipes import classifier, language_model
@@ -92,6 +95,9 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path, sentences):
     (run / "result.json").unlink()
     with pytest.raises(ValueError, match=r"got only checkpoint-6 .*; leave `resume` out to start one"):
         finetune(asked, resume=True)
+    with pytest.raises(ValueError, match=r"makes its folders itself, got '.*adapter', which is there already"):
+        finetune(asked)
+    shutil.rmtree(run / "adapter")
     assert finetune(asked).metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-6)
 
 
@@ -103,6 +109,40 @@ def test_resuming_takes_the_pruned_model_that_is_there(tmp_path, sentences):
     before = (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns
     assert finetune(asked, resume=True).resumed_from.endswith("checkpoint-3")
     assert (tmp_path / "run" / "pruned" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_pruned_model_of_somebody_s_is_not_overwritten(tmp_path, sentences):
+    """But what a run left there that was killed before its first checkpoint is."""
+    asked, pruned = language_model(tmp_path, sentences), tmp_path / "run" / "pruned"
+    prune_checkpoint(tmp_path / "llama", pruned, "magnitude", sparsity=0.75)
+    before = (pruned / "model.safetensors").read_bytes()
+    inside = language_model(tmp_path, sentences, model={"path": str(pruned)})
+    for start in (plan_finetune, finetune):
+        for given in (asked, inside):
+            with pytest.raises(ValueError, match=r"got '.*pruned', which is there already; choose another"):
+                start(given)
+    assert (pruned / "model.safetensors").read_bytes() == before
+    note_new_modules(pruned, [])
+    for start in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"writes the pruned model into '.*pruned', got '.*pruned' to read from"):
+            start(inside)
+    assert finetune(asked).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_without_its_optimizer_s_state_a_run_is_not_resumed(tmp_path, sentences):
+    asked, run = classifier(tmp_path, sentences, training={"save_only_model": True}), tmp_path / "run"
+    finetune(asked)
+    (run / "result.json").unlink()
+    assert finetune(asked, resume=True).steps == 6  # that needs none
+    with pytest.raises(ValueError, match=r"its optimizer's state, got none in '.*checkpoint-3', as `training.save_on"):
+        finetune(asked, resume=str(run / "checkpoint-3"))
+
+
+def test_a_run_that_diverged_is_not_finished(tmp_path, sentences):
+    asked = classifier(tmp_path, sentences, training={"learning_rate": 1e30})
+    for resume in (False, True, True):
+        with pytest.raises(ValueError, match=r"got NaN or infinity in .* it diverged"):
+            finetune(asked, resume=resume)
 
 
 LENGTHS = [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 0.55}]  # of 10 steps an epoch
@@ -124,6 +164,31 @@ def test_a_finished_run_stays_as_it_is(tmp_path, sentences, length):
     with pytest.warns(UserWarning, match=shown):
         assert finetune(asked, resume=True).metrics == first.metrics
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    run.rename(tmp_path / "moved")
+    moved = classifier(tmp_path, sentences, "moved", output={"merge": True}, training=length)
+    with pytest.warns(UserWarning, match="is finished"):
+        found = finetune(moved, resume=True)
+    assert (found.adapter, found.merged) == (str(tmp_path / "moved" / "adapter"), str(tmp_path / "moved" / "merged"))
+
+
+def test_a_run_that_was_stopped_behind_its_merge_is_finished(tmp_path, sentences, monkeypatch):
+    """The last files are those of result.json, and of the merged folder, which has its name when it is complete."""
+    asked = classifier(tmp_path, sentences, output={"merge": True})
+    write = FinetuneResult.write
+
+    def killed(result, folder):
+        if (tmp_path / "run" / "merged").exists():
+            raise KeyboardInterrupt
+        write(result, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneResult, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(asked)
+    with pytest.warns(UserWarning, match="is finished"):
+        assert finetune(asked, resume=True).merged == str(tmp_path / "run" / "merged")
+    shutil.rmtree(tmp_path / "run" / "merged")  # as if it had been killed before
+    assert (tmp_path / "run" / finetune(asked, resume=True).merged / "config.json").is_file()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -141,6 +206,8 @@ def test_a_run_that_was_stopped_behind_its_last_step_trains_no_step(tmp_path, se
     assert (again.steps, again.sparsity) == (first.steps, first.sparsity) and Path(again.merged).is_dir()
     assert again.metrics.items() == {k: v for k, v in first.metrics.items() if k != "train_loss"}.items()
     assert not (run / "checkpoint-7").exists() and not any("train_loss" in entry for entry in again.log)
+    with pytest.warns(UserWarning, match="is finished"):
+        assert finetune(classifier(tmp_path, sentences, **parts, output={"merge": True}), resume=True) == again
 
 
 def test_a_finished_run_is_merged_or_trained_on_where_more_is_asked_for(tmp_path, sentences):

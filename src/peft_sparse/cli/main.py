@@ -92,19 +92,21 @@ def main(argv: Sequence[str] | None = None, before_running: Callable[[], Any] = 
             with _noted(interrupts), hub.no_long_wait():
                 outcome: shared.Outcome = options.run(options)
         if outcome.printed:
-            _print(outcome, options.json)
+            with _reader_may_leave(sys.stdout):
+                _print(outcome, options.json)
         return outcome.status
     except KeyboardInterrupt:
         return _interrupted(interrupts)
-    except BrokenPipeError:  # `peft-sparse report MODEL | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+    except BrokenPipeError:  # of stderr
+        _to_nowhere(sys.stderr)
+        return FAILED
     except Exception as error:
         if options.traceback:
             traceback.print_exc()
         if interrupts:  # a library has made something else of it
             return _interrupted(interrupts)
-        print(f"error: {_message(error)}", file=sys.stderr)
+        with _reader_may_leave(sys.stderr):
+            print(f"error: {_message(error)}", file=sys.stderr)
         return FAILED
 
 
@@ -161,6 +163,21 @@ def _print(outcome: shared.Outcome, as_json: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # all is done: no name in it may be an error of a terminal's
     print(strict_json(outcome.data) if as_json else outcome.text, flush=True)
+
+
+@contextlib.contextmanager
+def _reader_may_leave(stream: Any) -> Iterator[None]:
+    """Of what is printed last: the status is that of the command, whoever reads its output:
+    `peft-sparse report MODEL | head`."""
+    try:
+        yield
+    except BrokenPipeError:
+        _to_nowhere(stream)
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Python would write the rest at its end, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from peft_sparse.training.recipe import METHODS, Recipe
 
 # What PEFT trains and saves by itself for a task, by the ends of names.
 _HEADS = {"causal_lm": (), "sequence_classification": ("classifier", "score")}
-_FILE = "peft_sparse_new_modules.json"  # beside a pruned base, in whose weights new ones look like any others
+_FILE = "peft_sparse_new_modules.json"  # in the folder of a base that a recipe pruned
 
 
 def adapter_config(recipe: Recipe, new: list[str] | None = None) -> Any:
@@ -78,13 +78,13 @@ def new_modules(recipe: Recipe, model: nn.Module, missing: list[str]) -> list[st
 
 
 def note_new_modules(folder: Path, new: list[str]) -> None:
-    """Write beside a pruned base which of its modules are random."""
-    (folder / _FILE).unlink(missing_ok=True)
-    if new:
-        (folder / _FILE).write_text(json.dumps(new), encoding="utf-8")
+    """Write into the folder of a pruned base, before its weights, which of its modules are random, since among its
+    weights those look like any others. The note also tells that a recipe has made the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FILE).write_text(json.dumps(new), encoding="utf-8")
 
 
-def noted_new_modules(folder: Path) -> list[str]:
-    """What [`note_new_modules`] wrote."""
+def noted_new_modules(folder: Path) -> list[str] | None:
+    """What [`note_new_modules`] wrote; None where it has not."""
     path = folder / _FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

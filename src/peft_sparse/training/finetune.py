@@ -46,7 +46,7 @@ from peft_sparse.training.fit import check_fit, check_hub
 from peft_sparse.training.metrics import other_outputs, without_times
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import FinetuneResult
-from peft_sparse.training.start import where_to_start
+from peft_sparse.training.start import ADAPTER, where_to_start
 from peft_sparse.training.teacher import check_teacher, load_teacher
 
 
@@ -93,10 +93,11 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
         examples = _without_a_step(arguments, examples, start.steps)
     trainer = make_trainer(recipe, arguments, model, examples, tokenizer, metrics, teacher)
     trained = trainer.train(resume_from_checkpoint=start.checkpoint, ignore_keys_for_eval=other_outputs())
+    adapter = str(recipe.output_dir / ADAPTER)
+    save_adapter(trainer, adapter)  # the training is done, whatever evaluating and merging say
     measured = {} if start.trained else {"train_loss": trained.metrics["train_loss"]}
     if examples.validation is not None and recipe.evaluation.at_end:
-        numbers = without_times(trainer.evaluate(ignore_keys=other_outputs()))
-        measured |= {name: float(value) for name, value in numbers.items()}
+        measured |= without_times(trainer.evaluate(ignore_keys=other_outputs()))
     result = FinetuneResult(
         method=recipe.method,
         steps=trainer.state.global_step,
@@ -104,16 +105,16 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
         metrics=measured,
         sparsity=sparsity_report(model).total_sparsity,
         trainable=model.get_nb_trainable_parameters()[0],
-        adapter=str(recipe.output_dir / "adapter"),
+        adapter=adapter,
+        epochs=start.epochs if start.trained else trainer.state.epoch or 0.0,
         log=[entry for entry in trainer.state.log_history if not (start.trained and "train_loss" in entry)],
     )
-    save_adapter(trainer, result.adapter)
     if trainer.is_world_process_zero():
         try:
             check_trained(result.adapter)
             if recipe.output.merge:
                 _merge(recipe, model, result)
-        finally:  # the training is done, whatever merging says
+        finally:
             result.seconds = time.perf_counter() - begin
             result.write(recipe.output_dir)
     return result
@@ -206,7 +207,7 @@ def _pruned_model(
         PartialState().wait_for_everyone()
     if prunes and arguments.deepspeed_plugin is None:
         return model, new
-    return model_of(recipe, folder), noted_new_modules(folder)  # with ZeRO-3 the first one too, for its share
+    return model_of(recipe, folder), noted_new_modules(folder) or []  # with ZeRO-3 the first one too, for its share
 
 
 def _model(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any) -> tuple[Any, list[str]]:
@@ -223,9 +224,9 @@ def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any, fol
     model, new = _model(recipe, tokenizer, examples, teacher)
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
+    note_new_modules(folder, new)
     save_with_card(model, folder)
     tokenizer.save_pretrained(folder)
-    note_new_modules(folder, new)
     model.config._name_or_path = model.name_or_path = str(folder)
     return model, new
 
@@ -266,5 +267,7 @@ def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
                 f"{report.violations:,} groups against their pattern; nothing was written to {str(folder)!r}. The "
                 f"adapter is in {result.adapter!r}; please report this with your recipe."
             )
-    result.merged, result.sparsity = str(folder), sparsity_report(folder).total_sparsity
-    result.zeros_lost = None if report is None else report.lost
+        result.zeros_lost = None if report is None else report.lost
+        result.merged, result.sparsity = str(folder), sparsity_report(temporary).total_sparsity
+        # Before the folder has its name: a run that is killed in between is merged again, one behind it is finished.
+        result.write(recipe.output_dir)

@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub import whoami
 from transformers import TrainingArguments
 
-from peft_sparse.evaluation.metrics import check_metrics_of_numbers
+from peft_sparse.evaluation.metrics import check_metrics_of_numbers, load_metric
 from peft_sparse.pruning.checks import padding_of_positions
 from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.training.data import Examples
+from peft_sparse.training.metrics import Metrics
 from peft_sparse.training.recipe import Recipe
 
 
@@ -49,6 +50,8 @@ def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) ->
         )
     if recipe.model.task == "sequence_classification" and model.config.num_labels == 1:
         check_metrics_of_numbers(recipe.evaluation.metrics)
+    metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
+    Metrics(metrics, recipe.model.task == "causal_lm").check(model.config.num_labels)
     size = vocabulary_size(model)
     if size is None:
         return

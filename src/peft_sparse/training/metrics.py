@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import EvalPrediction
 from transformers.utils import ModelOutput
 
 from peft_sparse.evaluation.metrics import compares_numbers
@@ -58,8 +59,36 @@ class Metrics:
         for name, metric in self.metrics.items():
             kind = np.float64 if compares_numbers(name) or predictions.dtype.kind == "f" else np.int64
             own = {"average": average} if name == "f1" else {}
-            found |= metric.compute(predictions=predictions.astype(kind), references=references.astype(kind), **own)
+            values = metric.compute(predictions=predictions.astype(kind), references=references.astype(kind), **own)
+            odd = next((key for key, value in values.items() if np.ndim(value) or not np.isreal(value)), None)
+            if odd is not None:
+                raise ValueError(f"A metric gives one number under each of its names, got {values[odd]!r} as {odd!r}.")
+            found |= {key: float(value) for key, value in values.items()}
         return found
+
+    def check(self, outputs: int) -> None:
+        """Try the metrics before anything is trained.
+
+        Args:
+            outputs: of the model for a row: classes, or 1 for a number; without a meaning for a language model.
+
+        Raises:
+            ValueError: if one of them does not take what such a model gives, or gives no number.
+        """
+        numbers = np.arange(max(outputs, 2))
+        predictions: Any = np.eye(outputs)[numbers] if outputs > 1 else numbers[:, None].astype(np.float64)
+        if self.language_model:
+            tokens = np.tile(numbers, (2, 1))
+            predictions, numbers = (np.ones((2, 2)), tokens), tokens
+        for name, metric in self.metrics.items():
+            try:
+                Metrics({name: metric}, self.language_model)(EvalPrediction(predictions, numbers))
+            except Exception as error:  # anything that somebody's metric may raise
+                raise ValueError(
+                    "`evaluation.metrics` take the model's predictions and the labels, and no other settings, got "
+                    f"{name!r}, which fails on a try ({type(error).__name__}: {' '.join(str(error).split())}); name "
+                    "another one."
+                ) from error
 
 
 def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

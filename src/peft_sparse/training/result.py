@@ -29,6 +29,7 @@ class FinetuneResult:
         zeros_lost: of the model that SPP tuned, after merging; None where nothing was merged, and for PST, which
             starts from a dense model.
         seconds: in all.
+        epochs: of the training data, those before a resumption too.
     """
 
     method: str
@@ -41,6 +42,7 @@ class FinetuneResult:
     merged: str | None = None
     zeros_lost: int | None = None
     seconds: float = 0.0
+    epochs: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:

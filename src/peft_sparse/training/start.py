@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
 
+from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.new_folder import check_new_folder, check_writable
+from peft_sparse.training.adapt import noted_new_modules
 from peft_sparse.training.checkpoints import STATE, checkpoint_fault, checkpoints, last_complete_checkpoint
+from peft_sparse.training.engines import check_trained
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import RESULT, FinetuneResult, read_result
+
+ADAPTER = "adapter"  # the folder of the adapter that a run ends with
+# What holds an optimizer's state in a checkpoint: of Trainer alone or with FSDP, of DeepSpeed.
+_OPTIMIZERS = ("optimizer*", "global_step*")
 
 
 @dataclass(frozen=True)
@@ -20,13 +27,14 @@ class Start:
 
     Attributes:
         checkpoint: to go on from; None for the beginning.
-        steps: that the checkpoint has.
+        steps, epochs: that the checkpoint has.
         trained: no step is left.
         finished: the result of a run of which nothing is left to do.
     """
 
     checkpoint: str | None = None
     steps: int = 0
+    epochs: float = 0.0
     trained: bool = False
     finished: FinetuneResult | None = None
 
@@ -45,13 +53,15 @@ def where_to_start(recipe: Recipe, arguments: TrainingArguments, resume: bool | 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`training.output_dir` is a folder, got {str(folder)!r}, which is a file.")
     if resume is True and _is_done(folder):
-        result = read_result(folder)
+        result = _in_its_place(recipe, read_result(folder))
         if _is_finished(recipe, arguments, result):
+            check_trained(result.adapter)
             return Start(steps=result.steps, finished=result)
     if resume:
         start = _from(_checked(resume) if isinstance(resume, str) else _last(folder), arguments)
     else:
         _check_own_folder(folder)
+        _check_new_places(recipe)
     check_writable(folder)
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)
@@ -60,9 +70,16 @@ def where_to_start(recipe: Recipe, arguments: TrainingArguments, resume: bool | 
 
 def _is_finished(recipe: Recipe, arguments: TrainingArguments, result: FinetuneResult) -> bool:
     """Whether what a recipe asks for is there. It may ask for more than when the run ended: steps, or a merge."""
-    merged = not recipe.output.merge or (result.merged is not None and Path(result.merged).is_dir())
-    epochs = max((entry.get("epoch") or 0 for entry in result.log), default=0)
-    return merged and Path(result.adapter).is_dir() and _no_step_left(arguments, result.steps, epochs)
+    merged = not recipe.output.merge or (
+        result.merged is not None and (recipe.merged_folder / "config.json").is_file()
+    )
+    return merged and Path(result.adapter).is_dir() and _no_step_left(arguments, result.steps, result.epochs)
+
+
+def _in_its_place(recipe: Recipe, result: FinetuneResult) -> FinetuneResult:
+    """The result of a run that may have been moved, or was started from another working directory."""
+    merged = str(recipe.merged_folder) if recipe.output.merge and result.merged is not None else result.merged
+    return replace(result, adapter=str(recipe.output_dir / ADAPTER), merged=merged)
 
 
 def _from(checkpoint: str, arguments: TrainingArguments) -> Start:
@@ -70,7 +87,12 @@ def _from(checkpoint: str, arguments: TrainingArguments) -> Start:
     # By the epochs alone, a fraction of one with accumulated batches could seem done a step before its end.
     of_epochs = arguments.max_steps <= 0 and state.global_step < state.max_steps
     trained = not of_epochs and _no_step_left(arguments, state.global_step, state.epoch or 0)
-    return Start(checkpoint, state.global_step, trained)
+    if not trained and not any(path for pattern in _OPTIMIZERS for path in Path(checkpoint).glob(pattern)):
+        raise ValueError(
+            f"A run is resumed with its optimizer's state, got none in {checkpoint!r}, as `training.save_only_model` "
+            "saves it; start a new run in another `training.output_dir`."
+        )
+    return Start(checkpoint, state.global_step, state.epoch or 0.0, trained)
 
 
 def _no_step_left(arguments: TrainingArguments, steps: int, epochs: float) -> bool:
@@ -113,6 +135,31 @@ def _check_own_folder(folder: Path) -> None:
             f"A run starts in a folder of its own, got {str(folder)!r}, which holds a model; choose another "
             "`training.output_dir`."
         )
+
+
+def _check_new_places(recipe: Recipe) -> None:
+    """Raises:
+    ValueError: if a run would overwrite an adapter, or a pruned model that is not what an unfinished run has left."""
+    adapter, pruned = recipe.output_dir / ADAPTER, recipe.output_dir / PRUNED
+    taken = [adapter] if adapter.exists() else []
+    if recipe.pruner and pruned.exists() and noted_new_modules(pruned) is None:
+        taken.append(pruned)
+    if taken:
+        raise ValueError(
+            f"A run makes its folders itself, got {str(taken[0])!r}, which is there already; choose another "
+            "`training.output_dir`."
+        )
+    teacher = None if recipe.distillation is None else recipe.distillation.teacher
+    inside = [name for name in (recipe.model.path, teacher) if name is not None and _lies_in(name, pruned)]
+    if recipe.pruner and inside:
+        raise ValueError(
+            f"A recipe with `prune` writes the pruned model into {str(pruned)!r}, got {inside[0]!r} to read from; "
+            "choose another `training.output_dir`."
+        )
+
+
+def _lies_in(path: str, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _is_done(folder: Path) -> bool:
