@@ -38,7 +38,7 @@ from peft_sparse.training.parts import (
     check_model,
     check_output,
 )
-from peft_sparse.training.trainer_options import OWN_RATES, check_training
+from peft_sparse.training.trainer_options import OWN_RATES, check_training, without_empty
 from peft_sparse.training.values import check_keys, check_type, read_yaml, with_environment, with_overrides
 from peft_sparse.tuners.pst import PstConfig
 from peft_sparse.tuners.sparse_config import SparseConfig
@@ -141,7 +141,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ValueError(f"A recipe has the parts model, adapter, data and training, got none for `{part}`.")
     method, adapter = _adapter(dict(values["adapter"]))
     pruner, prune, calibration = _prune(dict(values.get("prune") or {}))
-    training = dict(values["training"])
+    training = without_empty(values["training"])
     own_rates = {name: training.pop(name, None) for name in OWN_RATES}
     distillation = values.get("distillation")
     recipe = Recipe(
