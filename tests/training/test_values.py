@@ -49,6 +49,17 @@ def test_a_key_given_twice_is_an_error():
         parse_yaml("method: spp\nr: 8\nr: 16\n", "test")
 
 
+def test_keys_that_are_merged_in():
+    """Own keys count, and then those of the mapping that is named first; a key is still given once."""
+    text = "a: {b: &x {r: 1, <<: &y {r: 2, s: 3}}}\nc: {<<: *x, s: 4}\nd: {<<: [*x, *y]}\n"
+    assert parse_yaml(text, "test") == {"a": {"b": {"r": 1, "s": 3}}, "c": {"r": 1, "s": 4}, "d": {"r": 1, "s": 3}}
+    for twice in ("a: &x {r: 1}\nb:\n  <<: *x\n  r: 2\n  r: 3\n", "a: &x {r: 1}\nb:\n\n  <<: *x\n  <<: *x\n"):
+        with pytest.raises(ValueError, match="again in line 5"):
+            parse_yaml(twice, "test")
+    with pytest.raises(ValueError, match=r"got something else: `<<` takes a mapping or several in line 1, column 9"):
+        parse_yaml("a: {<<: 3}", "test")
+
+
 @pytest.mark.parametrize(("content", "message"), [("a: [", "is YAML"), ("- a", "got list"), (None, "cannot be read")])
 def test_a_file_that_is_no_recipe(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"

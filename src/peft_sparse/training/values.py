@@ -19,19 +19,39 @@ from typing import Any, Union
 
 import yaml
 
+_MERGE = "tag:yaml.org,2002:merge"
 _VARIABLE = re.compile(r"\$\{(package:)?(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's numbers and without duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
-                raise ValueError(f"A key is given once, got {key!r} again in line {line}; leave one of them out.")
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: list[Any] = []
+        for key, _ in node.value:
+            name = "<<" if key.tag == _MERGE else self.construct_object(key, deep=True)
+            if name in names:
+                line = key.start_mark.line + 1
+                raise ValueError(f"A key is given once, got {name!r} again in line {line}; leave one of them out.")
+            names.append(name)
+        merged = [pair for key, value in node.value if key.tag == _MERGE for pair in _pairs_of(value)]
+        node.value = [pair for pair in node.value if pair[0].tag != _MERGE]
+        for key, value in merged:  # here, since PyYAML 6.0.4 lets a merged key of one letter win over a mapping's own
+            name = self.construct_object(key, deep=True)
+            if name not in names:
+                names.append(name)
+                node.value.append((key, value))
+        return node
+
+
+def _pairs_of(merged: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+    """What `<<` brings in: the pairs of a mapping, or of several, of which an earlier one counts."""
+    mappings = merged.value if isinstance(merged, yaml.SequenceNode) else [merged]
+    for mapping in mappings:
+        if not isinstance(mapping, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="`<<` takes a mapping or several", problem_mark=mapping.start_mark)
+    return [pair for mapping in mappings for pair in mapping.value]
 
 
 _PLAIN = {  # what is no string: a pattern, and the signs that it starts with
