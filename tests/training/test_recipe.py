@@ -259,6 +259,18 @@ def test_a_home_before_paths(monkeypatch):
     assert recipe.data.files == {"train": ["/home/anyone/a.csv"]} and recipe.data.separator == "~/"
 
 
+def test_numbers_from_the_environment(monkeypatch):
+    for name, text in {"STEPS": "3", "RATE": "1e-3", "NAME": "2024", "MERGE": "true"}.items():
+        monkeypatch.setenv(name, text)
+    training = {"output_dir": "${NAME}", "max_steps": "${STEPS}", "learning_rate": "${RATE}", "run_name": "${NAME}"}
+    parts = {"model": {"path": "${NAME}"}, "adapter": {"method": "spp", "r": "${STEPS}"}, "training": training}
+    recipe = make_recipe(VALUES | parts | {"output": {"merge": "${MERGE}"}})
+    assert recipe.training == {"output_dir": "2024", "max_steps": 3, "learning_rate": 1e-3, "run_name": "2024"}
+    assert (recipe.model.path, recipe.adapter["r"], recipe.output.merge) == ("2024", 3, True)
+    with pytest.raises(ValueError, match=r"`training.max_steps` is int or float, got 'long'"):
+        make_recipe(changed("training", max_steps="${NOT_SET:-long}"))
+
+
 def test_parts_and_streams():
     with pytest.raises(ValueError, match="did you mean 'training'"):
         make_recipe(VALUES | {"trainning": {}})

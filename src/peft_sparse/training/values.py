@@ -161,22 +161,26 @@ def _copy(value: Any) -> Any:
     return [_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
-def with_environment(value: Any, where: str = "") -> Any:
+def with_environment(value: Any, where: str = "", hints: Mapping[str, Any] | None = None) -> Any:
     """A copy in which `${VARIABLE}` and `${VARIABLE:-default}` are replaced in all strings, and `${package:name}` by
-    the folder of an installed Python package, which is not imported.
+    the folder of an installed Python package, which is not imported. A variable that is a whole value is read as YAML:
+    a number, say, but where text is wanted.
+
+    Args:
+        where: the key's path so far.
+        hints: the types of keys by their paths, as far as they are known.
 
     Raises:
-        ValueError: for a variable that is not set or a package that is not installed, and no default; `where` is the
-            key's path so far.
+        ValueError: for a variable that is not set or a package that is not installed, and no default.
 
     Examples:
         >>> with_environment({"path": "${NOT_SET_ANYWHERE:-models}/llama"})
         {'path': 'models/llama'}
     """
     if isinstance(value, Mapping):
-        return {key: with_environment(inner, f"{where}.{key}".lstrip(".")) for key, inner in value.items()}
+        return {key: with_environment(inner, f"{where}.{key}".lstrip("."), hints) for key, inner in value.items()}
     if isinstance(value, list):
-        return [with_environment(inner, where) for inner in value]
+        return [with_environment(inner, where, hints) for inner in value]
     if not isinstance(value, str):
         return value
 
@@ -195,7 +199,17 @@ def with_environment(value: Any, where: str = "") -> Any:
             )
         return found
 
-    return _VARIABLE.sub(replaced, value)
+    text = _VARIABLE.sub(replaced, value)
+    return _as_yaml(text, (hints or {}).get(where, Any)) if _VARIABLE.fullmatch(value) else text
+
+
+def _as_yaml(text: str, hint: Any) -> Any:
+    """What YAML makes of a text, if it is something else than text, of the type that is wanted."""
+    try:
+        value = parse_yaml(text, "a variable")
+    except ValueError:
+        return text
+    return text if isinstance(value, str) or not _fits(value, hint) else value
 
 
 def _package_folder(name: str) -> str | None:
