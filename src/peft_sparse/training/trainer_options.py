@@ -42,7 +42,7 @@ def check_training(recipe: Recipe) -> None:
         if rate is not None and recipe.method != "pst":
             raise ValueError(f"`training.{name}` is for {whose}, got it with method {recipe.method!r}; leave it out.")
     _check_numbers(recipe.training)
-    _check_left_to_finetune(recipe.training)
+    _check_effects(recipe.training, recipe.distillation is not None)
     if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
         raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
     if recipe.data.streaming and recipe.training.get("dataloader_num_workers", 0) > 1:  # each would read some files
@@ -65,8 +65,8 @@ def _answers_none(hint: Any) -> bool:
     return any(kind in (None, type(None)) or isinstance(kind, enum.EnumMeta) for kind in kinds)
 
 
-def _check_left_to_finetune(training: Mapping[str, Any]) -> None:
-    """What Trainer does to a run that is not over with its training, or does not do at all."""
+def _check_effects(training: Mapping[str, Any], distilled: bool) -> None:
+    """What Trainer takes, but does to a run of a recipe what nobody asked for, or nothing."""
     for half in ("bf16", "fp16"):
         if training.get(f"{half}_full_eval"):
             raise ValueError(
@@ -74,6 +74,11 @@ def _check_left_to_finetune(training: Mapping[str, Any]) -> None:
                 f"Trainer makes the model {half} for good, before it is merged and saved; set `training.{half}: true` "
                 "for mixed precision, or leave it out."
             )
+    if distilled and training.get("label_smoothing_factor"):
+        raise ValueError(
+            "A teacher's outputs are learned besides the model's own loss, got `training.label_smoothing_factor` "
+            f"{training['label_smoothing_factor']} with `distillation`, with which Trainer computes another; leave it out."
+        )
     if training.get("resume_from_checkpoint"):
         raise ValueError(
             "A recipe is the same for a run that starts and one that goes on, got `training.resume_from_checkpoint` "
