@@ -105,6 +105,15 @@ def test_a_recipe_without_a_number_of_classes_takes_the_checkpoints(tmp_path, se
         assert plan_finetune(classifier(tmp_path, path, base=base, evaluation={}))["training examples"] == 3
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_model_that_was_for_other_labels_is_tuned_for_those_of_the_recipe(tmp_path, sentences, problem):
+    base = tiny_bert()
+    base.config.problem_type = problem
+    asked = classifier(tmp_path, sentences, base=base, training={"max_steps": 1})
+    assert model_of(asked).config.problem_type == "single_label_classification"
+    assert finetune(asked).steps == 1
+
+
 def test_labels_that_could_not_be_told_apart_are_refused(tmp_path, sentences):
     for listed, message in (([1, "1"], "each once, got '1' twice"), ([None, "a"], "truth values, got None")):
         with pytest.raises(ValueError, match=message):

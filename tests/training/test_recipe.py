@@ -123,6 +123,16 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
             {"max_grad_norm": None},
             r"`training.max_grad_norm` is a number, 0 for .* got None; leave it out",
         ),
+        (
+            "model",
+            {"task": "sequence_classification", "config": {"problem_type": "multi_label_classification"}},
+            r"one label for a text, .* here single_label_classification, got `model.config.problem_type` 'multi",
+        ),
+        (
+            "model",
+            {"task": "sequence_classification", "num_labels": 1, "config": {"problem_type": "multi_label"}},
+            r"here regression, got `model.config.problem_type` 'multi_label'; leave it out",
+        ),
         ("adapter", {"sparsty": 0.5}, "`adapter` has no key 'sparsty'"),
         ("adapter", {"method": "lora"}, "one of pst, spp, got 'lora'"),
         ("adapter", {"r": 0}, "`adapter`: .*positive"),
