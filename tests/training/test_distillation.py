@@ -286,7 +286,7 @@ def test_recipes_that_are_refused(make, part, rule, tmp_path, sentences):
 
 
 def test_label_smoothing_is_another_loss(tmp_path, sentences):
-    with pytest.raises(ValueError, match=r"got `training.label_smoothing_factor` 0.1 with `distillation`; leave it"):
+    with pytest.raises(ValueError, match=r"`training.label_smoothing_factor`, got 0.1; leave it"):
         classifier(tmp_path, sentences, distillation={}, training={"label_smoothing_factor": 0.1})
     assert classifier(tmp_path, sentences, distillation={}, training={"label_smoothing_factor": 0.0})
 

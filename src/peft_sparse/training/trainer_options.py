@@ -76,8 +76,8 @@ def _check_effects(training: Mapping[str, Any], distilled: bool) -> None:
             )
     if distilled and training.get("label_smoothing_factor"):
         raise ValueError(
-            "A teacher is learned from besides the model's own loss, in whose place Trainer puts another, got "
-            f"`training.label_smoothing_factor` {training['label_smoothing_factor']} with `distillation`; leave it out."
+            "A teacher is learned from besides the model's own loss, in whose place Trainer puts another with "
+            f"`training.label_smoothing_factor`, got {training['label_smoothing_factor']}; leave it out."
         )
     if training.get("resume_from_checkpoint"):
         raise ValueError(
