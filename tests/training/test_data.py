@@ -1,5 +1,6 @@
 """A recipe's rows as examples: what they hold, and what is refused before anything is written."""
 
+import gzip
 import json
 import sys
 import warnings
@@ -191,7 +192,7 @@ w4,NA,001,4
 """
 
 
-@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "files of a folder", "stream"])
+@pytest.mark.parametrize("way", ["csv", "tsv", "files", "tsv files", "folder", "files of a folder", "stream"])
 def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     """pandas would make 730, 1.5, True and nothing of these answers."""
     (tmp_path / "rows").mkdir()
@@ -200,6 +201,12 @@ def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     source = {"path": str(tmp_path / "rows" if way == "folder" else file)}
     if way == "files":
         source = {"path": "csv", "files": {"train": str(file)}}
+    if way == "tsv files":
+        files = [tmp_path / "rows" / "a.tsv", tmp_path / "rows" / "b.TSV.gz"]
+        rows = CSV.replace(",", "\t").splitlines(keepends=True)
+        files[0].write_text("".join(rows[:3]))
+        files[1].write_bytes(gzip.compress("".join([rows[0], *rows[3:]]).encode()))
+        source = {"path": "csv", "files": {"train": [str(file) for file in files]}}
     if way == "files of a folder":
         source = {"path": str(tmp_path / "rows"), "files": {"train": "train.csv"}}
     data = DataPart(**source, prompt="{question}", completion="{answer}", streaming=way == "stream")
@@ -238,6 +245,23 @@ def test_gaps_in_a_csv_file_and_options_for_pandas(tmp_path):
         ValueError, match=r"got None in column 'label' of the row {'text': 'w2', 'label': None}; leave"
     ):
         plan_finetune(classifier(tmp_path, columns["path"], data={"text": "text", "label": "label"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "text,label\n"), ("a.csv", "\n"), ("a.json", "[]"), ("a.jsonl", "\n\n"), ("a.parquet", None)],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_rows(tmp_path, name, content, streaming):
+    if streaming and content == "\n":
+        return  # pandas' own words, when it is read: "No columns to parse from file"
+    path = tmp_path / name
+    if content is None:
+        datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"Data has at least one row, got none in split 'train' of '.*a\."):
+        plan_finetune(language_model(tmp_path, path, data={"text": "text", "streaming": streaming}))
 
 
 def test_one_data_set_of_save_to_disk_is_a_split(tmp_path, sentences):
