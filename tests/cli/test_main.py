@@ -121,6 +121,10 @@ def test_a_wrong_command_line(arguments, cli):
         (["--vresion", "report"], "there is no '--vresion', did you mean --version?; `peft-sparse --help`"),
         (["verify", "a", "--refrence=b"], "there is no '--refrence=b', did you mean --reference?"),
         (["report", "a", "b"], "there is no 'b'; `peft-sparse report --help`"),
+        (
+            ["finetune", "--resume", "r.yaml"],
+            "should be a checkpoint's folder, got 'r.yaml'; put the recipe before it",
+        ),
         (["prune", "a", "b", "--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
     ],
 )
