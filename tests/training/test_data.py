@@ -14,7 +14,7 @@ from peft_sparse.training import finetune, plan_finetune
 from peft_sparse.training.build import load_tokenizer
 from peft_sparse.training.data import calibration_texts, make_examples, read_split
 from peft_sparse.training.parts import DataPart, ModelPart
-from peft_sparse.training.texts import pair
+from peft_sparse.training.texts import fields, pair
 
 from models import save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 from recipes import classifier, language_model, write_rows
@@ -91,6 +91,15 @@ def test_only_the_completion_is_learned(tmp_path, sentences):
         row = make_examples(data, model, tokenizer, seed=0).train[0]
         assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
         assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_templates_name_columns_as_they_are_called(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"My question": "w1 w2", "the-answer_1": "w3"}])
+    data = DataPart(path=rows, prompt="ask: {My question} ", completion="{the-answer_1}")
+    assert [pair(row, data) for row in read_split(data, "train")] == [("ask: w1 w2 ", "w3")]
+    for template in ("{a.b}", "{a[0]}", '{"a": 1}', "{}"):
+        with pytest.raises(ValueError, match="A template has names of columns in braces, got"):
+            fields(template)
 
 
 @pytest.mark.parametrize(
