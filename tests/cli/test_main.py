@@ -121,6 +121,10 @@ def test_a_wrong_command_line(arguments, cli):
         (["--vresion", "report"], "there is no '--vresion', did you mean --version?; `peft-sparse --help`"),
         (["verify", "a", "--refrence=b"], "there is no '--refrence=b', did you mean --reference?"),
         (["report", "a", "b"], "there is no 'b'; `peft-sparse report --help`"),
+        (
+            ["finetune", "--resume", "r.yaml"],
+            "should be a checkpoint's folder, got 'r.yaml'; put the recipe before it",
+        ),
         (["prune", "a", "b", "--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
     ],
 )
@@ -404,7 +408,8 @@ output: {{merge: true}}
     assert status == DONE and result["steps"] == 2 and result["zeros_lost"] == 0
     assert cli("finetune", path)[0] == FAILED  # there is a run
     assert cli("verify", result["merged"], "--reference", pruned)[0] == DONE
-    status, out, _ = cli("evaluate", result["adapter"], "--config", path, "--json")
+    own_size = ["--set", "training.per_device_eval_batch_size=4"]
+    status, out, _ = cli("evaluate", result["adapter"], "--config", path, *own_size, "--json")
     measured = json.loads(out)
     assert status == DONE and measured["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
@@ -458,6 +463,10 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
             ["prune", "BERT", "NEW", *TINY, "--task", "causal_lm"],
             "got causal_lm for the model in .*bert'; name another",
         ),
+        (
+            ["prune", "LLAMA", "NEW", *TINY, "--task", "sequence_classification", "--dry-run"],
+            "weights that it has, got none for score.weight .1 in all. for sequence_classification .*leave the task",
+        ),
         (["verify", "LLAMA"], "pass --reference or --pattern"),
         (["verify", "LLAMA", "--pattern", "unstructured"], "got 'unstructured', which any zeros follow; pass the"),
         (["evaluate", "LLAMA"], "give one of the two"),
@@ -467,6 +476,7 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
             "changes a recipe, got .*in `--config`",
         ),
         (["evaluate", "LLAMA", "--config", "RECIPE", "--length", "8"], "the recipe names .*, got --length beside it"),
+        (["evaluate", "LLAMA", "--data", "TEXT", "--batch-size", "4"], "window by window, .* batch size of 4; leave"),
         (["evaluate", "LLAMA", "--data", "TEXT", "--tokenizer", "NOTHING"], "a tokenizer.json, got .*nothing' with"),
         (["evaluate", "NOTHING", "--data", "TEXT"], "folder has a config.json, got .*nothing' without one; check"),
         (["finetune", "nowhere.yaml"], "nowhere.yaml"),

@@ -1,5 +1,6 @@
 """A recipe's rows as examples: what they hold, and what is refused before anything is written."""
 
+import gzip
 import json
 import sys
 import warnings
@@ -13,7 +14,7 @@ from peft_sparse.training import finetune, plan_finetune
 from peft_sparse.training.build import load_tokenizer
 from peft_sparse.training.data import calibration_texts, make_examples, read_split
 from peft_sparse.training.parts import DataPart, ModelPart
-from peft_sparse.training.texts import pair
+from peft_sparse.training.texts import fields, pair
 
 from models import save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 from recipes import classifier, language_model, write_rows
@@ -90,6 +91,15 @@ def test_only_the_completion_is_learned(tmp_path, sentences):
         row = make_examples(data, model, tokenizer, seed=0).train[0]
         assert row["labels"] == (row["input_ids"] if learned else [-100] * 3 + row["input_ids"][3:])
         assert len(row["input_ids"]) == 5 and row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_templates_name_columns_as_they_are_called(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"My question": "w1 w2", "the-answer_1": "w3"}])
+    data = DataPart(path=rows, prompt="ask: {My question} ", completion="{the-answer_1}")
+    assert [pair(row, data) for row in read_split(data, "train")] == [("ask: w1 w2 ", "w3")]
+    for template in ("{a.b}", "{a[0]}", '{"a": 1}', "{}"):
+        with pytest.raises(ValueError, match="A template has names of columns in braces, got"):
+            fields(template)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +201,7 @@ w4,NA,001,4
 """
 
 
-@pytest.mark.parametrize("way", ["csv", "tsv", "files", "folder", "files of a folder", "stream"])
+@pytest.mark.parametrize("way", ["csv", "tsv", "files", "tsv files", "folder", "files of a folder", "stream"])
 def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     """pandas would make 730, 1.5, True and nothing of these answers."""
     (tmp_path / "rows").mkdir()
@@ -200,6 +210,12 @@ def test_text_of_a_csv_file_is_taken_as_it_is_written(tmp_path, way):
     source = {"path": str(tmp_path / "rows" if way == "folder" else file)}
     if way == "files":
         source = {"path": "csv", "files": {"train": str(file)}}
+    if way == "tsv files":
+        files = [tmp_path / "rows" / "a.tsv", tmp_path / "rows" / "b.TSV.gz"]
+        rows = CSV.replace(",", "\t").splitlines(keepends=True)
+        files[0].write_text("".join(rows[:3]))
+        files[1].write_bytes(gzip.compress("".join([rows[0], *rows[3:]]).encode()))
+        source = {"path": "csv", "files": {"train": [str(file) for file in files]}}
     if way == "files of a folder":
         source = {"path": str(tmp_path / "rows"), "files": {"train": "train.csv"}}
     data = DataPart(**source, prompt="{question}", completion="{answer}", streaming=way == "stream")
@@ -238,6 +254,23 @@ def test_gaps_in_a_csv_file_and_options_for_pandas(tmp_path):
         ValueError, match=r"got None in column 'label' of the row {'text': 'w2', 'label': None}; leave"
     ):
         plan_finetune(classifier(tmp_path, columns["path"], data={"text": "text", "label": "label"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "text,label\n"), ("a.csv", "\n"), ("a.json", "[]"), ("a.jsonl", "\n\n"), ("a.parquet", None)],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_rows(tmp_path, name, content, streaming):
+    if streaming and content == "\n":
+        return  # pandas' own words, when it is read: "No columns to parse from file"
+    path = tmp_path / name
+    if content is None:
+        datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"Data has at least one row, got none in split 'train' of '.*a\."):
+        plan_finetune(language_model(tmp_path, path, data={"text": "text", "streaming": streaming}))
 
 
 def test_one_data_set_of_save_to_disk_is_a_split(tmp_path, sentences):

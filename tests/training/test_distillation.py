@@ -285,9 +285,18 @@ def test_recipes_that_are_refused(make, part, rule, tmp_path, sentences):
         make(tmp_path, sentences, distillation=part)
 
 
+def test_label_smoothing_is_another_loss(tmp_path, sentences):
+    with pytest.raises(ValueError, match=r"`training.label_smoothing_factor`, got 0.1; leave it"):
+        classifier(tmp_path, sentences, distillation={}, training={"label_smoothing_factor": 0.1})
+    assert classifier(tmp_path, sentences, distillation={}, training={"label_smoothing_factor": 0.0})
+
+
 def test_teachers_that_are_found_out_before_training(tmp_path, sentences):
     """A head that would be random, of the teacher or of a model that is its own, and other outputs."""
     pytest.importorskip("evaluate")
+    bert = tiny_bert()
+    bert.config.id2label, bert.config.label2id = {0: "low", 1: "high"}, {"low": 0, "high": 1}
+    swapped = save_with_tokenizer(bert, tmp_path / "swapped")
     headless = save_with_tokenizer(tiny_bert().bert, tmp_path / "headless")
     config = tiny_bert().config
     config.num_labels = 3
@@ -299,6 +308,13 @@ def test_teachers_that_are_found_out_before_training(tmp_path, sentences):
             "is one that was tuned for the task, got .*headless' without `classifier",
         ),
         ({"distillation": {"teacher": headless}}, "A teacher was tuned for the task, got .* without `classifier"),
+        (
+            {
+                "distillation": {"teacher": swapped},
+                "data": {"text": "text", "label": "name", "labels": ["high", "low"]},
+            },
+            r"in the same order, got \['low', 'high'\] in `distillation.teach.* and \['high', 'low'\] in the model",
+        ),
         ({"distillation": {"teacher": other}}, "got num_labels 3 in `distillation.teacher` .* and 2 in the model"),
     ):
         recipe = classifier(tmp_path, sentences, **parts)

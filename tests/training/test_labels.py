@@ -52,9 +52,19 @@ def test_the_names_of_the_model_count_whatever_type_a_value_has(own, values):
     assert [labels(own=own).number({"label": value}) for value, _ in values] == [number for _, number in values]
 
 
+def test_a_number_is_that_of_a_listed_name_where_no_name_is_a_number():
+    for value, number in ((0, 0), (1, 1), ("1", 1), (1.0, 1), (True, 1), ("pos", 1)):
+        assert labels(["neg", "pos"]).number({"label": value}) == number
+
+
 @pytest.mark.parametrize(
     ("given", "value", "message"),
     [
+        ({"listed": ["neg", "pos"]}, 2, r"`data.labels`, or its number, from 0 to 1, got 2 in .*; list all labels"),
+        ({"listed": ["neg", "pos"]}, -1, "from 0 to 1, got -1"),
+        ({"listed": ["neg", "pos"]}, "0.5", "from 0 to 1, got '0.5'"),
+        ({"listed": ["neg", "pos"]}, "meh", r"got 'meh' in column 'label' besides, of the row {'label': 'meh'}; add"),
+        ({"listed": ["none", "1"]}, 0, "besides, of the row {'label': 0}; add it"),
         ({"own": ["1", "2", "3"]}, 0, r"own names 1, 2, 3 count, .* got 0 in column 'label' of the row {'label': 0}"),
         ({"own": ["True", "False"]}, 1, "own names True, False count"),
         ({"listed": ["1", "2"]}, 3, r"got 3 in column 'label' besides, of the row {'label': 3}; add it"),
@@ -103,6 +113,15 @@ def test_a_recipe_without_a_number_of_classes_takes_the_checkpoints(tmp_path, se
     if count == 3:
         path = write_rows(tmp_path / "named.jsonl", [{"text": "w1 w2", "label": name} for name in names])
         assert plan_finetune(classifier(tmp_path, path, base=base, evaluation={}))["training examples"] == 3
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_model_that_was_for_other_labels_is_tuned_for_those_of_the_recipe(tmp_path, sentences, problem):
+    base = tiny_bert()
+    base.config.problem_type = problem
+    asked = classifier(tmp_path, sentences, base=base, training={"max_steps": 1})
+    assert model_of(asked).config.problem_type == "single_label_classification"
+    assert finetune(asked).steps == 1
 
 
 def test_labels_that_could_not_be_told_apart_are_refused(tmp_path, sentences):

@@ -105,6 +105,34 @@ def test_spp_recipes_have_the_papers_settings(name, rate, devices_batch):
         ("training", {"bf16": "no"}, r"`training.bf16` is bool, got 'no'"),
         ("training", {"seed": "x"}, r"`training.seed` is int or float, got 'x'"),
         ("training", {"learning_rate": "fast"}, r"`training.learning_rate` is int or float, got 'fast'"),
+        (
+            "training",
+            {"bf16_full_eval": True},
+            r"got `training.bf16_full_eval: true`, .* set `training.bf16: true` for",
+        ),
+        ("training", {"fp16_full_eval": True}, r"got `training.fp16_full_eval: true`, .*, or leave it out"),
+        (
+            "training",
+            {"resume_from_checkpoint": "x"},
+            r"got `training.resume_from_checkpoint` 'x'; .* pass `--resume`",
+        ),
+        ("training", {"output_dir": 2024}, r"`training.output_dir` is text, .* got 2024; put \./ before"),
+        ("training", {"output_dir": None}, "`training` needs `output_dir`"),
+        (
+            "training",
+            {"max_grad_norm": None},
+            r"`training.max_grad_norm` is a number, 0 for .* got None; leave it out",
+        ),
+        (
+            "model",
+            {"task": "sequence_classification", "config": {"problem_type": "multi_label_classification"}},
+            r"one label for a text, .* here single_label_classification, got `model.config.problem_type` 'multi",
+        ),
+        (
+            "model",
+            {"task": "sequence_classification", "num_labels": 1, "config": {"problem_type": "multi_label"}},
+            r"here regression, got `model.config.problem_type` 'multi_label'; leave it out",
+        ),
         ("adapter", {"sparsty": 0.5}, "`adapter` has no key 'sparsty'"),
         ("adapter", {"method": "lora"}, "one of pst, spp, got 'lora'"),
         ("adapter", {"r": 0}, "`adapter`: .*positive"),
@@ -207,6 +235,20 @@ def test_words_that_are_no_booleans(tmp_path):
     assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
 
 
+def test_a_key_of_training_without_a_value_is_left_out():
+    """But where None is a value, and where transformers says what there is."""
+    empty = dict.fromkeys(["learning_rate", "num_train_epochs", "dataloader_num_workers", "seed", "bf16", "log_level"])
+    training = VALUES["training"] | empty
+    assert make_recipe(VALUES | {"training": training}).training == VALUES["training"]
+    assert make_recipe(changed("data", streaming=True) | {"training": training}).training == VALUES["training"]
+    with pytest.raises(ValueError, match=r"`training.max_steps` says when it ends, got none"):
+        make_recipe(changed("data", streaming=True) | {"training": training | {"max_steps": None}})
+    assert make_recipe(changed("training", eval_steps=None)).training["eval_steps"] is None
+    with pytest.raises(ValueError, match=r"`training`: None is not a valid .*'no', 'steps', 'epoch'"):
+        training_arguments(make_recipe(changed("training", eval_strategy=None)))
+    assert not make_recipe(changed("training", bf16_full_eval=False)).training["bf16_full_eval"]
+
+
 @pytest.mark.parametrize("folder", ["merged", "out/best", "out/merged/2", "../out"])
 def test_places_for_a_merged_model(folder):
     assert make_recipe(changed("output", merge=True, folder=folder)).merged_folder == Path(folder)
@@ -225,6 +267,18 @@ def test_a_home_before_paths(monkeypatch):
     assert recipe.output_dir == Path(training_arguments(recipe).output_dir) == Path("/home/anyone/out")
     assert recipe.merged_folder == Path("/home/anyone/merged") and recipe.model.path == "/home/anyone/llama"
     assert recipe.data.files == {"train": ["/home/anyone/a.csv"]} and recipe.data.separator == "~/"
+
+
+def test_numbers_from_the_environment(monkeypatch):
+    for name, text in {"STEPS": "3", "RATE": "1e-3", "NAME": "2024", "MERGE": "true"}.items():
+        monkeypatch.setenv(name, text)
+    training = {"output_dir": "${NAME}", "max_steps": "${STEPS}", "learning_rate": "${RATE}", "run_name": "${NAME}"}
+    parts = {"model": {"path": "${NAME}"}, "adapter": {"method": "spp", "r": "${STEPS}"}, "training": training}
+    recipe = make_recipe(VALUES | parts | {"output": {"merge": "${MERGE}"}})
+    assert recipe.training == {"output_dir": "2024", "max_steps": 3, "learning_rate": 1e-3, "run_name": "2024"}
+    assert (recipe.model.path, recipe.adapter["r"], recipe.output.merge) == ("2024", 3, True)
+    with pytest.raises(ValueError, match=r"`training.max_steps` is int or float, got 'long'"):
+        make_recipe(changed("training", max_steps="${NOT_SET:-long}"))
 
 
 def test_parts_and_streams():

@@ -1,5 +1,7 @@
 """What a recipe's YAML means: numbers, duplicate keys, overrides, variables, nearest names."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,17 @@ def test_a_key_given_twice_is_an_error():
         parse_yaml("method: spp\nr: 8\nr: 16\n", "test")
 
 
+def test_keys_that_are_merged_in():
+    """Own keys count, and then those of the mapping that is named first; a key is still given once."""
+    text = "a: {b: &x {r: 1, <<: &y {r: 2, s: 3}}}\nc: {<<: *x, s: 4}\nd: {<<: [*x, *y]}\n"
+    assert parse_yaml(text, "test") == {"a": {"b": {"r": 1, "s": 3}}, "c": {"r": 1, "s": 4}, "d": {"r": 1, "s": 3}}
+    for twice in ("a: &x {r: 1}\nb:\n  <<: *x\n  r: 2\n  r: 3\n", "a: &x {r: 1}\nb:\n\n  <<: *x\n  <<: *x\n"):
+        with pytest.raises(ValueError, match="again in line 5"):
+            parse_yaml(twice, "test")
+    with pytest.raises(ValueError, match=r"got something else: `<<` takes a mapping or several in line 1, column 9"):
+        parse_yaml("a: {<<: 3}", "test")
+
+
 @pytest.mark.parametrize(("content", "message"), [("a: [", "is YAML"), ("- a", "got list"), (None, "cannot be read")])
 def test_a_file_that_is_no_recipe(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
@@ -80,6 +93,22 @@ def test_variables(monkeypatch):
         with_environment({"m": {"path": "${NOT_SET}/x"}})
     with pytest.raises(ValueError, match="no package not_a_package_at_all"):
         with_environment({"m": {"path": "${package:not_a_package_at_all}/x"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("3", int, 3), ("3", int | None, 3), ("3", str | None, "3"), ("1e-3", float, 1e-3), ("007", str, "007"),
+        ("true", bool, True), ("true", str, "true"), ("null", int | None, None), ("long", int, "long"),
+        ("2:4", Any, "2:4"), ("4", Any, 4), ("[a, 1]", Any, ["a", 1]), ("/a: b/c", str, "/a: b/c"),
+        ("[a", Any, "[a"), ("'3'", Any, "'3'"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_a_whole_value_is_read_as_yaml(monkeypatch, text, hint, value):
+    monkeypatch.setenv("SOME_VALUE", text)
+    read = with_environment({"m": {"a": "${SOME_VALUE}", "b": "${SOME_VALUE}/x"}}, hints={"m.a": hint})["m"]
+    assert read == {"a": value, "b": f"{text}/x"} and type(read["a"]) is type(value)
+    assert with_environment({"a": f"${{NOT_SET:-{text}}}"}, hints={"a": hint}) == {"a": value}
 
 
 def test_unknown_keys_get_the_nearest_name():

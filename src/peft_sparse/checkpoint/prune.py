@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def prune_checkpoint(
         pattern, sparsity, group: as in [`prune_wanda`].
         data: arguments of [`load_rows`] for the calibration text; not for "magnitude", which needs none.
         calibration: arguments of [`calibration_batches`]; `length` is 512, or the model's context if that is shorter.
-        task, dtype, trust_remote_code: see [`load_model`].
+        task, dtype, trust_remote_code: see [`load_model`]. All weights of a `task` that is named are in the files.
         tokenizer: of the calibration text, and saved with the model: a folder or a name on the Hub. None: the model's.
         packed: save packed.
         dry_run: load and check everything, prune and write nothing.
@@ -70,7 +71,8 @@ def prune_checkpoint(
     loaded_tokenizer = None
     if rows is not None or tokenizer is not None:  # before the model, since that may take long
         loaded_tokenizer = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
-    model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code)
+    new = None if task is None else partial(_refuse_new, str(source), task)
+    model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code, on_missing=new)
     beside = locate_companions(tokenizer_from)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
@@ -95,6 +97,14 @@ def _check_method(method: str, data: Mapping[str, Any] | None) -> None:
     if (data is None) != (method == "magnitude"):
         rule = "prunes by weights alone and takes no data" if method == "magnitude" else "calibrates on data"
         raise ValueError(f"{method} {rule}, got {data!r}; {'leave it out' if data else 'name a file or a data set'}.")
+
+
+def _refuse_new(source: str, task: str, names: list[str]) -> None:
+    raise ValueError(
+        f"A model is pruned with the weights that it has, got none for {', '.join(names[:3])} ({len(names)} in all) "
+        f"for {task} in {source!r}, which would be saved random as if they were trained; leave the task out (a recipe "
+        "adds a head and trains it), or name the one that the model was trained for."
+    )
 
 
 def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:

@@ -93,7 +93,9 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--metric", nargs="+", default=[], metavar="NAME", help="accuracy, f1, pearsonr, ...")
     evaluate.add_argument("--length", type=positive, metavar="TOKENS", help="of a window (default: up to 512)")
     evaluate.add_argument("--examples", type=positive, metavar="N", help="at most so many rows, or windows of text")
-    evaluate.add_argument("--batch-size", type=positive, metavar="N", help="examples at once (default: 8)")
+    evaluate.add_argument(
+        "--batch-size", type=positive, metavar="N", help="examples at once (default: 8); text goes window by window"
+    )
     evaluate.add_argument("--tokenizer", metavar="MODEL", help="default: the model's")
     add_loading(evaluate)
 

@@ -44,10 +44,19 @@ def add_commands(commands: Any) -> None:
         nargs="?",
         const=True,
         default=False,
+        type=_checkpoint,
         metavar="CHECKPOINT",
         help="go on from the last complete checkpoint in training.output_dir, or from this one",
     )
     add_dry_run(parser)
+
+
+def _checkpoint(text: str) -> str:
+    """Raises:
+    ArgumentTypeError: for a recipe, which was meant to be the other argument."""
+    if text.endswith((".yaml", ".yml")):
+        raise argparse.ArgumentTypeError(f"should be a checkpoint's folder, got {text!r}; put the recipe before it")
+    return text
 
 
 def run(options: argparse.Namespace) -> Outcome:

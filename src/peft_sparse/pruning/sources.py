@@ -22,6 +22,8 @@ READERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+# What `datasets`, pandas and Arrow say of files without a row.
+_NO_ROWS = ("corresponds to no data", "No columns to parse from file", "BatchSize must be greater than 0, got 0")
 _STATE = "state.json"  # what `save_to_disk` writes beside the files of one data set
 
 
@@ -39,7 +41,8 @@ def load_rows(
 
     Args:
         path: a file (its ending tells the format; it is the whole split whatever its name, and a .txt one document);
-            the name of a reader ("json", "csv", "parquet"; "text", a row for each line) together with `files`; or a
+            the name of a reader ("json", "parquet"; "text", a row for each line; "csv", with tabs between the columns
+            where all files are .tsv) together with `files`; or a
             data set on the Hub or in a folder, also one that `save_to_disk` wrote.
         split: such as "train", or "validation[:100]" where rows are not streamed.
         name: the data set's configuration, such as "wikitext-2-raw-v1".
@@ -71,11 +74,11 @@ def load_rows(
             "reader and `files`."
         )
     if files is None and (reader := reader_of(file)) is not None:
-        if file.suffix.lower() == ".tsv":
-            options = {"sep": "\t"} | options
-        elif reader == "text":
+        if reader == "text":
             options = {"sample_by": "document"} | options
         files, path = {split.partition("[")[0]: _files_of(file)}, reader
+    if str(path) == "csv" and files and all(name.lower().endswith((".tsv", ".tsv.gz")) for name in _flat(files)):
+        options = {"sep": "\t"} | options
     here = str(path) in READERS.values()
     if here:  # those of a data set in a folder or on the Hub are named from there
         _check_files(_flat(files))
@@ -97,6 +100,8 @@ def _no_rows(error: Exception, asked: str, split: str, here: bool, cache: Path) 
             "none (at a guess latin-1 or UTF-16); store it again as UTF-8."
         )
     reason = " ".join(str(cause).split())
+    if any(said in reason for said in _NO_ROWS):
+        return ValueError(f"Data has at least one row, got none in split {split!r} of {asked!r}.")
     if isinstance(cause, OSError) and not _is_writable(cache):
         return ValueError(
             f"The package `datasets` keeps rows that it reads in a cache, got {str(cache)!r}, where nothing can be "

@@ -158,9 +158,8 @@ def model_of(
     adapter = is_adapter(Path(part.path if path is None else path))
     if part.task == "sequence_classification" and (asked or (path is None and not adapter)):
         labels = Labels.of(recipe.data, part, {} if asked else own_labels(part))
-        config = {"num_labels": labels.count} | config
-        if labels.count == 1:
-            config = {"problem_type": "regression"} | config
+        problem = "regression" if labels.count == 1 else "single_label_classification"  # whatever it was before
+        config = {"num_labels": labels.count, "problem_type": problem} | config
         if labels.listed and path is None:  # what was trained has its names in its own config
             config = named_labels(list(labels.names)) | config
     if part.new_head and path is None:

@@ -42,7 +42,7 @@ def evaluate_recipe(
     Args:
         recipe: its model, data and evaluation parts are used.
         path: a model, packed or dense, or an adapter, in place of the recipe's.
-        batch_size: examples at once; None: the recipe's, or 8.
+        batch_size: examples at once; None: the recipe's, or 8. Not for text, whose windows are measured one by one.
         progress: show a bar.
         tokenizer_from: a folder or a name on the Hub; None: `path` if it has a tokenizer, else the recipe's.
 
@@ -50,7 +50,8 @@ def evaluate_recipe(
         Plain values: `model`, `sparsity`, `examples` or `tokens`, and the metrics.
 
     Raises:
-        ValueError: if there is no validation split, a weight would be random, or data and model do not fit each other.
+        ValueError: if there is no validation split, a weight would be random, data and model do not fit each other, or
+            a batch size is given for text.
     """
     return _evaluate(recipe, path, batch_size, progress, tokenizer_from, shorten=False)
 
@@ -68,6 +69,12 @@ def _evaluate(
     if split is None:
         raise ValueError("Evaluation takes `data.validation_split`, got none; name the split to measure on.")
     part = recipe.model
+    whole_text = part.task == "causal_lm" and data.text is not None and not recipe.evaluation.metrics
+    if whole_text and batch_size is not None:
+        raise ValueError(
+            f"Text is measured window by window, which needs the least memory, got a batch size of {batch_size}; "
+            "leave `batch_size` out, on the command line --batch-size."
+        )
     if tokenizer_from is None and path is not None and has_tokenizer(path):
         tokenizer_from = path
     if tokenizer_from is not None:
@@ -79,7 +86,6 @@ def _evaluate(
     if shorten:
         data = replace(data, max_length=min(data.max_length, context_length(model) or data.max_length))
     check_positions(model, "data.max_length", data.max_length)
-    whole_text = part.task == "causal_lm" and data.text is not None and not metrics
     if whole_text:
         limit = None if data.validation_examples is None else data.validation_examples * data.max_length
         ids = torch.tensor(token_stream(data, split, tokenizer)[:limit], dtype=torch.int64)

@@ -1,7 +1,7 @@
 """The labels of a classifier: how many, what they are called, and which one a row has.
 
 A value is first looked up among the names, whatever type it has: labels that are called 1 and 0, in this order, are no
-class numbers. Only a number that is no name is the number of a class.
+class numbers. Only a number that is no name is the number of a class, and only where no name is a number.
 """
 
 from __future__ import annotations
@@ -90,21 +90,31 @@ class Labels:
         for name in _spellings(value):
             if name in self.names:
                 return self.names[name]
+        return self._number_without_name(row)
+
+    def _number_without_name(self, row: Row) -> int:
+        value = row[self.column]
         where = f"got {value!r} in column {self.column!r}"
-        if self.listed:
+        number = _parsed(value) if isinstance(value, str) else value
+        numbered = any(_parsed(name) is not None for name in self.names)
+        if self.listed and (numbered or not isinstance(number, (int, float))):
             raise ValueError(f"`data.labels` lists the labels, {where} besides, of the row {shown(row)}; add it.")
-        if any(_parsed(name) is not None for name in self.names):
+        if numbered:
             raise ValueError(
                 f"The model's own names {', '.join(self.names)} count, and numbers among them leave none for classes "
                 f"without a name, {where} of the row {shown(row)}; name the label as the model does."
             )
-        number = _parsed(value) if isinstance(value, str) else value
         if not isinstance(number, (int, float)):
             names = f" or one of the model's names {', '.join(self.names)}" if self.names else ""
             raise ValueError(
                 f"A label is a number{names}, {where}; list the names in `data.labels`, in the order of their numbers."
             )
         if not float(number).is_integer() or not 0 <= number < self.count:
+            if self.listed:
+                raise ValueError(
+                    f"A label is one of `data.labels`, or its number, from 0 to {self.count - 1}, {where} of the row "
+                    f"{shown(row)}; list all labels, or leave out rows without one."
+                )
             raise ValueError(
                 f"A label of {self.count} classes is from 0 to {self.count - 1}, {where} of the row {shown(row)}; set "
                 "`model.num_labels`, 1 for a number as the target, or leave out rows without a label."

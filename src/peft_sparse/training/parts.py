@@ -104,6 +104,12 @@ def check_model(model: ModelPart) -> None:
             "`model.num_labels` is for task sequence_classification, 1 for a number as the target and from 2 up for "
             f"classes, got {model.num_labels} for {model.task}."
         )
+    problem = "regression" if model.num_labels == 1 else "single_label_classification"
+    if model.task == "sequence_classification" and model.config.get("problem_type", problem) != problem:
+        raise ValueError(
+            "A classifier of a recipe has one label for a text, or with `model.num_labels: 1` a number, here "
+            f"{problem}, got `model.config.problem_type` {model.config['problem_type']!r}; leave it out."
+        )
     if model.packed and model.gguf_file:
         raise ValueError("`model.packed` keeps a packed checkpoint packed, got a gguf_file beside it; leave one out.")
 

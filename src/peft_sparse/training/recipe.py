@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.pruning import PRUNERS, calibration_batches
 from peft_sparse.pruning.plan import pruning_pattern
@@ -38,7 +40,7 @@ from peft_sparse.training.parts import (
     check_model,
     check_output,
 )
-from peft_sparse.training.trainer_options import OWN_RATES, check_training
+from peft_sparse.training.trainer_options import OWN_RATES, check_training, without_empty
 from peft_sparse.training.values import check_keys, check_type, read_yaml, with_environment, with_overrides
 from peft_sparse.tuners.pst import PstConfig
 from peft_sparse.tuners.sparse_config import SparseConfig
@@ -48,6 +50,14 @@ METHODS: dict[str, type[SparseConfig]] = {"pst": PstConfig, "spp": SppConfig}
 # Arguments of the pruners that a recipe does not give, since `finetune` does.
 _OF_FINETUNE = {"model", "batches", "progress", "source", "tokenizer"}
 PARTS = ("model", "prune", "adapter", "data", "training", "distillation", "evaluation", "output")
+_KINDS = {
+    "model": ModelPart,
+    "data": DataPart,
+    "training": TrainingArguments,
+    "distillation": DistillationPart,
+    "evaluation": EvaluationPart,
+    "output": OutputPart,
+}
 # Keys of a part that name files or folders.
 _PATHS = {
     "model": ("path", "tokenizer"),
@@ -131,7 +141,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         ('spp', 128)
     """
     check_keys("recipe", values, PARTS)
-    values = with_environment(values)
+    values = with_environment(values, hints=_hints())
     for part, content in values.items():
         if content is not None:
             check_type(part, content, dict[str, Any])
@@ -141,7 +151,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ValueError(f"A recipe has the parts model, adapter, data and training, got none for `{part}`.")
     method, adapter = _adapter(dict(values["adapter"]))
     pruner, prune, calibration = _prune(dict(values.get("prune") or {}))
-    training = dict(values["training"])
+    training = without_empty(values["training"])
     own_rates = {name: training.pop(name, None) for name in OWN_RATES}
     distillation = values.get("distillation")
     recipe = Recipe(
@@ -166,6 +176,13 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     check_distillation_part(recipe.distillation, recipe.method)
     check_output(recipe.output, recipe.output_dir)
     return recipe
+
+
+def _hints() -> dict[str, Any]:
+    """The types of keys by their paths, of parts that have a fixed list of them."""
+    return {
+        f"{part}.{key}": hint for part, kind in _KINDS.items() for key, hint in typing.get_type_hints(kind).items()
+    }
 
 
 def _with_home(content: Any, paths: Sequence[str]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from peft_sparse.training.build import model_of
+from peft_sparse.training.build import model_of, names_of
 from peft_sparse.training.engines import loaded_whole
 from peft_sparse.training.recipe import Recipe
 
@@ -33,7 +33,8 @@ def check_teacher(recipe: Recipe, student: Any, teacher: Any, missing: list[str]
         missing: names of the student's weights that were not in its files.
 
     Raises:
-        ValueError: if they have not, or the student is to teach itself and has a new head.
+        ValueError: if they have not, or the same names of labels in another order, or the student is to teach itself
+            and has a new head.
     """
     if recipe.distillation is None:
         return
@@ -51,6 +52,12 @@ def check_teacher(recipe: Recipe, student: Any, teacher: Any, missing: list[str]
         raise ValueError(
             f"A teacher has the student's outputs, got {name} {other} in `distillation.teacher` "
             f"{recipe.distillation.teacher!r} and {own} in the model; take one with the same tokenizer and labels."
+        )
+    own, other = (list(names_of(model.config)) for model in (student, teacher))
+    if name == "num_labels" and own != other and sorted(own) == sorted(other):
+        raise ValueError(
+            f"A teacher has the student's labels in the same order, got {other} in `distillation.teacher` "
+            f"{recipe.distillation.teacher!r} and {own} in the model; list them in `data.labels` as the teacher does."
         )
 
 

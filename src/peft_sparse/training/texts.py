@@ -35,7 +35,7 @@ def fields(template: str) -> list[str]:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise ValueError(f"A template has columns in braces, got {template!r} ({error}).") from error
-    odd = [field for field in fields if not field.replace("_", "a").isalnum()]
+    odd = [field for field in fields if not field.replace("_", "a").replace(" ", "a").replace("-", "a").isalnum()]
     if odd:
         raise ValueError(f"A template has names of columns in braces, got {odd[0]!r} in {template!r}.")
     return fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,21 @@ def check_training(recipe: Recipe) -> None:
     ValueError: for a key that there is not, a value out of its range, or an evaluation without data or metrics."""
     hints = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
     check_keys("training", recipe.training, {*hints, *OWN_RATES})
-    if not isinstance(recipe.training.get("output_dir"), str):
+    folder = recipe.training.get("output_dir")
+    if folder is None:
         raise ValueError("`training` needs `output_dir`, the folder for checkpoints and results.")
+    if not isinstance(folder, str):
+        raise ValueError(
+            f"`training.output_dir` is text, the folder for checkpoints and results, got {folder!r}; put ./ before a "
+            "name that is a number."
+        )
     for name, whose in OWN_RATES.items():
         rate = getattr(recipe, name)
         check_type(f"training.{name}", rate, float | None)
         if rate is not None and recipe.method != "pst":
             raise ValueError(f"`training.{name}` is for {whose}, got it with method {recipe.method!r}; leave it out.")
     _check_numbers(recipe.training)
+    _check_effects(recipe.training, recipe.distillation is not None)
     if recipe.data.streaming and recipe.training.get("max_steps", -1) <= 0:
         raise ValueError("A stream has no length, so that `training.max_steps` says when it ends, got none.")
     if recipe.data.streaming and recipe.training.get("dataloader_num_workers", 0) > 1:  # each would read some files
@@ -43,6 +51,40 @@ def check_training(recipe: Recipe) -> None:
             f"{recipe.training['dataloader_num_workers']}; set it to 1, or leave it out."
         )
     _check_evaluation(recipe)
+
+
+def without_empty(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Without keys that have no value. They stay where None is one, where transformers lists what is, and where it
+    could be taken for 0."""
+    hints = typing.get_type_hints(TrainingArguments) | {"max_grad_norm": None}
+    return {name: value for name, value in training.items() if value is not None or _answers_none(hints.get(name))}
+
+
+def _answers_none(hint: Any) -> bool:
+    kinds = typing.get_args(hint) or (hint,)
+    return any(kind in (None, type(None)) or isinstance(kind, enum.EnumMeta) for kind in kinds)
+
+
+def _check_effects(training: Mapping[str, Any], distilled: bool) -> None:
+    """What Trainer takes, but does to a run of a recipe what nobody asked for, or nothing."""
+    for half in ("bf16", "fp16"):
+        if training.get(f"{half}_full_eval"):
+            raise ValueError(
+                f"An evaluation leaves the weights as they are, got `training.{half}_full_eval: true`, with which "
+                f"Trainer makes the model {half} for good, before it is merged and saved; set `training.{half}: true` "
+                "for mixed precision, or leave it out."
+            )
+    if distilled and training.get("label_smoothing_factor"):
+        raise ValueError(
+            "A teacher is learned from besides the model's own loss, in whose place Trainer puts another with "
+            f"`training.label_smoothing_factor`, got {training['label_smoothing_factor']}; leave it out."
+        )
+    if training.get("resume_from_checkpoint"):
+        raise ValueError(
+            "A recipe is the same for a run that starts and one that goes on, got `training.resume_from_checkpoint` "
+            f"{training['resume_from_checkpoint']!r}; leave it out, and pass `--resume` (in Python "
+            "`finetune(recipe, resume=...)`)."
+        )
 
 
 def _check_numbers(training: Mapping[str, Any]) -> None:
@@ -56,6 +98,10 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
         value = training.get(name)
         if value is not None and (value < 1 or value != int(value)) and (name, value) != ("max_steps", -1):
             raise ValueError(f"`training.{name}` is a whole number from 1 up, got {value}; or leave it out.")
+    if training.get("max_grad_norm", 1) is None:
+        raise ValueError(
+            "`training.max_grad_norm` is a number, 0 for gradients as they are, got None; leave it out for 1."
+        )
     if not training.get("num_train_epochs", 1) > 0:
         raise ValueError(
             f"`training.num_train_epochs` is above 0, got {training['num_train_epochs']}, with which nothing is "
@@ -67,7 +113,7 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
 
 def _check_evaluation(recipe: Recipe) -> None:
     training, metrics = recipe.training, recipe.evaluation.metrics
-    evaluates = training.get("eval_strategy", "no") not in ("no", False) or metrics
+    evaluates = training.get("eval_strategy", "no") not in ("no", False, None) or metrics
     if evaluates and recipe.data.validation_split is None:
         raise ValueError(
             "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "

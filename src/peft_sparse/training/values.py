@@ -19,19 +19,39 @@ from typing import Any, Union
 
 import yaml
 
+_MERGE = "tag:yaml.org,2002:merge"
 _VARIABLE = re.compile(r"\$\{(package:)?(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's numbers and without duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
-                raise ValueError(f"A key is given once, got {key!r} again in line {line}; leave one of them out.")
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: list[Any] = []
+        for key, _ in node.value:
+            name = "<<" if key.tag == _MERGE else self.construct_object(key, deep=True)
+            if name in names:
+                line = key.start_mark.line + 1
+                raise ValueError(f"A key is given once, got {name!r} again in line {line}; leave one of them out.")
+            names.append(name)
+        merged = [pair for key, value in node.value if key.tag == _MERGE for pair in _pairs_of(value)]
+        node.value = [pair for pair in node.value if pair[0].tag != _MERGE]
+        for key, value in merged:  # here, since PyYAML 6.0.4 lets a merged key of one letter win over a mapping's own
+            name = self.construct_object(key, deep=True)
+            if name not in names:
+                names.append(name)
+                node.value.append((key, value))
+        return node
+
+
+def _pairs_of(merged: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+    """What `<<` brings in: the pairs of a mapping, or of several, of which an earlier one counts."""
+    mappings = merged.value if isinstance(merged, yaml.SequenceNode) else [merged]
+    for mapping in mappings:
+        if not isinstance(mapping, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="`<<` takes a mapping or several", problem_mark=mapping.start_mark)
+    return [pair for mapping in mappings for pair in mapping.value]
 
 
 _PLAIN = {  # what is no string: a pattern, and the signs that it starts with
@@ -141,22 +161,26 @@ def _copy(value: Any) -> Any:
     return [_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
-def with_environment(value: Any, where: str = "") -> Any:
+def with_environment(value: Any, where: str = "", hints: Mapping[str, Any] | None = None) -> Any:
     """A copy in which `${VARIABLE}` and `${VARIABLE:-default}` are replaced in all strings, and `${package:name}` by
-    the folder of an installed Python package, which is not imported.
+    the folder of an installed Python package, which is not imported. A variable that is a whole value is read as YAML:
+    a number, say, but where text is wanted.
+
+    Args:
+        where: the key's path so far.
+        hints: the types of keys by their paths, as far as they are known.
 
     Raises:
-        ValueError: for a variable that is not set or a package that is not installed, and no default; `where` is the
-            key's path so far.
+        ValueError: for a variable that is not set or a package that is not installed, and no default.
 
     Examples:
         >>> with_environment({"path": "${NOT_SET_ANYWHERE:-models}/llama"})
         {'path': 'models/llama'}
     """
     if isinstance(value, Mapping):
-        return {key: with_environment(inner, f"{where}.{key}".lstrip(".")) for key, inner in value.items()}
+        return {key: with_environment(inner, f"{where}.{key}".lstrip("."), hints) for key, inner in value.items()}
     if isinstance(value, list):
-        return [with_environment(inner, where) for inner in value]
+        return [with_environment(inner, where, hints) for inner in value]
     if not isinstance(value, str):
         return value
 
@@ -175,7 +199,17 @@ def with_environment(value: Any, where: str = "") -> Any:
             )
         return found
 
-    return _VARIABLE.sub(replaced, value)
+    text = _VARIABLE.sub(replaced, value)
+    return _as_yaml(text, (hints or {}).get(where, Any)) if _VARIABLE.fullmatch(value) else text
+
+
+def _as_yaml(text: str, hint: Any) -> Any:
+    """What YAML makes of a text, if it is something else than text, of the type that is wanted."""
+    try:
+        value = parse_yaml(text, "a variable")
+    except ValueError:
+        return text
+    return text if isinstance(value, str) or not _fits(value, hint) else value
 
 
 def _package_folder(name: str) -> str | None:
