@@ -1,5 +1,6 @@
 """The folder of a result: whatever is asked for can be written when the work is done, or was refused before it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,13 @@ def test_what_an_earlier_end_left_is_named(tmp_path):
     (tmp_path / "out" / ".peft-sparse-abc").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"not empty \('.peft-sparse-abc' is in it\)"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_who_may_read_a_new_folder_is_what_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750

@@ -65,7 +65,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         if is_there:
             _move_up(temporary)
         else:
-            temporary.chmod(0o755)  # a temporary folder is its owner's alone
             temporary.rename(place)
 
 
@@ -75,7 +74,7 @@ def _temporary_folder(inside: Path) -> Iterator[Path]:
     whatever moment, leaves it behind."""
     temporary = inside / f"{_TEMPORARY}{secrets.token_hex(8)}"
     try:
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir()
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -132,6 +132,8 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     if start.finished is not None:
         _say_finished(recipe)
         return {"method": recipe.method, "model": recipe.model.path, "steps left": 0}
+    if recipe.output.merge:
+        check_merge_in_one_process(arguments)
     check_hub(arguments)
     tokenizer = load_tokenizer(recipe.model)
     for name in recipe.evaluation.metrics:

@@ -198,7 +198,7 @@ def check_output(output: OutputPart, output_dir: Path) -> None:
         )
     if output.folder is None:
         return
-    folder, run = Path(os.path.abspath(output.folder)), Path(os.path.abspath(output_dir))  # without any ..
+    folder, run = Path(os.path.realpath(output.folder)), Path(os.path.realpath(output_dir))
     below = folder.parts[len(run.parts)] if folder.is_relative_to(run) and folder != run else ""
     if run.is_relative_to(folder) or below in ("adapter", PRUNED, "result.json") or below.startswith("checkpoint-"):
         raise ValueError(
