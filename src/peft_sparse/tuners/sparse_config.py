@@ -196,9 +196,7 @@ class SparseConfig(PeftConfig):
             for entry in dataclasses.fields(self)
             if entry.name not in _UNCHECKED and getattr(self, entry.name) != _default(entry)
         }
-        plain = {
-            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in settings.items()
-        }
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         if isinstance(plain.get("modules_to_save"), list):  # PEFT adds to it, in any order
             plain["modules_to_save"] = sorted(plain["modules_to_save"])
         return crc32(json.dumps(plain, sort_keys=True, default=str).encode())
@@ -230,10 +228,7 @@ class SparseConfig(PeftConfig):
         check_indices("layers_to_transform", self.layers_to_transform)
         check_tokens("trainable_token_indices", self.trainable_token_indices)
         check_bool("inference_mode", self.inference_mode)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment] # PEFT's habit
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._take_forms_of_files()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern` names the list of blocks that `layers_to_transform` counts, got layers_pattern="
@@ -244,6 +239,18 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
+
+    def _take_forms_of_files(self) -> None:
+        """Give lists, tuples and sets of names or numbers one form each, which a file gives back: it knows lists."""
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple, frozenset)):
+                setattr(self, name, set(value))  # PEFT's habit
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "labels"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
 
 
 def _default(entry: Any) -> Any:
