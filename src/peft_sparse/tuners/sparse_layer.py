@@ -51,6 +51,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         name: its full name in the model.
     """
 
+    # The plain dicts of a layer that keep something of its adapters, by their names.
+    dicts_by_adapter: tuple[str, ...] = ("_first_versions",)
+
     base_layer: Any  # nn.Linear, Conv1D, PackedLinear, Linear4bit or Linear8bitLt
     # PEFT's part of the layer, for type checkers that do not look into it
     active_adapters: list[str]
@@ -112,8 +115,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and all that is kept about it."""
-        self._first_versions.pop(adapter_name, None)
+        for kept in self.dicts_by_adapter:
+            getattr(self, kept).pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+
+    def take_out(self, adapter_name: str) -> list[tuple[Any, Any]]:
+        """Remove what there is of an adapter, and leave open which are active: each container or dict that had
+        something, and what it had."""
+        holders = [*self.adapter_containers(), *(getattr(self, kept) for kept in self.dicts_by_adapter)]
+        taken = [(holder, holder[adapter_name]) for holder in holders if adapter_name in holder]
+        for holder, _ in taken:
+            del holder[adapter_name]
+        return taken
 
     def _versions(self, adapter_name: str) -> list[int | None]:
         containers = (getattr(self, name) for name in self.adapter_layer_names)

@@ -28,7 +28,7 @@ from peft_sparse.tuners.adapter_state import (
     labels_of,
     names_with_weights,
 )
-from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back, warn_of_no_copy
+from peft_sparse.tuners.injecting import adding, check_adapter_name, configs_kept, take_back, warn_of_no_copy
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
 from peft_sparse.tuners.offloading import keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
@@ -49,6 +49,10 @@ class SparseTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     _just_loaded: dict[str, torch.Tensor]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with configs_kept(model):
+            super().__init__(model, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
         return peft_config
 
@@ -56,12 +60,8 @@ class SparseTuner(BaseTuner):
         """See PEFT; a model to which an adapter cannot be added is as it was."""
         check_adapter_name(adapter_name, self.tuner_layer_cls)
         warn_of_no_copy(self, adapter_name)
-        before = BeforeAdding(model, self.tuner_layer_cls)
-        try:
+        with adding(model, self.tuner_layer_cls, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            before.restore(adapter_name)
-            raise
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         peft_config.check_again()
