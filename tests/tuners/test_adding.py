@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
@@ -99,6 +99,61 @@ def test_a_module_that_cannot_be_trained_whole(config, layer, start):
     refuses(
         model, "other", config(modules_to_save=["norm", "more"]), TypeError, "cannot be applied to modules of type"
     )
+
+
+# One linear in several places
+
+
+class Shared(nn.Module):
+    """Two blocks that have a linear in common, and a list that holds one three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        common, repeated = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": common, "own": nn.Linear(8, 8)}) for _ in range(2))
+        self.heads = nn.ModuleList([repeated] * 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*(layer[name] for layer in self.layers for name in ("fc", "own")), *self.heads):
+            x = layer(x).tanh()
+        return x
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+def test_a_linear_in_several_places_is_adapted_in_all_of_them(config, layer, tmp_path):
+    def shared() -> nn.Module:
+        torch.manual_seed(0)
+        return Shared()
+
+    settings = {"schedule": "constant", "sparsity": 0.5} if config is PstConfig else {}
+    base, x = shared(), torch.randn(3, 8)
+    model = get_peft_model(base, config(target_modules=["fc", "heads.0"], init_weights=False, **settings))
+    assert isinstance(base.layers[0]["fc"], layer) and base.layers[1]["fc"] is base.layers[0]["fc"]
+    assert isinstance(base.heads[0], layer) and len(set(base.heads)) == 1
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(shared(), tmp_path)(x), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    assert {type(module) for module in merged.modules()} == {type(module) for module in shared().modules()}
+    assert merged.layers[1]["fc"] is merged.layers[0]["fc"] and len(set(merged.heads)) == 1
+
+
+@each_method
+def test_a_linear_in_several_places_is_itself_again_if_it_cannot_be_adapted(config, layer, monkeypatch):
+    base = Shared()
+    before, update_layer = dict(base.named_modules(remove_duplicate=False)), layer.update_layer
+
+    def fails(self, *args, **kwargs):
+        if self.module_name == "heads.0":
+            raise MemoryError("no room for a factor")
+        update_layer(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "update_layer", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        get_peft_model(base, config(target_modules=["fc", "heads.0"]))
+    assert dict(base.named_modules(remove_duplicate=False)) == before
 
 
 # A second adapter of the same name, as when the cell of a notebook runs again

@@ -4,7 +4,8 @@ writes into that linear's weight, so no other module may compute with it."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -72,6 +73,17 @@ def default_targets(model: nn.Module) -> set[str]:
     names = {name for name in names if not any(_ends_with(full, name) for full in linears.keys() - targets)}
     by_name = {full for full in linears if any(_ends_with(full, name) for name in names)}
     return names if by_name == targets else targets
+
+
+def targets_by_name(model: nn.Module, is_target: Callable[[str], Any]) -> dict[str, nn.Module]:
+    """The modules that are meant, by full name, but none inside of a tuner layer.
+
+    Args:
+        is_target: whether a config means this full name.
+    """
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return {name: m for name, m in modules.items() if name and not name.startswith(inside) and is_target(name)}
 
 
 def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type, linears: str) -> None:
