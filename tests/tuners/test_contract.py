@@ -285,6 +285,25 @@ def test_several_adapters_compose_and_merge_in_order(build, config):
         assert (found - both).abs().max() <= 1e-4 * both.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [PstConfig, SppConfig])
+def test_composed_adapters_keep_the_zeros_of_the_forward_in_half_precision(make, dtype):
+    """The second adapter sees the first one's weight before it is rounded, and PST selects from what it sees."""
+    dense = nn.Sequential(nn.Linear(128, 256, bias=False)).to(dtype)
+    base = prune_magnitude(dense, sparsity=0.2, target_modules=["0"])
+    shares = [{"sparsity": share, "schedule": "constant"} if make is PstConfig else {} for share in (0.5, 0.7)]
+    model = get_peft_model(base, make(target_modules=["0"], init_weights=False, **shares[0]), adapter_name="a")
+    model.add_adapter("b", make(target_modules=["0"], init_weights=False, **shares[1]))
+    layer = base[0]
+    with torch.no_grad():
+        for parameter in layer.adapter_containers()[0].parameters():
+            parameter.mul_(0.02)
+        composed = layer.effective_weight("b", layer.effective_weight("a"))
+    merged = layer.merged_weight(["a", "b"])
+    assert merged.dtype == dtype and torch.equal(merged != 0, composed != 0)
+    torch.testing.assert_close(merged, composed.to(dtype), rtol=0, atol=1e-7)  # none became a zero by rounding
+
+
 @each_config
 def test_a_weighted_sum_of_adapters_is_refused(config):
     model = get_peft_model(pruned_model(tiny_llama, config), config())

@@ -196,10 +196,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             RuntimeError: if its zeros, or its outputs, would not be those of the unmerged layer.
         """
         with gathered(self):
-            weight = self.base_weight
-            for adapter_name in self.present_adapters(adapter_names):
-                weight = merged_into(self, weight, adapter_name)
-            return weight
+            return merged_into(self, self.base_weight, self.present_adapters(adapter_names))
 
     @torch.no_grad()
     def requantized(self, merged: Weight, dtype: torch.dtype | None = None) -> Weight:
