@@ -138,6 +138,7 @@ LARGE = {
     "sorted": lambda: torch.arange(120_000.0).reshape(400, 300),
     "heavy tails": lambda: torch.randn(400, 300).pow(9),
     "infinite": lambda: torch.where(torch.rand(400, 300) < 0.2, -torch.inf, torch.randn(400, 300)),
+    "half NaN": lambda: torch.where(torch.arange(120_000) < 60_010, torch.arange(120_000.0), torch.nan),
     "a sample that misleads": lambda: torch.arange(120_000.0).remainder(STRIDE).reshape(400, 300),
 }
 

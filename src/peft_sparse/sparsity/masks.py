@@ -114,7 +114,7 @@ def _select_by_bracket(scores: torch.Tensor, num_pruned: int) -> torch.Tensor | 
     # Written so that NaN, which fails every comparison, is kept.
     mask = (scores < low).logical_not_()
     num_below = scores.numel() - int(torch.count_nonzero(mask))
-    undecided = (mask ^ (scores <= high).logical_not_()).nonzero()[:, 0]  # in the order of their indices
+    undecided = (scores <= high).logical_and_(mask).nonzero()[:, 0]  # in the order of their indices
     still_to_prune = num_pruned - num_below
     if not 0 <= still_to_prune <= undecided.numel():
         return None
