@@ -164,6 +164,7 @@ def round_keeping_support(weight: torch.Tensor, support: torch.Tensor, dtype: to
     if vanished.any():
         # Subnormals of bfloat16 and float32 may be flushed to zero by the hardware; float16's never are.
         smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
-        signed = torch.full_like(weight, smallest, dtype=torch.float32).copysign(weight)
+        wide = torch.promote_types(dtype, torch.float32)  # float32 has no numbers as small as float64's
+        signed = torch.full_like(weight, smallest, dtype=wide).copysign(weight)
         rounded = torch.where(vanished, signed.to(dtype), rounded)
     return rounded
