@@ -305,6 +305,17 @@ def test_composed_adapters_keep_the_zeros_of_the_forward_in_half_precision(make,
 
 
 @each_config
+def test_an_adapter_without_memory_on_a_base_that_has_some(config, tmp_path):
+    saved = get_peft_model(pruned_model(tiny_llama, config), config())
+    saved.save_pretrained(tmp_path)
+    model = pruned_model(tiny_llama, config)
+    with torch.device("meta"):
+        model = get_peft_model(model, config())
+    set_peft_model_state_dict(model, get_peft_model_state_dict(saved), low_cpu_mem_usage=True)
+    assert torch.equal(logits(model.eval()), logits(saved.eval()))
+
+
+@each_config
 def test_a_weighted_sum_of_adapters_is_refused(config):
     model = get_peft_model(pruned_model(tiny_llama, config), config())
     with pytest.raises(TypeError, match="no weighted sum"):

@@ -89,7 +89,8 @@ class PstLinear(SparseLayer):
             scales=ops.PstScales(config.beta, config.alpha1, config.alpha2),
         )
         self._masks[adapter_name] = ops.MaskCache()
-        self.pst_pruned[adapter_name] = torch.tensor(self._count(adapter_name, schedule(0, 1)), dtype=torch.int64)
+        count = self._count(adapter_name, schedule(0, 1))  # a number, wherever new tensors are made
+        self.pst_pruned[adapter_name] = torch.tensor(count, dtype=torch.int64, device=torch.device("cpu"))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
