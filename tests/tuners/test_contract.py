@@ -21,7 +21,7 @@ from peft import (
 )
 from renamed import mixtral
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.architectures import ARCHITECTURES
 from peft_sparse import PstConfig, SppConfig, load_sparse, ops, save_sparse
@@ -404,6 +404,18 @@ def test_layers_to_transform_with_default_targets():
     model = get_peft_model(tiny_bert(), PstConfig(layers_to_transform=[1]))
     names = sparse_layers(model.base_model.model)
     assert names and all(".layer.1." in name for name in names)
+
+
+def test_layers_to_transform_where_default_targets_are_full_names():
+    """Of SigLIP, whose pooler has an MLP as the blocks have."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**sizes, image_size=8, patch_size=4)
+    for layers, expected in (([1], {"1"}), (0, {"0"}), (None, {"0", "1"})):
+        model = get_peft_model(SiglipVisionModel(vision), PstConfig(layers_to_transform=layers))
+        names = sparse_layers(model.base_model.model)
+        assert len(names) == 6 * len(expected) and {name.split(".")[-3] for name in names} == expected
+    with pytest.raises(ValueError, match=r"indices of blocks that hold default targets, got \[7\]"):
+        get_peft_model(SiglipVisionModel(vision), PstConfig(layers_to_transform=[7]))
 
 
 @each_config

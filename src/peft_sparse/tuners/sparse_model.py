@@ -33,7 +33,7 @@ from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_ti
 from peft_sparse.tuners.offloading import keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
-from peft_sparse.tuners.targets import check_alone, check_linear, default_targets, targets_by_name
+from peft_sparse.tuners.targets import check_alone, check_linear, default_targets_of, targets_by_name
 
 # What rooms above do with each merged model of transformers before its user gets it.
 AFTER_MERGE: list[Callable[[PreTrainedModel], None]] = []
@@ -72,7 +72,7 @@ class SparseTuner(BaseTuner):
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model)  # type: ignore[assignment] # PEFT's habit
+            peft_config.target_modules = default_targets_of(peft_config, model)  # type: ignore[assignment] # PEFT's habit
         include_all_linear(peft_config, model)
         targets = targets_by_name(model, lambda name: self._check_target_module_exists(peft_config, name))
         for name, module in targets.items():

@@ -3,11 +3,12 @@ writes into that linear's weight, so no other module may compute with it."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -73,6 +74,29 @@ def default_targets(model: nn.Module) -> set[str]:
     names = {name for name in names if not any(_ends_with(full, name) for full in linears.keys() - targets)}
     by_name = {full for full in linears if any(_ends_with(full, name) for name in names)}
     return names if by_name == targets else targets
+
+
+def default_targets_of(config: Any, model: nn.Module) -> set[str]:
+    """[`default_targets`] in the blocks that a config's `layers_to_transform` names: of a full name, as they are where
+    a part of one would fit other modules, PEFT does not ask in which block it is.
+
+    Raises:
+        ValueError: if the model has no repeated blocks, or none of these.
+    """
+    targets = default_targets(model)
+    full_names = targets & block_linears(model).keys()
+    if config.layers_to_transform is None or not full_names:
+        return targets
+    by_end = copy.copy(config)
+    by_end.target_modules = {name.rpartition(".")[2] for name in full_names}
+    chosen = {name for name in full_names if check_target_module_exists(by_end, name)}
+    if not chosen:
+        raise ValueError(
+            f"`layers_to_transform` has indices of blocks that hold default targets, got {config.layers_to_transform} "
+            f"(layers_pattern={config.layers_pattern!r}) for linears such as `{min(full_names)}`; mend them, or name "
+            "the linears in `target_modules`."
+        )
+    return chosen
 
 
 def targets_by_name(model: nn.Module, is_target: Callable[[str], Any]) -> dict[str, nn.Module]:
