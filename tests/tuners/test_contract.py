@@ -7,10 +7,12 @@ zeros, exactness, half precision and several adapters.
 import copy
 import sys
 import warnings
+from types import MethodType
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -486,6 +488,26 @@ def test_default_targets_leave_out_linears_that_are_not_called():
     assert names == {"gru_rel_pos_linear", "intermediate_dense", "output_dense"}
     with pytest.raises(ValueError, match=r"got `.*k_proj`, whose weight WavLMAttention takes without calling it"):
         get_peft_model(ARCHITECTURES["WavLM"].build(), PstConfig(target_modules=["k_proj"]))
+
+
+@each_config
+def test_a_linear_whose_forward_was_replaced_is_not_adapted(config):
+    def doubled(self, x):
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+    model = pruned_model(tiny_llama, config)
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.forward = MethodType(doubled, linear)
+    with pytest.raises(ValueError, match=r"got `.*layers\.0\..*q_proj`, whose `forward` was replaced by <bound"):
+        get_peft_model(model, config(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"`model.layers.\*.self_attn.q_proj` get no adapter: their `forward` was"):
+        adapted = get_peft_model(model, config())
+    assert len(sparse_layers(adapted)) == 13 and linear in adapted.modules()
+    hooked = pruned_model(tiny_llama, config)
+    for name in ("q_proj", "k_proj"):  # accelerate's forward calls the linear's own, and leaves that behind
+        add_hook_to_module(getattr(hooked.model.layers[0].self_attn, name), ModelHook())
+    remove_hook_from_module(hooked.model.layers[0].self_attn.k_proj)
+    assert len(sparse_layers(get_peft_model(hooked, config()))) == 14
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Qwen3_5TextConfig"), reason="this transformers has no Qwen3.5")

@@ -17,6 +17,7 @@ from peft_sparse.linears import (
     block_linears,
     check_own_weight,
     computes_linear,
+    forward_replaced,
     is_foreign,
     is_linear,
     linears_not_called,
@@ -33,8 +34,8 @@ _UNTIE = (
 
 def default_targets(model: nn.Module) -> set[str]:
     """What `target_modules=None` means: names that match the linears inside the model's repeated blocks, but no
-    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with, or that
-    another adapter trains whole. Warns with the names of what is left out.
+    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with, that
+    another adapter trains whole, or whose forward was replaced. Warns with the names of what is left out.
 
     Raises:
         ValueError: if the model has no repeated blocks.
@@ -43,7 +44,9 @@ def default_targets(model: nn.Module) -> set[str]:
     not_called, shared = linears_not_called(model), shared_weights(model)
     whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
     copied = [full for full in linears if full.startswith(whole)]
-    called = [full for full in linears if full not in not_called and full not in copied] or list(linears)
+    replaced = [full for full in linears if full not in copied and _has_own_forward(unwrap(linears[full]))]
+    left_out = {*not_called, *copied, *replaced}
+    called = [full for full in linears if full not in left_out] or list(linears)
     targets = {full for full in called if unwrap(linears[full]) not in shared} or set(called)  # see `check_alone`
     if routers := [full for full in block_linears(model, routers=True) if full not in linears]:
         warnings.warn(
@@ -57,7 +60,13 @@ def default_targets(model: nn.Module) -> set[str]:
             "adapter: `modules_to_save` of an adapter that is there already names them.",
             stacklevel=2,
         )
-    if taken := [full for full in linears if full not in called and full not in copied]:
+    if replaced:
+        warnings.warn(
+            f"The default targets are linears that compute x W^T + b, so {names_in_blocks(replaced)} get no adapter: "
+            "their `forward` was replaced, which an adapter would compute without.",
+            stacklevel=2,
+        )
+    if taken := [full for full in linears if full in not_called and full not in called and full not in copied]:
         warnings.warn(
             f"The default targets are linears that are called, so {len(taken)} of {len(linears)} get no adapter: "
             f"{names_in_blocks(taken)}, whose weight {not_called[taken[0]]} takes without calling it, or not always.",
@@ -123,8 +132,19 @@ def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type, line
             f"{tuner} adapts {linears}, got {type(module).__name__} in `{name}`{_odd_about(module)}; take it out of "
             "`target_modules`, or exclude it with `exclude_modules`."
         )
+    if not isinstance(module, BaseTunerLayer) and _has_own_forward(module):
+        raise ValueError(
+            f"{tuner} adapts linears that compute x W^T + b, got `{name}`, whose `forward` was replaced by "
+            f"{module.forward!r}, which an adapter would compute without; give it its own again (`del "
+            "module.forward`), do that work in a hook, or exclude it with `exclude_modules`."
+        )
     if not isinstance(module, BaseTunerLayer):
         check_own_weight(name, module)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a linear was given a forward of its own. That of accelerate calls the one of the class."""
+    return forward_replaced(module) and not hasattr(module, "_hf_hook")
 
 
 def _odd_about(module: nn.Module) -> str:
