@@ -98,6 +98,8 @@ class SparseConfig(PeftConfig):
     # Not annotated, so no fields, and not saved: whether PEFT read this config from a folder and has not loaded the
     # weights beside it yet.
     awaits_weights = False
+    # That folder, or repository of the Hub.
+    _read_from = cast("Path | None", None)
     # The modules besides the adapter that have weights beside a config that was read from a folder.
     _modules_there = cast("set[str] | None", None)
     # The entries of `modules_to_save` that name a module of the model which the adapter was added to.
@@ -118,6 +120,7 @@ class SparseConfig(PeftConfig):
             return config
         expected, config.checksums = (config.checksums or {}).get("weights"), None
         config._modules_there = check_folder(pretrained_model_name_or_path, subfolder, expected)
+        config._read_from = Path(pretrained_model_name_or_path, subfolder or "")
         config.awaits_weights = True
         return config
 
@@ -132,6 +135,8 @@ class SparseConfig(PeftConfig):
             ValueError: see `from_pretrained`; or if the weights would compute something else under this config.
         """
         place = Path(folder, subfolder or "")
+        if place != self._read_from:  # then the adapter was made for its own sake, and stays if nothing is loaded
+            self.awaits_weights = False
         if (place / CONFIG).is_file() or not Path(folder).exists():
             saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder, **kwargs)
             if isinstance(saved, type(self)):  # else no tensor has its name
