@@ -157,5 +157,11 @@ def test_labels_are_those_of_the_model_that_was_adapted(saved, tmp_path):
     assert loaded.peft_config["default"].labels == ["-", "+"]
     assert loaded.get_base_model().config.id2label == {0: "no", 1: "yes"}  # which is the user's
     assert get_peft_model(base, now(r=4)).peft_config["default"].labels is None
+    used = now(r=4, task_type="SEQ_CLS")
+    for names, expected in ((["neg", "pos"], ["neg", "pos"]), (["no", "yes"], ["no", "yes"]), (["LABEL_0"], None)):
+        base.config.id2label = dict(enumerate(names))
+        assert get_peft_model(copy.deepcopy(base), used).peft_config["default"].labels == expected
+    given = now(r=4, task_type="SEQ_CLS", labels=["-", "+"])
+    assert get_peft_model(copy.deepcopy(base), given).peft_config["default"].labels == ["-", "+"]
     with pytest.raises(ValueError, match="`labels` is a list of names, got 'yes'"):
         now(labels="yes")

@@ -104,6 +104,8 @@ class SparseConfig(PeftConfig):
     _modules_there = cast("set[str] | None", None)
     # The entries of `modules_to_save` that name a module of the model which the adapter was added to.
     names_found = cast("tuple[str, ...]", ())
+    # The labels that the model before gave: a config may be used again, for one with others.
+    labels_found = cast("list[str] | None", None)
 
     @classmethod
     def from_pretrained(

@@ -82,8 +82,9 @@ class SparseTuner(BaseTuner):
         check_modules_to_save(peft_config, model, targets)
         check_trainable_tokens(peft_config.trainable_token_indices, model)
         self._check_targets(targets, peft_config)
-        if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-            peft_config.labels = labels_of(model)
+        by_default = peft_config.labels in (None, peft_config.labels_found)
+        if by_default and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            peft_config.labels = peft_config.labels_found = labels_of(model)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         """Raises:
