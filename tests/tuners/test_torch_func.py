@@ -104,3 +104,12 @@ def test_a_gradient_that_depends_on_nothing_trained_lacks_none(adapted):
     model.requires_grad_(False)
     (gradient,) = torch.autograd.grad(layer(leaf).sum(), leaf, create_graph=True)
     assert not gradient.requires_grad
+
+
+def test_batches_of_gradients_are_mapped_by_the_reference(adapted):
+    model, _, _, x = adapted
+    leaf, dys = x.clone().requires_grad_(), torch.randn(3, 5, 1, dtype=torch.float64)
+    with ops.use_reference():
+        (batched,) = torch.autograd.grad(model(leaf), leaf, dys, is_grads_batched=True)
+    each = [torch.autograd.grad(model(leaf), leaf, dy)[0] for dy in dys]
+    torch.testing.assert_close(batched, torch.stack(each))
