@@ -126,6 +126,21 @@ def test_half_precision_merge(build, config, dtype):
             assert torch.equal(get_weight(module) == 0, zeros[name])
 
 
+@each_config
+@each_model
+def test_a_base_made_in_inference_mode_is_merged_and_unmerged(build, config):
+    with torch.inference_mode():
+        base = pruned_model(build, config)
+    model = get_peft_model(base, config()).eval()
+    before, weights = logits(model), [module.weight.clone() for module in block_linears(base).values()]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            model.merge_adapter()
+            assert (logits(model) - before).abs().max() <= 1e-4 * before.abs().max()
+            model.unmerge_adapter()
+            assert all(map(torch.equal, weights, (module.weight for module in block_linears(base).values())))
+
+
 @each_model
 @each_config
 def test_unmerge_restores_every_bit(build, config):

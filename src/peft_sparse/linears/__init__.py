@@ -74,6 +74,7 @@ from peft_sparse.linears.weights import (
     stored_weight,
     unwrap,
     weight_parameter,
+    writable,
 )
 
 __all__ = [
@@ -148,6 +149,7 @@ __all__ = [
     "weight_parameter",
     "weights_loaded",
     "whole_parameter",
+    "writable",
     "write_quantized",
     "zero_gathered",
 ]

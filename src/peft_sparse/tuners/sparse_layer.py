@@ -35,6 +35,7 @@ from peft_sparse.linears import (
     stored_weight,
     weight_parameter,
     weights_loaded,
+    writable,
 )
 from peft_sparse.sparsity import Weight, dense_weight, quantize_like, weight_entries, with_entries
 from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
@@ -260,7 +261,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 f"Unmerging writes into this process's share of a weight, got the whole one of `{self.module_name}`, "
                 "which lives as long as a forward; call `unmerge_adapter()` before disabling adapters."
             )
-        with torch.no_grad():
+        with torch.no_grad(), writable(self.base_layer):
             if self._bits is not None:
                 set_weight(self.base_layer, before)
             elif is_dtensor(before):
