@@ -297,6 +297,22 @@ def test_what_refuses():
     masked = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
     assert "no plain tensor" in refuses_acceleration(masked)
     assert refuses_acceleration(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is not None
+    masked_bias = prune.l1_unstructured(nn.Linear(4, 4), "bias", 1)
+    assert "its bias is no parameter" in refuses_acceleration(masked_bias)
+    assert refuses_acceleration(PackedLinear.from_linear(nn.Linear(4, 4, bias=False))) is None
+
+
+@pytest.mark.parametrize("kind", [KINDS[name] for name in ("Linear", "Conv1D", "packed")])
+@torch.no_grad()
+def test_a_bias_that_is_pruned_later_is_added(kind):
+    linear, operand = accelerated(kind)
+    linear.bias.copy_(torch.randn_like(linear.bias))
+    prune.l1_unstructured(linear, "bias", 3)
+    x = torch.randn(4, in_out_features(linear)[0])
+    found = linear(x)
+    uninstall(linear)
+    assert operand.uses == 0 and linear.bias.any()
+    torch.testing.assert_close(found, linear(x))
 
 
 def test_what_operands_refuse():

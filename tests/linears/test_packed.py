@@ -250,6 +250,15 @@ def test_layers_that_do_not_pay_stay():
         pack_model(model)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 4), lambda: Conv1D(4, 8)])
+def test_a_packed_layer_alone_is_unpacked_into_a_new_one(make):
+    linear = make()
+    packed = PackedLinear.from_linear(linear)
+    unpacked = unpack_model(packed)
+    assert type(unpacked) is type(linear) and torch.equal(unpacked.weight, linear.weight)
+    assert torch.equal(unpacked.bias, linear.bias) and isinstance(packed, PackedLinear)
+
+
 def test_shared_weights_and_attachments_stay():
     first, second, third, hooked = (pruned(KINDS["Linear"]) for _ in range(4))
     second.weight = first.weight  # tied

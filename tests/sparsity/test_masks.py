@@ -101,7 +101,7 @@ def test_a_count_outside_of_the_group(num_pruned: int):
         select_mask(torch.ones(2, 4), num_pruned, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_rounding_keeps_the_support(dtype):
     """From float64, where every one of these is a number, to a dtype in which some are not."""
     tiny = torch.tensor([1e-300, -1e-300, 1e-45, -1e-9, 3e-8, 0.0, 1.5, -2.0], dtype=torch.float64)
@@ -115,7 +115,8 @@ def test_rounding_keeps_the_support(dtype):
 
 def test_an_exact_cancellation_inside_the_support_is_no_zero():
     weight, support = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([True, False, True])
-    assert (round_keeping_support(weight, support, torch.bfloat16) != 0).tolist() == [True, False, True]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        assert (round_keeping_support(weight.to(dtype), support, dtype) != 0).tolist() == [True, False, True]
 
 
 @few_examples
@@ -138,6 +139,7 @@ LARGE = {
     "sorted": lambda: torch.arange(120_000.0).reshape(400, 300),
     "heavy tails": lambda: torch.randn(400, 300).pow(9),
     "infinite": lambda: torch.where(torch.rand(400, 300) < 0.2, -torch.inf, torch.randn(400, 300)),
+    "half NaN": lambda: torch.where(torch.arange(120_000) < 60_010, torch.arange(120_000.0), torch.nan),
     "a sample that misleads": lambda: torch.arange(120_000.0).remainder(STRIDE).reshape(400, 300),
 }
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
@@ -99,6 +99,137 @@ def test_a_module_that_cannot_be_trained_whole(config, layer, start):
     refuses(
         model, "other", config(modules_to_save=["norm", "more"]), TypeError, "cannot be applied to modules of type"
     )
+
+
+# One linear in several places
+
+
+class Shared(nn.Module):
+    """Two blocks that have a linear in common, and a list that holds one three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        common, repeated = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": common, "own": nn.Linear(8, 8)}) for _ in range(2))
+        self.heads = nn.ModuleList([repeated] * 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*(layer[name] for layer in self.layers for name in ("fc", "own")), *self.heads):
+            x = layer(x).tanh()
+        return x
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+def test_a_linear_in_several_places_is_adapted_in_all_of_them(config, layer, tmp_path):
+    def shared() -> nn.Module:
+        torch.manual_seed(0)
+        return Shared()
+
+    settings = {"schedule": "constant", "sparsity": 0.5} if config is PstConfig else {}
+    base, x = shared(), torch.randn(3, 8)
+    model = get_peft_model(base, config(target_modules=["fc", "heads.0"], init_weights=False, **settings))
+    assert isinstance(base.layers[0]["fc"], layer) and base.layers[1]["fc"] is base.layers[0]["fc"]
+    assert isinstance(base.heads[0], layer) and len(set(base.heads)) == 1
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(shared(), tmp_path)(x), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    assert {type(module) for module in merged.modules()} == {type(module) for module in shared().modules()}
+    assert merged.layers[1]["fc"] is merged.layers[0]["fc"] and len(set(merged.heads)) == 1
+
+
+@each_method
+def test_a_linear_in_several_places_is_itself_again_if_it_cannot_be_adapted(config, layer, monkeypatch):
+    base = Shared()
+    before, update_layer = dict(base.named_modules(remove_duplicate=False)), layer.update_layer
+
+    def fails(self, *args, **kwargs):
+        if self.module_name == "heads.0":
+            raise MemoryError("no room for a factor")
+        update_layer(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "update_layer", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        get_peft_model(base, config(target_modules=["fc", "heads.0"]))
+    assert dict(base.named_modules(remove_duplicate=False)) == before
+
+
+# A second adapter of the same name, as when the cell of a notebook runs again
+
+
+def trained(config, **settings) -> tuple[nn.Module, nn.Module]:
+    """A base model, and that with an adapter and a head that are trained."""
+    base = prune_magnitude(tiny_llama())
+    return base, get_peft_model(base, config(init_weights=False, modules_to_save=["lm_head"], **settings))
+
+
+@each_method
+@pytest.mark.parametrize(
+    "bad, error", [({"target_modules": ["nope"]}, ValueError), ({"modules_to_save": ["more"]}, TypeError)]
+)
+def test_an_adapter_stays_if_a_second_one_of_its_name_cannot_be_added(config, layer, bad, error):
+    base, model = trained(config, target_modules=["q_proj", "k_proj"])
+    model.add_adapter("other", config())
+    base.more = nn.ModuleList([nn.Linear(2, 2)])
+    model.set_adapter("other")
+    before, configs = state(model), dict(model.peft_config)
+    with pytest.warns(UserWarning, match="for a second time"), pytest.raises(error):
+        get_peft_model(base, config(**bad))
+    assert state(model) == before and model.peft_config == configs
+    assert model.base_model.sparse_layers()[0].active_adapters == ["other"]
+    model.set_adapter("default")
+    model.merge_and_unload()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@each_method
+def test_an_adapter_stays_if_a_second_one_fails_half_way(config, layer, place, monkeypatch):
+    base, model = trained(config, target_modules=["q_proj"])
+    before, update_layer, done = state(model), layer.update_layer, []
+
+    def fails(self, *args, **kwargs):
+        done.append(update_layer(self, *args, **kwargs))
+        if len(done) == place + 1:
+            raise MemoryError("no room for a factor")
+
+    monkeypatch.setattr(layer, "update_layer", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        get_peft_model(base, config(r=2))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    "config, settings, parameters",
+    [
+        (PstConfig, {"importance": "magnitude"}, {"pst_U", "pst_V"}),
+        (PstConfig, {"weight_update": "full", "importance": "movement"}, {"pst_D", "pst_S"}),
+        (PstConfig, {"weight_update": "none", "importance": "movement"}, {"pst_S"}),
+        (SppConfig, {"r": 2}, {"spp_A", "spp_B"}),
+    ],
+    ids=str,
+)
+def test_nothing_is_left_of_an_adapter_whose_name_is_given_anew(config, settings, parameters):
+    base, _ = trained(config, target_modules=["q_proj", "k_proj"])
+    again = get_peft_model(base, config(target_modules=["q_proj"], **settings))
+    torch.manual_seed(1)
+    fresh = get_peft_model(prune_magnitude(tiny_llama()), config(target_modules=["q_proj"], **settings))
+    names = {name for name, parameter in again.named_parameters() if parameter.requires_grad and "_head" not in name}
+    assert names == {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-2] for name in names} == parameters
+    ids = torch.arange(4)[None]
+    assert torch.equal(again(input_ids=ids).logits, fresh(input_ids=ids).logits)
+
+
+@each_method
+def test_the_name_of_a_merged_adapter_is_not_given_anew(config, layer):
+    base, model = trained(config)
+    model.merge_adapter()
+    before = state(model)
+    with pytest.raises(ValueError, match="A new adapter takes the place of adapters that are not merged"):
+        get_peft_model(base, config())
+    assert state(model) == before
 
 
 # What else is asked of a config, and of PEFT's helpers

@@ -128,6 +128,18 @@ def test_a_trained_adapter_stays_when_a_checkpoint_does_not_fit(tmp_path, load_h
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_a_new_adapter_that_was_made_of_a_saved_config_stays_when_other_weights_do_not_fit(tmp_path, load_hook):
+    wide = tiny_llama()
+    wide.model.layers[1].mlp.down_proj = nn.Linear(48, 40, bias=False)
+    get_peft_model(wide, PstConfig()).save_pretrained(tmp_path / "wide")
+    get_peft_model(tiny_llama(), PstConfig()).save_pretrained(tmp_path / "own")
+    model = get_peft_model(tiny_llama(), PstConfig.from_pretrained(tmp_path / "own"))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Nothing was loaded"):
+        model.load_adapter(tmp_path / "wide", "default")
+    assert snapshot(model) == before
+
+
 def test_config_file_with_a_bad_value(tmp_path):
     get_peft_model(tiny_llama(), PstConfig()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

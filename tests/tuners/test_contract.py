@@ -7,10 +7,12 @@ zeros, exactness, half precision and several adapters.
 import copy
 import sys
 import warnings
+from types import MethodType
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -21,7 +23,7 @@ from peft import (
 )
 from renamed import mixtral
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.architectures import ARCHITECTURES
 from peft_sparse import PstConfig, SppConfig, load_sparse, ops, save_sparse
@@ -122,6 +124,21 @@ def test_half_precision_merge(build, config, dtype):
         assert (get_weight(module) == 0).sum() == get_weight(module).numel() // 2, name
         if isinstance(config(), SppConfig):
             assert torch.equal(get_weight(module) == 0, zeros[name])
+
+
+@each_config
+@each_model
+def test_a_base_made_in_inference_mode_is_merged_and_unmerged(build, config):
+    with torch.inference_mode():
+        base = pruned_model(build, config)
+    model = get_peft_model(base, config()).eval()
+    before, weights = logits(model), [module.weight.clone() for module in block_linears(base).values()]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            model.merge_adapter()
+            assert (logits(model) - before).abs().max() <= 1e-4 * before.abs().max()
+            model.unmerge_adapter()
+            assert all(map(torch.equal, weights, (module.weight for module in block_linears(base).values())))
 
 
 @each_model
@@ -285,6 +302,36 @@ def test_several_adapters_compose_and_merge_in_order(build, config):
         assert (found - both).abs().max() <= 1e-4 * both.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [PstConfig, SppConfig])
+def test_composed_adapters_keep_the_zeros_of_the_forward_in_half_precision(make, dtype):
+    """The second adapter sees the first one's weight before it is rounded, and PST selects from what it sees."""
+    dense = nn.Sequential(nn.Linear(128, 256, bias=False)).to(dtype)
+    base = prune_magnitude(dense, sparsity=0.2, target_modules=["0"])
+    shares = [{"sparsity": share, "schedule": "constant"} if make is PstConfig else {} for share in (0.5, 0.7)]
+    model = get_peft_model(base, make(target_modules=["0"], init_weights=False, **shares[0]), adapter_name="a")
+    model.add_adapter("b", make(target_modules=["0"], init_weights=False, **shares[1]))
+    layer = base[0]
+    with torch.no_grad():
+        for parameter in layer.adapter_containers()[0].parameters():
+            parameter.mul_(0.02)
+        composed = layer.effective_weight("b", layer.effective_weight("a"))
+    merged = layer.merged_weight(["a", "b"])
+    assert merged.dtype == dtype and torch.equal(merged != 0, composed != 0)
+    torch.testing.assert_close(merged, composed.to(dtype), rtol=0, atol=1e-7)  # none became a zero by rounding
+
+
+@each_config
+def test_an_adapter_without_memory_on_a_base_that_has_some(config, tmp_path):
+    saved = get_peft_model(pruned_model(tiny_llama, config), config())
+    saved.save_pretrained(tmp_path)
+    model = pruned_model(tiny_llama, config)
+    with torch.device("meta"):
+        model = get_peft_model(model, config())
+    set_peft_model_state_dict(model, get_peft_model_state_dict(saved), low_cpu_mem_usage=True)
+    assert torch.equal(logits(model.eval()), logits(saved.eval()))
+
+
 @each_config
 def test_a_weighted_sum_of_adapters_is_refused(config):
     model = get_peft_model(pruned_model(tiny_llama, config), config())
@@ -376,6 +423,18 @@ def test_layers_to_transform_with_default_targets():
     assert names and all(".layer.1." in name for name in names)
 
 
+def test_layers_to_transform_where_default_targets_are_full_names():
+    """Of SigLIP, whose pooler has an MLP as the blocks have."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**sizes, image_size=8, patch_size=4)
+    for layers, expected in (([1], {"1"}), (0, {"0"}), (None, {"0", "1"})):
+        model = get_peft_model(SiglipVisionModel(vision), PstConfig(layers_to_transform=layers))
+        names = sparse_layers(model.base_model.model)
+        assert len(names) == 6 * len(expected) and {name.split(".")[-3] for name in names} == expected
+    with pytest.raises(ValueError, match=r"indices of blocks that hold default targets, got \[7\]"):
+        get_peft_model(SiglipVisionModel(vision), PstConfig(layers_to_transform=[7]))
+
+
 @each_config
 def test_gradient_checkpointing(config):
     losses, grads = [], []
@@ -444,6 +503,26 @@ def test_default_targets_leave_out_linears_that_are_not_called():
     assert names == {"gru_rel_pos_linear", "intermediate_dense", "output_dense"}
     with pytest.raises(ValueError, match=r"got `.*k_proj`, whose weight WavLMAttention takes without calling it"):
         get_peft_model(ARCHITECTURES["WavLM"].build(), PstConfig(target_modules=["k_proj"]))
+
+
+@each_config
+def test_a_linear_whose_forward_was_replaced_is_not_adapted(config):
+    def doubled(self, x):
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+    model = pruned_model(tiny_llama, config)
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.forward = MethodType(doubled, linear)
+    with pytest.raises(ValueError, match=r"got `.*layers\.0\..*q_proj`, whose `forward` was replaced by <bound"):
+        get_peft_model(model, config(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"`model.layers.\*.self_attn.q_proj` get no adapter: their `forward` was"):
+        adapted = get_peft_model(model, config())
+    assert len(sparse_layers(adapted)) == 13 and linear in adapted.modules()
+    hooked = pruned_model(tiny_llama, config)
+    for name in ("q_proj", "k_proj"):  # accelerate's forward calls the linear's own, and leaves that behind
+        add_hook_to_module(getattr(hooked.model.layers[0].self_attn, name), ModelHook())
+    remove_hook_from_module(hooked.model.layers[0].self_attn.k_proj)
+    assert len(sparse_layers(get_peft_model(hooked, config()))) == 14
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Qwen3_5TextConfig"), reason="this transformers has no Qwen3.5")

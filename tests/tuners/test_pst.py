@@ -56,6 +56,15 @@ def test_n_m_ramp_prunes_the_same_number_in_every_group(pattern, counts, schedul
     assert seen == counts and int(per_group[0]) == m - n
 
 
+def test_scores_are_those_that_the_mask_was_selected_from_inside_of_autocast_too():
+    _, layer = one_linear(PstConfig(schedule="constant", sparsity=0.5, init_weights=False))
+    scores = layer.get_scores("default")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.get_scores("default"), scores)
+        kept = layer.get_mask("default")
+    assert scores[kept].min() >= scores[~kept].max()
+
+
 def test_constant_schedule_is_sparse_from_the_start():
     _, layer = one_linear(PstConfig(schedule="constant", sparsity=0.5))
     assert (~layer.get_mask("default")).sum() == 120

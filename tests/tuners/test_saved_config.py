@@ -76,6 +76,33 @@ def test_what_is_at_its_default_may_be_missing(saved):
     assert now.from_pretrained(str(folder)).r == 5
 
 
+@pytest.mark.parametrize("form", [list, tuple, set, frozenset])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["v_proj", "q_proj", "k_proj"]},
+        {"exclude_modules": ["v_proj", "q_proj", "k_proj"]},
+        {"layers_to_transform": [8, 1]},
+        {"layers_to_transform": [0], "layers_pattern": ["layers", "h"]},
+        {"modules_to_save": ["norm", "lm_head"], "labels": ["no", "yes"]},
+    ],
+    ids=str,
+)
+def test_names_and_numbers_in_any_form_are_read_back(settings, form, tmp_path):
+    fields = {name: form(value) for name, value in settings.items()}
+    model = get_peft_model(prune_magnitude(tiny_llama()), SppConfig(task_type="CAUSAL_LM", **fields))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(prune_magnitude(tiny_llama()), tmp_path).peft_config["default"]
+    assert all(set(getattr(loaded, name)) == set(value) for name, value in settings.items())
+
+
+@pytest.mark.parametrize("form", [tuple, set])
+def test_modules_to_save_in_any_form_are_added_to_by_peft(form):
+    config = SppConfig(task_type="SEQ_CLS", modules_to_save=form(["pooler"]))
+    get_peft_model(prune_magnitude(tiny_bert()), config)
+    assert config.modules_to_save == ["pooler", "classifier", "score"]
+
+
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [
@@ -130,5 +157,11 @@ def test_labels_are_those_of_the_model_that_was_adapted(saved, tmp_path):
     assert loaded.peft_config["default"].labels == ["-", "+"]
     assert loaded.get_base_model().config.id2label == {0: "no", 1: "yes"}  # which is the user's
     assert get_peft_model(base, now(r=4)).peft_config["default"].labels is None
+    used = now(r=4, task_type="SEQ_CLS")
+    for names, expected in ((["neg", "pos"], ["neg", "pos"]), (["no", "yes"], ["no", "yes"]), (["LABEL_0"], None)):
+        base.config.id2label = dict(enumerate(names))
+        assert get_peft_model(copy.deepcopy(base), used).peft_config["default"].labels == expected
+    given = now(r=4, task_type="SEQ_CLS", labels=["-", "+"])
+    assert get_peft_model(copy.deepcopy(base), given).peft_config["default"].labels == ["-", "+"]
     with pytest.raises(ValueError, match="`labels` is a list of names, got 'yes'"):
         now(labels="yes")

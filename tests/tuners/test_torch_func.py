@@ -77,3 +77,39 @@ def test_second_derivatives(adapted):
         total = sum(gradient.square().sum() for gradient in backward(model, x, create_graph=True).values())
         total.backward()
     assert close({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
+
+
+def test_a_gradient_that_would_lack_a_part_is_an_error(adapted):
+    """A loss that is linear in the layer's output, so that the gradient of that needs none itself."""
+    model, _, _, x = adapted
+    layer = model.base_model.model[0]
+
+    def penalty() -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(leaf).sum(), leaf, create_graph=True)
+        return (gradient.norm(dim=1) - 1).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"first derivatives only.* `with peft_sparse.ops.use_reference\(\):`"):
+        penalty().backward()
+    with ops.use_reference():
+        penalty().backward()
+    assert any(p.grad is not None and p.grad.any() for p in layer.parameters())
+    gradients = backward(model, x, create_graph=True)  # which is no error in itself
+    assert close(gradients, backward(model, x))
+
+
+def test_a_gradient_that_depends_on_nothing_trained_lacks_none(adapted):
+    model, _, _, x = adapted
+    layer, leaf = model.base_model.model[0], x.clone().requires_grad_()
+    model.requires_grad_(False)
+    (gradient,) = torch.autograd.grad(layer(leaf).sum(), leaf, create_graph=True)
+    assert not gradient.requires_grad
+
+
+def test_batches_of_gradients_are_mapped_by_the_reference(adapted):
+    model, _, _, x = adapted
+    leaf, dys = x.clone().requires_grad_(), torch.randn(3, 5, 1, dtype=torch.float64)
+    with ops.use_reference():
+        (batched,) = torch.autograd.grad(model(leaf), leaf, dys, is_grads_batched=True)
+    each = [torch.autograd.grad(model(leaf), leaf, dy)[0] for dy in dys]
+    torch.testing.assert_close(batched, torch.stack(each))

@@ -59,7 +59,7 @@ from peft_sparse.linears.saving import (
     refuse_save_pretrained,
 )
 from peft_sparse.linears.sharded import gathered, is_dtensor, is_share, reshard, whole_parameter, zero_gathered
-from peft_sparse.linears.sharing import shared_weights, storage_key
+from peft_sparse.linears.sharing import several_places, shared_weights, storage_key
 from peft_sparse.linears.weights import (
     as_stored,
     check_own_weight,
@@ -74,6 +74,7 @@ from peft_sparse.linears.weights import (
     stored_weight,
     unwrap,
     weight_parameter,
+    writable,
 )
 
 __all__ = [
@@ -134,6 +135,7 @@ __all__ = [
     "reshard",
     "select_linears",
     "set_weight",
+    "several_places",
     "shared_weights",
     "storage_key",
     "stored_state",
@@ -147,6 +149,7 @@ __all__ = [
     "weight_parameter",
     "weights_loaded",
     "whole_parameter",
+    "writable",
     "write_quantized",
     "zero_gathered",
 ]

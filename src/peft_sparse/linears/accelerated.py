@@ -51,6 +51,11 @@ def _tensors(linear: nn.Module) -> tuple[torch.Tensor | None, ...]:
     return (linear._parameters.get("weight"),)
 
 
+def _has_own_bias(linear: nn.Module) -> bool:
+    """Whether the bias is a parameter, or None: torch.nn.utils.prune computes it from others at each forward."""
+    return "bias" in linear._parameters or linear.bias is None
+
+
 class Acceleration:
     """Which operand a linear uses for how many tokens. A copy or an unpickled one has none.
 
@@ -124,7 +129,7 @@ class Acceleration:
         if not self.matches(linear):
             self.drop()
             return None
-        return found if found.takes(x, linear._parameters.get("bias")) else None
+        return found if _has_own_bias(linear) and found.takes(x, linear._parameters.get("bias")) else None
 
     def _for_shape(self, shape: torch.Size) -> Operand | None:
         """For an input of this shape, which is remembered: most forwards have the same few."""
@@ -183,7 +188,7 @@ class AcceleratedLinear(_Accelerated, nn.Linear):
         operand, weight = self._acceleration.operand(self, x), self._parameters.get("weight")
         if operand is not None:
             return operand(x, self._parameters.get("bias"))
-        if weight is None or torch.compiler.is_compiling():
+        if weight is None or not _has_own_bias(self) or torch.compiler.is_compiling():
             return super().forward(x)
         # Looked up without `__getattr__`, which pays for the question above where a layer is computed densely.
         return F.linear(x, weight, self._parameters.get("bias"))
@@ -221,6 +226,8 @@ def refuses_acceleration(linear: nn.Module) -> str | None:
         return "its forward was replaced, as offloading does it"
     if any(t is None or type(t) not in _PLAIN_TENSORS for t in _tensors(linear)):
         return "its weight is no plain tensor"
+    if not _has_own_bias(linear):
+        return "its bias is no parameter of its own, as torch.nn.utils.prune makes it"
     if 0 in cast(torch.Tensor, _tensors(linear)[-1]).shape:
         return "it has no weights"
     return None

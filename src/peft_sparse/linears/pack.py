@@ -88,7 +88,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
     """The inverse of [`pack_model`]: every PackedLinear becomes an nn.Linear or a Conv1D again, in place.
 
     Returns:
-        `model`.
+        `model`; of one that is a PackedLinear itself, the new layer.
 
     Raises:
         ValueError: if a packed linear layer carries an adapter or is offloaded, or `model` is no module. Nothing is
@@ -112,6 +112,8 @@ def unpack_model(model: nn.Module) -> nn.Module:
                 f"Unpacking replaces plain linears, got `{name}`, which carries an adapter ({type(module).__name__}); "
                 "call `merge_and_unload()` first."
             )
+    if isinstance(model, PackedLinear):
+        return model.to_linear()
     for module in [module for module in model.modules() if isinstance(module, PackedLinear)]:
         replace_module(model, module, module.to_linear())
     allow_save_pretrained(model)

@@ -1,4 +1,5 @@
-"""Which modules of a model have a weight in common, such as a head that is tied to the embeddings.
+"""Which modules of a model have a weight in common, such as a head that is tied to the embeddings, and which are in
+several places.
 
 A weight that accelerate keeps elsewhere is an empty one in the model, of each module its own. So it is asked for where
 the hooks look for it.
@@ -29,6 +30,17 @@ def shared_weights(model: nn.Module) -> dict[nn.Module, dict[str, nn.Module]]:
             others = {name: other for name, other in modules.items() if other is not module}
             shared.setdefault(module, {}).update(others)
     return shared
+
+
+def several_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """The modules that a model has in several places: for each place the module around it, and the name there. What
+    is inside of such a module has one place, if it is not in several there."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    return {module: found for module, found in places.items() if len(found) > 1}
 
 
 def storage_key(model: nn.Module, name: str, parameter: nn.Parameter) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -166,6 +167,11 @@ def get_weight(module: nn.Module) -> torch.Tensor:
     return as_stored(module, weight)
 
 
+def writable(module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a linear's weight is written in place: of one that was made in inference mode, that mode."""
+    return torch.inference_mode() if weight_parameter(module).is_inference() else nullcontext()
+
+
 def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """From (out, in) to the orientation in which the module stores its weight, and back."""
     return weight.T if isinstance(module, Conv1D) else weight
@@ -185,7 +191,8 @@ def set_weight(module: nn.Module, weight: Weight) -> None:
         write_quantized(module, weight)
         return
     if not isinstance(module, PackedLinear):
-        get_weight(module).copy_(dense_weight(weight))
+        with writable(module):
+            get_weight(module).copy_(dense_weight(weight))
         return
     if isinstance(weight, PackedWeight) and torch.equal(weight.bitmask, module.bitmask):
         module.values.copy_(weight.values)

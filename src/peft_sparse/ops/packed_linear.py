@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import (
@@ -24,6 +23,7 @@ from peft_sparse.ops.blocks import (
     row_blocks,
     weight_rows,
 )
+from peft_sparse.ops.derivatives import first_only
 from peft_sparse.sparsity import Weight, put_together, take_apart, write_rows
 
 
@@ -56,7 +56,7 @@ class _PackedLinear(torch.autograd.Function):
         return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, entries = ctx.saved_tensors
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]

@@ -206,7 +206,8 @@ def pst_scores(updated_weight: torch.Tensor, factors: PstFactors, scales: PstSca
     if S is not None:
         return S.to(score_dtype(S.dtype))
     if A is not None and B is not None and R is not None and C is not None:
-        return pst_importance(updated_weight, A, B, R, C, scales.alpha1, scales.alpha2)
+        with autocast_off(updated_weight):
+            return pst_importance(updated_weight, A, B, R, C, scales.alpha1, scales.alpha2)
     return updated_weight.detach().abs()
 
 

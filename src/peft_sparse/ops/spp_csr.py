@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from peft_sparse.ops.derivatives import first_only
 from peft_sparse.ops.reference import row_groups
 from peft_sparse.sparsity import CsrMatrix
 
@@ -101,7 +101,7 @@ class _SppCsrLinear(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
         csr = ctx.csr

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import (
@@ -30,6 +29,7 @@ from peft_sparse.ops.blocks import (
     outer_product,
     weight_rows,
 )
+from peft_sparse.ops.derivatives import first_only
 from peft_sparse.ops.spp_block import factor_gradients, scaled_rows
 from peft_sparse.ops.triton_switch import triton_takes_spp
 from peft_sparse.sparsity import Weight, put_together, take_apart, write_rows
@@ -101,7 +101,7 @@ class _SppLinear(torch.autograd.Function):
             return linear_by_blocks(x, bias, weight.shape[0], blocks)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.by_triton and not ctx.needs_input_grad[1]:  # before `saved_tensors`, which may be read only once
             return _backward_by_triton(ctx, dy)

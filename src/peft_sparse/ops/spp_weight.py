@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from peft_sparse.ops import reference
 from peft_sparse.ops.blocks import autocast_off, group_blocks
+from peft_sparse.ops.derivatives import first_only
 from peft_sparse.ops.spp_block import factor_gradients, scaled_rows
 from peft_sparse.sparsity import PackedWeight, Weight, unpack_values, write_rows
 from peft_sparse.sparsity.importance import score_dtype
@@ -57,7 +57,7 @@ class _SppValues(torch.autograd.Function):
         return effective
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, dvalues: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, A, B = ctx.saved_tensors
         needs_values, needs_A, needs_B = ctx.needs_input_grad[:3]

@@ -114,7 +114,7 @@ def _select_by_bracket(scores: torch.Tensor, num_pruned: int) -> torch.Tensor | 
     # Written so that NaN, which fails every comparison, is kept.
     mask = (scores < low).logical_not_()
     num_below = scores.numel() - int(torch.count_nonzero(mask))
-    undecided = (mask ^ (scores <= high).logical_not_()).nonzero()[:, 0]  # in the order of their indices
+    undecided = (scores <= high).logical_and_(mask).nonzero()[:, 0]  # in the order of their indices
     still_to_prune = num_pruned - num_below
     if not 0 <= still_to_prune <= undecided.numel():
         return None
@@ -164,6 +164,7 @@ def round_keeping_support(weight: torch.Tensor, support: torch.Tensor, dtype: to
     if vanished.any():
         # Subnormals of bfloat16 and float32 may be flushed to zero by the hardware; float16's never are.
         smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
-        signed = torch.full_like(weight, smallest, dtype=torch.float32).copysign(weight)
+        wide = torch.promote_types(dtype, torch.float32)  # float32 has no numbers as small as float64's
+        signed = torch.full_like(weight, smallest, dtype=wide).copysign(weight)
         rounded = torch.where(vanished, signed.to(dtype), rounded)
     return rounded

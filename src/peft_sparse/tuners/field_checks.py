@@ -83,7 +83,7 @@ def check_indices(name: str, value: Any) -> None:
     ValueError: if `value` is not None, a block's index, or a list of them."""
     if value is None:
         return
-    indices = list(value) if isinstance(value, (list, tuple, set)) else [value]
+    indices = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
     if not indices or not _are_indices(indices):
         raise ValueError(
             f"`{name}` has indices of blocks, counted from 0: an integer or a list of them, got {value!r}."

@@ -1,17 +1,23 @@
 """Adding an adapter, wholly or not at all: what is asked of its name and config, and the way back when adding or
 loading fails.
 
-PEFT adds an adapter layer by layer, and keeps its parameters as attributes of containers, by its name.
+PEFT adds an adapter layer by layer, and keeps its parameters as attributes of containers, by its name. A second
+`get_peft_model` on the same base model, as of a notebook's cell that runs again, makes a new adapter in the place of
+the one that has the name: nothing of that one is left in any layer, unless the new one cannot be added.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from peft_sparse.tuners.merging import check_not_merged
 
 
 def check_adapter_name(name: Any, layer_cls: Any) -> None:
@@ -47,28 +53,68 @@ def warn_of_no_copy(tuner: Any, adapter_name: str) -> None:
             )
 
 
-class BeforeAdding:
-    """A model as it is before an adapter is added.
+@contextmanager
+def configs_kept(model: Any) -> Iterator[None]:
+    """For the time in which a tuner is made: the configs of a model that has adapters already are as they were, if
+    that fails."""
+    configs = getattr(model, "peft_config", None)
+    before = dict(configs) if isinstance(configs, dict) else {}
+    try:
+        yield
+    except BaseException:
+        if isinstance(configs, dict):
+            configs.clear()
+            configs.update(before)
+        raise
+
+
+@contextmanager
+def adding(model: nn.Module, layer_cls: Any, adapter_name: str) -> Iterator[None]:
+    """For the time in which an adapter is added to a model, which is as it was if that fails.
 
     Args:
         layer_cls: the method's tuner layer.
+
+    Raises:
+        ValueError: if an adapter of this name is there, and merged.
     """
+    before = _BeforeAdding(model, layer_cls, adapter_name)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
 
-    def __init__(self, model: nn.Module, layer_cls: Any) -> None:
-        self._model, self._kinds = model, (layer_cls, AuxiliaryTrainingWrapper)
-        self._before = {name for name, _ in self._wrappers()}
+
+class _BeforeAdding:
+    """A model as it is before an adapter is added, but without another one of its name."""
+
+    def __init__(self, model: nn.Module, layer_cls: Any, adapter_name: str) -> None:
+        self._model, self._kinds, self._name = model, (layer_cls, AuxiliaryTrainingWrapper), adapter_name
+        wrappers = dict(self._wrappers())
+        layers = [module for module in dict.fromkeys(wrappers.values()) if isinstance(module, layer_cls)]
+        for layer in layers:
+            check_not_merged(layer, adapter_name, "A new adapter takes the place of")
+        self._active = {name: module._active_adapter for name, module in wrappers.items()}
+        # PEFT keeps modules that an adapter of this name trains whole, whatever the method
+        self._whole = {name for name, module in wrappers.items() if adapter_name in getattr(module, "_adapters", ())}
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._taken = [taken for layer in layers for taken in layer.take_out(adapter_name)]
 
-    def restore(self, adapter_name: str) -> None:
+    def restore(self) -> None:
         """Take the adapter out of the layers that have got it."""
         for name, module in reversed(self._wrappers()):  # what is inside of another one comes first
-            if name not in self._before:
+            if name not in self._active:
                 parent, _, child = name.rpartition(".")
                 setattr(self._model.get_submodule(parent), child, _unwrapped(module))
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(adapter_name, new_active_adapters=_others(module.active_adapters, adapter_name))
-            else:
-                module.delete_adapter(adapter_name)
+                continue
+            if not isinstance(module, AuxiliaryTrainingWrapper):
+                module.take_out(self._name)
+            elif name not in self._whole:
+                module.delete_adapter(self._name, new_active_adapters=_others(module.active_adapters, self._name))
+            module._active_adapter = self._active[name]
+        for holder, value in self._taken:
+            holder[self._name] = value
         for parameter, requires_grad in self._trainable:
             parameter.requires_grad_(requires_grad)
 

@@ -23,17 +23,24 @@ MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2
 PROBE_ROWS = 4
 
 
-def merged_into(layer: Any, weight: Weight, adapter_name: str) -> Weight:
-    """One adapter of a layer merged into a weight, checked; nothing is written.
+def merged_into(layer: Any, weight: Weight, adapter_names: list[str]) -> Weight:
+    """Adapters of a layer merged into a weight in order, checked; nothing is written. As in the forward, each starts
+    from what the one before it makes, and the last one's is rounded: PST would select another mask from less.
 
     Raises:
         ValueError, RuntimeError: see [`SparseLayer.merged_weight`].
     """
-    effective, support = layer.effective_weight(adapter_name, weight), layer.support(adapter_name, weight)
-    entries = round_keeping_support(weight_entries(effective), support, weight.dtype)
-    check_finite(entries, weight, adapter_name, layer.module_name)
-    merged = with_entries(effective, entries)
-    check_merge(layer, merged, support, weight, adapter_name)
+    dtype = weight.dtype
+    for adapter_name in adapter_names:
+        before, weight = weight, layer.effective_weight(adapter_name, weight)
+        check_finite(weight_entries(weight), before, adapter_name, layer.module_name)
+    if not adapter_names:
+        return weight
+    support = layer.support(adapter_name, before)
+    entries = round_keeping_support(weight_entries(weight), support, dtype)
+    check_finite(entries, before, adapter_name, layer.module_name)  # half precision holds less
+    merged = with_entries(weight, entries)
+    check_merge(layer, merged, support, before, adapter_name)
     return merged
 
 

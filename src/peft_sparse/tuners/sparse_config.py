@@ -98,10 +98,14 @@ class SparseConfig(PeftConfig):
     # Not annotated, so no fields, and not saved: whether PEFT read this config from a folder and has not loaded the
     # weights beside it yet.
     awaits_weights = False
+    # That folder, or repository of the Hub.
+    _read_from = cast("Path | None", None)
     # The modules besides the adapter that have weights beside a config that was read from a folder.
     _modules_there = cast("set[str] | None", None)
     # The entries of `modules_to_save` that name a module of the model which the adapter was added to.
     names_found = cast("tuple[str, ...]", ())
+    # The labels that the model before gave: a config may be used again, for one with others.
+    labels_found = cast("list[str] | None", None)
 
     @classmethod
     def from_pretrained(
@@ -118,6 +122,7 @@ class SparseConfig(PeftConfig):
             return config
         expected, config.checksums = (config.checksums or {}).get("weights"), None
         config._modules_there = check_folder(pretrained_model_name_or_path, subfolder, expected)
+        config._read_from = Path(pretrained_model_name_or_path, subfolder or "")
         config.awaits_weights = True
         return config
 
@@ -132,6 +137,8 @@ class SparseConfig(PeftConfig):
             ValueError: see `from_pretrained`; or if the weights would compute something else under this config.
         """
         place = Path(folder, subfolder or "")
+        if place != self._read_from:  # then the adapter was made for its own sake, and stays if nothing is loaded
+            self.awaits_weights = False
         if (place / CONFIG).is_file() or not Path(folder).exists():
             saved = self.from_pretrained(os.fspath(folder), subfolder=subfolder, **kwargs)
             if isinstance(saved, type(self)):  # else no tensor has its name
@@ -196,9 +203,7 @@ class SparseConfig(PeftConfig):
             for entry in dataclasses.fields(self)
             if entry.name not in _UNCHECKED and getattr(self, entry.name) != _default(entry)
         }
-        plain = {
-            name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in settings.items()
-        }
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         if isinstance(plain.get("modules_to_save"), list):  # PEFT adds to it, in any order
             plain["modules_to_save"] = sorted(plain["modules_to_save"])
         return crc32(json.dumps(plain, sort_keys=True, default=str).encode())
@@ -230,10 +235,7 @@ class SparseConfig(PeftConfig):
         check_indices("layers_to_transform", self.layers_to_transform)
         check_tokens("trainable_token_indices", self.trainable_token_indices)
         check_bool("inference_mode", self.inference_mode)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment] # PEFT's habit
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._take_forms_of_files()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern` names the list of blocks that `layers_to_transform` counts, got layers_pattern="
@@ -244,6 +246,18 @@ class SparseConfig(PeftConfig):
                 "`layers_to_transform` selects among a list of names, got a string in `target_modules` "
                 f"({self.target_modules!r}); put the block numbers into the regex, or list the names."
             )
+
+    def _take_forms_of_files(self) -> None:
+        """Give lists, tuples and sets of names or numbers one form each, which a file gives back: it knows lists."""
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple, frozenset)):
+                setattr(self, name, set(value))  # PEFT's habit
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "labels"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
 
 
 def _default(entry: Any) -> Any:

@@ -35,6 +35,7 @@ from peft_sparse.linears import (
     stored_weight,
     weight_parameter,
     weights_loaded,
+    writable,
 )
 from peft_sparse.sparsity import Weight, dense_weight, quantize_like, weight_entries, with_entries
 from peft_sparse.tuners.merging import copy_to_restore, merged_into, rounded_to
@@ -50,6 +51,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         base_layer: the module that is wrapped; its weight stays frozen.
         name: its full name in the model.
     """
+
+    # The plain dicts of a layer that keep something of its adapters, by their names.
+    dicts_by_adapter: tuple[str, ...] = ("_first_versions",)
 
     base_layer: Any  # nn.Linear, Conv1D, PackedLinear, Linear4bit or Linear8bitLt
     # PEFT's part of the layer, for type checkers that do not look into it
@@ -112,8 +116,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and all that is kept about it."""
-        self._first_versions.pop(adapter_name, None)
+        for kept in self.dicts_by_adapter:
+            getattr(self, kept).pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+
+    def take_out(self, adapter_name: str) -> list[tuple[Any, Any]]:
+        """Remove what there is of an adapter, and leave open which are active: each container or dict that had
+        something, and what it had."""
+        holders = [*self.adapter_containers(), *(getattr(self, kept) for kept in self.dicts_by_adapter)]
+        taken = [(holder, holder[adapter_name]) for holder in holders if adapter_name in holder]
+        for holder, _ in taken:
+            del holder[adapter_name]
+        return taken
 
     def _versions(self, adapter_name: str) -> list[int | None]:
         containers = (getattr(self, name) for name in self.adapter_layer_names)
@@ -183,10 +197,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             RuntimeError: if its zeros, or its outputs, would not be those of the unmerged layer.
         """
         with gathered(self):
-            weight = self.base_weight
-            for adapter_name in self.present_adapters(adapter_names):
-                weight = merged_into(self, weight, adapter_name)
-            return weight
+            return merged_into(self, self.base_weight, self.present_adapters(adapter_names))
 
     @torch.no_grad()
     def requantized(self, merged: Weight, dtype: torch.dtype | None = None) -> Weight:
@@ -250,7 +261,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 f"Unmerging writes into this process's share of a weight, got the whole one of `{self.module_name}`, "
                 "which lives as long as a forward; call `unmerge_adapter()` before disabling adapters."
             )
-        with torch.no_grad():
+        with torch.no_grad(), writable(self.base_layer):
             if self._bits is not None:
                 set_weight(self.base_layer, before)
             elif is_dtensor(before):

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 from peft import TaskType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_sparse.linears import bits, check_float, dequantize_model, reshard
+from peft_sparse.linears import bits, check_float, dequantize_model, replace_module, reshard, several_places
 from peft_sparse.storage import record_facts
 from peft_sparse.tuners.adapter_state import (
     adapter_keys,
@@ -28,12 +28,12 @@ from peft_sparse.tuners.adapter_state import (
     labels_of,
     names_with_weights,
 )
-from peft_sparse.tuners.injecting import BeforeAdding, check_adapter_name, take_back, warn_of_no_copy
+from peft_sparse.tuners.injecting import adding, check_adapter_name, configs_kept, take_back, warn_of_no_copy
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
 from peft_sparse.tuners.offloading import keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
-from peft_sparse.tuners.targets import check_alone, check_linear, default_targets
+from peft_sparse.tuners.targets import check_alone, check_linear, default_targets_of, targets_by_name
 
 # What rooms above do with each merged model of transformers before its user gets it.
 AFTER_MERGE: list[Callable[[PreTrainedModel], None]] = []
@@ -48,6 +48,12 @@ class SparseTuner(BaseTuner):
     # Default targets are found by structure, in `_prepare_model`, so there is no table of model types.
     target_module_mapping: dict[str, list[str]] = {}
     _just_loaded: dict[str, torch.Tensor]
+    # Where modules are that the model has in several places, while layers are put around them or taken off again.
+    _several_places: dict[nn.Module, list[tuple[nn.Module, str]]]
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with configs_kept(model):
+            super().__init__(model, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
         return peft_config
@@ -56,12 +62,9 @@ class SparseTuner(BaseTuner):
         """See PEFT; a model to which an adapter cannot be added is as it was."""
         check_adapter_name(adapter_name, self.tuner_layer_cls)
         warn_of_no_copy(self, adapter_name)
-        before = BeforeAdding(model, self.tuner_layer_cls)
-        try:
+        self._several_places = several_places(model)
+        with adding(model, self.tuner_layer_cls, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            before.restore(adapter_name)
-            raise
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         peft_config.check_again()
@@ -69,18 +72,9 @@ class SparseTuner(BaseTuner):
             # Names, since keeping the parameters would keep their memory when something replaces them.
             self.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model)  # type: ignore[assignment] # PEFT's habit
+            peft_config.target_modules = default_targets_of(peft_config, model)  # type: ignore[assignment] # PEFT's habit
         include_all_linear(peft_config, model)
-        inside_tuner_layers = tuple(
-            f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-        )
-        targets = {
-            name: module
-            for name, module in model.named_modules()
-            if name
-            and not name.startswith(inside_tuner_layers)
-            and self._check_target_module_exists(peft_config, name)
-        }
+        targets = targets_by_name(model, lambda name: self._check_target_module_exists(peft_config, name))
         for name, module in targets.items():
             self._check_target(name, module)
         check_alone(targets, model)
@@ -88,8 +82,9 @@ class SparseTuner(BaseTuner):
         check_modules_to_save(peft_config, model, targets)
         check_trainable_tokens(peft_config.trainable_token_indices, model)
         self._check_targets(targets, peft_config)
-        if peft_config.labels is None and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-            peft_config.labels = labels_of(model)
+        by_default = peft_config.labels in (None, peft_config.labels_found)
+        if by_default and peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            peft_config.labels = peft_config.labels_found = labels_of(model)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         """Raises:
@@ -125,7 +120,8 @@ class SparseTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's also moves adapters to the device of `weight`, which a PackedLinear and a RoBERTa's classification
         # head have not, and which of an offloaded layer is no place to be. They are in place since `update_layer`.
-        setattr(parent, child_name, new_module)
+        for holder, name in self._several_places.get(child, [(parent, child_name)]):
+            setattr(holder, name, new_module)
 
     def keep_adapters_loaded(self) -> None:
         """Bring in adapter weights that accelerate has offloaded, for good: to train them after a whole model with
@@ -174,6 +170,7 @@ class SparseTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_all_merges(adapter_names)
+        self._several_places = several_places(self.model)
         tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")  # see below
@@ -219,10 +216,9 @@ class SparseTuner(BaseTuner):
                 "it out, and cast the merged model with `.to(dtype)`."
             )
         self._check_all_merges(adapter_names, dequantize_to)
-        for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, self.tuner_layer_cls) and bits(layer.base_layer) is not None:
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, layer.dequantized(dequantize_to, adapter_names))
+        for layer in self.sparse_layers():
+            if bits(layer.base_layer) is not None:
+                replace_module(self.model, layer, layer.dequantized(dequantize_to, adapter_names))
         merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return dequantize_model(merged, dequantize_to)
 

@@ -3,10 +3,12 @@ writes into that linear's weight, so no other module may compute with it."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -15,6 +17,7 @@ from peft_sparse.linears import (
     block_linears,
     check_own_weight,
     computes_linear,
+    forward_replaced,
     is_foreign,
     is_linear,
     linears_not_called,
@@ -31,8 +34,8 @@ _UNTIE = (
 
 def default_targets(model: nn.Module) -> set[str]:
     """What `target_modules=None` means: names that match the linears inside the model's repeated blocks, but no
-    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with, or that
-    another adapter trains whole. Warns with the names of what is left out.
+    routers (see [`peft_sparse.linears.is_router`]), and not those whose weight another module computes with, that
+    another adapter trains whole, or whose forward was replaced. Warns with the names of what is left out.
 
     Raises:
         ValueError: if the model has no repeated blocks.
@@ -41,7 +44,9 @@ def default_targets(model: nn.Module) -> set[str]:
     not_called, shared = linears_not_called(model), shared_weights(model)
     whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
     copied = [full for full in linears if full.startswith(whole)]
-    called = [full for full in linears if full not in not_called and full not in copied] or list(linears)
+    replaced = [full for full in linears if full not in copied and _has_own_forward(unwrap(linears[full]))]
+    left_out = {*not_called, *copied, *replaced}
+    called = [full for full in linears if full not in left_out] or list(linears)
     targets = {full for full in called if unwrap(linears[full]) not in shared} or set(called)  # see `check_alone`
     if routers := [full for full in block_linears(model, routers=True) if full not in linears]:
         warnings.warn(
@@ -55,7 +60,13 @@ def default_targets(model: nn.Module) -> set[str]:
             "adapter: `modules_to_save` of an adapter that is there already names them.",
             stacklevel=2,
         )
-    if taken := [full for full in linears if full not in called and full not in copied]:
+    if replaced:
+        warnings.warn(
+            f"The default targets are linears that compute x W^T + b, so {names_in_blocks(replaced)} get no adapter: "
+            "their `forward` was replaced, which an adapter would compute without.",
+            stacklevel=2,
+        )
+    if taken := [full for full in linears if full in not_called and full not in called and full not in copied]:
         warnings.warn(
             f"The default targets are linears that are called, so {len(taken)} of {len(linears)} get no adapter: "
             f"{names_in_blocks(taken)}, whose weight {not_called[taken[0]]} takes without calling it, or not always.",
@@ -74,6 +85,40 @@ def default_targets(model: nn.Module) -> set[str]:
     return names if by_name == targets else targets
 
 
+def default_targets_of(config: Any, model: nn.Module) -> set[str]:
+    """[`default_targets`] in the blocks that a config's `layers_to_transform` names: of a full name, as they are where
+    a part of one would fit other modules, PEFT does not ask in which block it is.
+
+    Raises:
+        ValueError: if the model has no repeated blocks, or none of these.
+    """
+    targets = default_targets(model)
+    full_names = targets & block_linears(model).keys()
+    if config.layers_to_transform is None or not full_names:
+        return targets
+    by_end = copy.copy(config)
+    by_end.target_modules = {name.rpartition(".")[2] for name in full_names}
+    chosen = {name for name in full_names if check_target_module_exists(by_end, name)}
+    if not chosen:
+        raise ValueError(
+            f"`layers_to_transform` has indices of blocks that hold default targets, got {config.layers_to_transform} "
+            f"(layers_pattern={config.layers_pattern!r}) for linears such as `{min(full_names)}`; mend them, or name "
+            "the linears in `target_modules`."
+        )
+    return chosen
+
+
+def targets_by_name(model: nn.Module, is_target: Callable[[str], Any]) -> dict[str, nn.Module]:
+    """The modules that are meant, by full name, but none inside of a tuner layer.
+
+    Args:
+        is_target: whether a config means this full name.
+    """
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return {name: m for name, m in modules.items() if name and not name.startswith(inside) and is_target(name)}
+
+
 def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type, linears: str) -> None:
     """Raises:
     ValueError: if a tuner, whose layers are of this class and adapt `linears`, cannot adapt a module."""
@@ -87,8 +132,19 @@ def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type, line
             f"{tuner} adapts {linears}, got {type(module).__name__} in `{name}`{_odd_about(module)}; take it out of "
             "`target_modules`, or exclude it with `exclude_modules`."
         )
+    if not isinstance(module, BaseTunerLayer) and _has_own_forward(module):
+        raise ValueError(
+            f"{tuner} adapts linears that compute x W^T + b, got `{name}`, whose `forward` was replaced by "
+            f"{module.forward!r}, which an adapter would compute without; give it its own again (`del "
+            "module.forward`), do that work in a hook, or exclude it with `exclude_modules`."
+        )
     if not isinstance(module, BaseTunerLayer):
         check_own_weight(name, module)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a linear was given a forward of its own. That of accelerate calls the one of the class."""
+    return forward_replaced(module) and not hasattr(module, "_hf_hook")
 
 
 def _odd_about(module: nn.Module) -> str:

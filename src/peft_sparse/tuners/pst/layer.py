@@ -54,6 +54,7 @@ class PstLinear(SparseLayer):
 
     adapter_layer_names = tuple(f"pst_{factor}" for factor in FACTORS)
     other_param_names = ("pst_pruned",)
+    dicts_by_adapter = (*SparseLayer.dicts_by_adapter, "_settings", "_masks", "_driven")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
@@ -62,7 +63,7 @@ class PstLinear(SparseLayer):
         self.pst_pruned = PrunedCounts()
         self._settings: dict[str, _Settings] = {}
         self._masks: dict[str, ops.MaskCache] = {}
-        self._driven: set[str] = set()  # adapters whose schedule was set in this process; for warnings only
+        self._driven: dict[str, bool] = {}  # whether a schedule was set in this process; for warnings only
 
     def update_layer(self, adapter_name: str, config: PstConfig, **kwargs: Any) -> None:
         """Add an adapter. U and A start normal, all else at zero, as the authors' do, unless the config says
@@ -88,7 +89,8 @@ class PstLinear(SparseLayer):
             scales=ops.PstScales(config.beta, config.alpha1, config.alpha2),
         )
         self._masks[adapter_name] = ops.MaskCache()
-        self.pst_pruned[adapter_name] = torch.tensor(self._count(adapter_name, schedule(0, 1)), dtype=torch.int64)
+        count = self._count(adapter_name, schedule(0, 1))  # a number, wherever new tensors are made
+        self.pst_pruned[adapter_name] = torch.tensor(count, dtype=torch.int64, device=torch.device("cpu"))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -115,12 +117,6 @@ class PstLinear(SparseLayer):
         factors = [tensors[adapter_name] for tensors in from_zero if adapter_name in tensors]
         return bool(factors) and int(self.pst_pruned[adapter_name]) > 0 and not any(bool(f.any()) for f in factors)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._settings.pop(adapter_name, None)
-        self._masks.pop(adapter_name, None)
-        self._driven.discard(adapter_name)
-        super().delete_adapter(adapter_name)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = weight_parameter(unwrap(self.base_layer))
@@ -138,7 +134,7 @@ class PstLinear(SparseLayer):
         sparsity = self._settings[adapter_name].schedule(step, total_steps)
         self.pst_pruned[adapter_name].fill_(self._count(adapter_name, sparsity))
         self._masks[adapter_name].mark_stale()
-        self._driven.add(adapter_name)
+        self._driven[adapter_name] = True
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Whether a factor of the adapter is trained."""

@@ -28,6 +28,7 @@ class SppLinear(SparseLayer):
 
     adapter_layer_names = ("spp_A", "spp_B")
     other_param_names = ("spp_dropout",)
+    dicts_by_adapter = (*SparseLayer.dicts_by_adapter, "_scaling")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
@@ -53,10 +54,6 @@ class SppLinear(SparseLayer):
         self._scaling[adapter_name] = config.spp_alpha / config.r
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._scaling.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
 
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.spp_A[adapter_name], self.spp_B[adapter_name], self._scaling[adapter_name]
