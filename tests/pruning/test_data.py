@@ -146,6 +146,24 @@ def test_batches_are_handed_on():
     assert torch.equal(calibration_batches(images)[0]["pixel_values"], images[0]["pixel_values"])
 
 
+def test_tensors_without_a_dimension_for_sequences_stay_whole():
+    """As Qwen-VL has them: the patches of all images, and three positions for each token."""
+    batch = {"input_ids": torch.ones(2, 10, dtype=torch.int64), "pixel_values": torch.randn(512, 24)}
+    batch |= {"image_grid_thw": torch.tensor([[1, 16, 16]] * 2), "position_ids": torch.zeros(3, 2, 10)}
+    for number in (128, 4, None):
+        taken = calibration_batches([batch, batch], num_sequences=number)
+        assert [one.keys() for one in taken] == [batch.keys()] * 2
+        assert all(torch.equal(one[key], batch[key]) for one in taken for key in batch)
+    with pytest.raises(ValueError, match=r"\(512, 24\) for `pixel_values` in a batch of 2 sequences, of which 1 are"):
+        calibration_batches([batch, batch], num_sequences=3)
+
+
+def test_what_is_there_once_for_all_sequences_stays():
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.int64), "position_ids": torch.arange(4)[None]}
+    (taken,) = calibration_batches([batch], num_sequences=2)
+    assert {key: value.shape for key, value in taken.items()} == {"input_ids": (2, 4), "position_ids": (1, 4)}
+
+
 TEXT = {"tokenizer": WordTokenizer(), "length": 8}
 
 

@@ -174,11 +174,28 @@ def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -
     left = number
     for batch in batches:
         tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        taken.append({key: value[:left] if value.dim() else value for key, value in tensors.items()})
-        left = None if left is None else left - sequences_in(tensors)
+        count = sequences_in(tensors)
+        taken.append(tensors if left is None or left >= count else _cut(tensors, left))
+        left = None if left is None else left - count
         if left is not None and left <= 0:
             break
     return taken
+
+
+def _cut(batch: Batch, number: int) -> Batch:
+    """The first sequences of a batch, with what is there once for all of them.
+
+    Raises:
+        ValueError: if there is no telling what of a tensor is theirs, such as the patches of all images of a batch."""
+    count = sequences_in(batch)
+    for key, value in batch.items():
+        if value.dim() and len(value) not in (1, count):
+            raise ValueError(
+                f"A batch is cut along the first dimension of its tensors, one entry for each sequence, got shape "
+                f"{tuple(value.shape)} for `{key}` in a batch of {count} sequences, of which {number} are wanted; "
+                "give batches of one sequence each, or a `num_sequences` that takes whole ones (None: all)."
+            )
+    return {key: value[:number] if value.dim() else value for key, value in batch.items()}
 
 
 def main_input(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
