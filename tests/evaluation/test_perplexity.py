@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +41,16 @@ def test_against_a_loop(tiny_llama, tokens: int, window: int):
             logits = tiny_llama(input_ids=piece[None, :t]).logits[0, -1]
             losses.append(-logits.log_softmax(-1)[piece[t]].item())
     assert perplexity(tiny_llama, ids, window, progress=False) == pytest.approx(math.exp(sum(losses) / len(losses)))
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_weights_that_are_kept_elsewhere(tiny_llama, tmp_path, offload):
+    """The recipe of docs/memory.md: the first weight is on the meta device."""
+    ids = torch.randint(3, models.VOCAB_SIZE, (20,))
+    expected = perplexity(tiny_llama, ids, window=8, progress=False)
+    folder = {} if offload is cpu_offload else {"offload_dir": tmp_path}
+    model = offload(tiny_llama, execution_device="cpu", **folder)
+    assert perplexity(model, ids, window=8, progress=False) == pytest.approx(expected)
 
 
 def test_mode_is_put_back(tiny_gpt2):

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from peft_sparse.pruning.calibration import evaluation_mode
 from peft_sparse.pruning.checks import check_positions
+from peft_sparse.pruning.offload import execution_device
 from peft_sparse.pruning.token_inputs import check_token_inputs
 
 PROBE = 8  # tokens with which it is tried that a model is causal
@@ -65,7 +66,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
     _check_causal(model)
     check_positions(model, "window", min(window, len(input_ids)))
     check_token_inputs(model, [{"input_ids": input_ids[None]}])
-    device = next(model.parameters()).device
+    device = execution_device(model)
     total, predicted = 0.0, 0
     with evaluation_mode(model):
         _check_order(model, input_ids[: min(window, PROBE)].to(device))
