@@ -53,6 +53,13 @@ def test_weights_that_are_kept_elsewhere(tiny_llama, tmp_path, offload):
     assert perplexity(model, ids, window=8, progress=False) == pytest.approx(expected)
 
 
+def test_ids_of_32_bits(tiny_llama):
+    ids = torch.randint(3, models.VOCAB_SIZE, (20,))
+    assert perplexity(tiny_llama, ids.int(), progress=False) == perplexity(tiny_llama, ids, progress=False)
+    with pytest.raises(ValueError, match=r"int64 or int32, got torch.int16"):
+        perplexity(tiny_llama, ids.short(), progress=False)
+
+
 def test_mode_is_put_back(tiny_gpt2):
     tiny_gpt2.train()
     perplexity(tiny_gpt2, torch.arange(8), progress=False)

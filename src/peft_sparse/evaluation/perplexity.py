@@ -66,7 +66,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
     _check_causal(model)
     check_positions(model, "window", min(window, len(input_ids)))
     check_token_inputs(model, [{"input_ids": input_ids[None]}])
-    device = execution_device(model)
+    device, input_ids = execution_device(model), input_ids.long()  # of int32 there is no cross-entropy
     total, predicted = 0.0, 0
     with evaluation_mode(model):
         _check_order(model, input_ids[: min(window, PROBE)].to(device))
