@@ -8,6 +8,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
     OPTConfig,
     OPTForCausalLM,
     RobertaConfig,
@@ -144,3 +151,33 @@ def test_inputs_of_a_model_of_one_s_own():
 def test_token_ids_of_a_type_that_no_embedding_takes(tiny_llama, dtype):
     with pytest.raises(ValueError, match=rf"int64 or int32, got {dtype} for `input_ids` of batch 0; take what"):
         prune_wanda(tiny_llama, [{"input_ids": torch.ones(1, 8, dtype=dtype)}], progress=False)
+
+
+def marian() -> MarianMTModel:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+    return MarianMTModel(
+        MarianConfig(
+            vocab_size=40, decoder_vocab_size=70, share_encoder_decoder_embeddings=False, d_model=32, **sizes, **heads
+        )
+    )
+
+
+def bert_and_gpt2() -> EncoderDecoderModel:
+    bert = BertModel(BertConfig(**SIZES, vocab_size=40))
+    return EncoderDecoderModel(
+        encoder=bert, decoder=GPT2LMHeadModel(GPT2Config(vocab_size=70, n_embd=32, n_head=4, add_cross_attention=True))
+    )
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("factory", [marian, bert_and_gpt2])
+def test_a_decoder_with_a_vocabulary_of_its_own(factory):
+    model = factory().eval()
+    batch = {"input_ids": torch.full((1, 8), 39), "decoder_input_ids": torch.full((1, 6), 69)}
+    prune_wanda(model, [batch], progress=False)
+    for key, size in (("input_ids", 40), ("decoder_input_ids", 70)):
+        with pytest.raises(ValueError, match=rf"vocabulary, from 0 to {size - 1}, got {size} in `{key}` of batch 0"):
+            prune_wanda(model, [batch | {key: batch[key] + 1}], progress=False)
