@@ -10,11 +10,15 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    EncodecConfig,
     EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     MarianConfig,
     MarianMTModel,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     RobertaConfig,
@@ -181,3 +185,23 @@ def test_a_decoder_with_a_vocabulary_of_its_own(factory):
     for key, size in (("input_ids", 40), ("decoder_input_ids", 70)):
         with pytest.raises(ValueError, match=rf"vocabulary, from 0 to {size - 1}, got {size} in `{key}` of batch 0"):
             prune_wanda(model, [batch | {key: batch[key] + 1}], progress=False)
+
+
+def test_a_model_with_several_configs_of_text():
+    text = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    audio = EncodecConfig(
+        num_filters=4, hidden_size=16, codebook_size=16, codebook_dim=16, upsampling_ratios=[2, 2], num_lstm_layers=1
+    )
+    decoder = MusicgenDecoderConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, num_codebooks=2
+    )
+    model = MusicgenForConditionalGeneration(
+        MusicgenConfig(text_encoder=text.to_dict(), audio_encoder=audio.to_dict(), decoder=decoder.to_dict())
+    )
+    ids, mask = torch.randint(0, 50, (2, 8)), torch.ones(2, 8, dtype=torch.int64)
+    mask[0, 5:] = 0
+    assert context_length(model) is None
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(0, 16, (4, 6))}
+    prune_wanda(model.eval(), [batch], progress=False)
+    assert all(num_zeros(linear) for linear in block_linears(model.text_encoder).values())
+    assert all(num_zeros(linear) for linear in block_linears(model.decoder).values())

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from peft_sparse.pruning.token_inputs import text_config
+
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -135,7 +137,7 @@ def may_see_text(model: nn.Module, path: str) -> bool:
     for length in range(len(parts), 0, -1):
         config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
         if isinstance(config, PreTrainedConfig):
-            has_vocabulary = getattr(config.get_text_config(), "vocab_size", None) is not None
+            has_vocabulary = getattr(text_config(config), "vocab_size", None) is not None
             return has_vocabulary or type(config) is type(getattr(model, "config", None))
     return True
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,3 +131,12 @@ def _decoder_vocabulary_size(model: nn.Module) -> int | None:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = None if get_decoder is None else get_decoder()
     return None if decoder is None else vocabulary_size(decoder)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that is about text; all of it where there is no telling, as in a MusicGen, whose
+    encoder and decoder are both called so."""
+    try:
+        return config if not hasattr(config, "get_text_config") else config.get_text_config()
+    except ValueError:
+        return config
