@@ -127,6 +127,18 @@ def test_rows_are_cut_and_counted():
     assert "attention_mask" not in batches[0]
 
 
+def test_only_what_has_an_entry_for_each_token_is_cut():
+    row = {"input_ids": list(range(3, 23)), "bbox": [[0, 0, 1, 1]] * 20, "token_type_ids": [0] * 20}
+    (batch,) = calibration_batches([row | {"labels": [0.0, 1.0] * 5}], length=6)
+    assert {key: tuple(value.shape[1:]) for key, value in batch.items()} == {
+        "input_ids": (6,), "bbox": (6, 4), "token_type_ids": (6,), "labels": (10,),
+    }  # fmt: skip
+    (batch,) = calibration_batches([row | {"labels": list(range(9)), "decoder_input_ids": list(range(9))}], length=6)
+    assert batch["labels"].shape == batch["decoder_input_ids"].shape == (1, 6)  # a target of another length
+    (batch,) = calibration_batches([{"input_values": [0.5] * 20}], length=6)
+    assert batch["input_values"].shape == (1, 6)
+
+
 def test_images():
     images = [{"pixel_values": torch.randn(3, 4, 4), "label": 2} for _ in range(3)]
     assert [b["pixel_values"].shape for b in calibration_batches(images, batch_size=2)] == [(2, 3, 4, 4), (1, 3, 4, 4)]

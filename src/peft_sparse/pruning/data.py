@@ -32,9 +32,9 @@ def calibration_batches(
 
     * Text (a string, strings, or rows with `text_column` and no `input_ids`): documents are tokenized, joined with the
       tokenizer's end-of-sequence token between them, and cut into windows of `length` tokens, so nothing is padded.
-    * Rows, dicts of one sequence each (a tokenized `datasets` dataset, or any iterable): cut to `length` and padded on
-      the right to the longest of their batch, with an `attention_mask` that says so. Columns that are no sequences of
-      numbers (strings, labels of whole sequences) are left out.
+    * Rows, dicts of one sequence each (a tokenized `datasets` dataset, or any iterable): cut to `length` tokens and
+      padded on the right to the longest of their batch, with an `attention_mask` that says so. Columns that are no
+      sequences of numbers (strings, labels of whole sequences) are left out.
     * Batches, dicts of tensors with two dimensions or more: the first `num_sequences` sequences, otherwise unchanged.
 
     From a source that has a length sequences are drawn at random; a stream (a generator, an `IterableDataset`) is read
@@ -220,8 +220,16 @@ def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str,
         except (TypeError, ValueError, RuntimeError):
             continue  # lists of strings, or of lists of unequal length
         if tensor.dim():
-            found[key] = tensor[:length] if tensor.dim() == 1 else tensor
-    return found
+            found[key] = tensor
+    tokens = len(found["input_ids"]) if "input_ids" in found else None
+    return {key: tensor[:length] if _is_of_tokens(key, tensor, tokens) else tensor for key, tensor in found.items()}
+
+
+def _is_of_tokens(key: str, column: torch.Tensor, tokens: int | None) -> bool:
+    """Whether a column has an entry for each token: as many as `input_ids`, where there are some (LayoutLM's boxes,
+    but not the labels of a whole text); a decoder's tokens are counted by themselves."""
+    of_decoder = key.startswith("decoder_") or (key == "labels" and not column.is_floating_point())
+    return column.dim() == 1 if tokens is None or of_decoder else len(column) == tokens
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
