@@ -348,6 +348,21 @@ def test_models_that_are_refused(tiny_llama, tmp_path):
     save_sparse(model, tmp_path / "new")
 
 
+def test_compiled_models(tiny_llama, tmp_path):
+    """As a whole or block by block; one that is compiled in place has its own names."""
+    with pytest.raises(ValueError, match=r"got all of it wrapped by `torch.compile`; save `model._orig_mod`"):
+        save_sparse(torch.compile(tiny_llama, backend="eager"), tmp_path / "new")
+    block = tiny_llama.model.layers[1]
+    tiny_llama.model.layers[1] = torch.compile(block, backend="eager")
+    with pytest.raises(ValueError, match=r"got `model.layers.1` wrapped .*; put its `_orig_mod` back in its place"):
+        save_sparse(tiny_llama, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    tiny_llama.model.layers[1] = block
+    block.compile(backend="eager")
+    save_sparse(tiny_llama, tmp_path / "new")
+    assert_same_bits(load_sparse(tmp_path / "new"), tiny_llama)
+
+
 def test_folders_that_are_refused(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no dense weights beside it, .* got 'model.safetensors'"):
