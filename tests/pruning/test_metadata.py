@@ -202,5 +202,24 @@ def test_the_report_shows_errors(tiny_llama, tmp_path):
     assert {x.name: x.error for x in sparsity_report(LlamaForCausalLM.from_pretrained(tmp_path)).layers} == errors
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_of_a_compiled_model(tiny_llama, tmp_path, whole):
+    """Its wrappers are in the names of its modules, and are not there after a reload."""
+    model, blocks = tiny_llama, tiny_llama.model.layers
+    names = list(block_linears(tiny_llama))
+    if whole:
+        model = torch.compile(tiny_llama, backend="eager")
+    else:
+        blocks[0] = torch.compile(blocks[0], backend="eager")
+    budget = {".*up_proj": 0.6, ".*": 0.4}
+    prune_wanda(model, batches(), sparsity=budget, measure_error=True, progress=False)
+    errors = facts_of(model)["errors"]
+    assert set(errors) == set(facts_of(model)["sparsity"]) == set(names)
+    assert [layer.error for layer in sparsity_report(model).layers] == [errors[name] for name in names]
+    blocks[0] = getattr(blocks[0], "_orig_mod", blocks[0])
+    tiny_llama.save_pretrained(tmp_path)
+    assert {layer.name: layer.error for layer in sparsity_report(tmp_path).layers} == errors
+
+
 def test_the_report_without_errors_is_as_before(tiny_llama):
     assert "error" not in str(sparsity_report(prune_wanda(tiny_llama, batches(), progress=False)))

@@ -25,7 +25,7 @@ from torch import nn
 from peft_sparse.pruning.data import main_input, sequences_in
 from peft_sparse.pruning.resume import hash_tensors
 from peft_sparse.sparsity import Pattern
-from peft_sparse.storage import CONFIG_KEY, PRUNING, record_facts
+from peft_sparse.storage import CONFIG_KEY, PRUNING, own_name, record_facts
 
 
 def describe(
@@ -49,7 +49,9 @@ def describe(
         "method": method,
         "pattern": str(pattern),
         "group": getattr(pattern, "group", "M consecutive weights"),
-        "sparsity": different.pop() if len(different) == 1 else dict(sparsities),
+        "sparsity": different.pop()
+        if len(different) == 1
+        else {own_name(n): share for n, share in sparsities.items()},
         "modules": len(sparsities),
     }
     if settings:
@@ -83,5 +85,5 @@ def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] 
         earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
         facts = facts | {"earlier": earlier}
     if errors:
-        facts = facts | {"errors": {name: float(f"{error:.6g}") for name, error in errors.items()}}
+        facts = facts | {"errors": {own_name(name): float(f"{error:.6g}") for name, error in errors.items()}}
     record_facts(model, pruning=facts)

@@ -40,6 +40,16 @@ def record_facts(model: nn.Module, **facts: Any) -> None:
     setattr(config, CONFIG_KEY, known | {key: value for key, value in new.items() if value is not None})
 
 
+def own_name(name: str) -> str:
+    """The full name of a module without the wrappers of `torch.compile`, which are not there after a reload.
+
+    Examples:
+        >>> own_name("_orig_mod.layers.0._orig_mod.up_proj")
+        'layers.0.up_proj'
+    """
+    return name.replace("_orig_mod.", "")
+
+
 def hub_name(name: str | None) -> str | None:
     """`name` if it can be a model on the Hub and is no folder here.
 
