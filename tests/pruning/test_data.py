@@ -144,6 +144,19 @@ def test_images():
     assert [b["pixel_values"].shape for b in calibration_batches(images, batch_size=2)] == [(2, 3, 4, 4), (1, 3, 4, 4)]
 
 
+def test_sounds():
+    """Of unequal length, as one-dimensional waves or as features of each moment."""
+    for key, shapes in (("input_values", [(400,), (300,)]), ("input_features", [(40, 8), (30, 8)])):
+        (batch,) = calibration_batches(iter([{key: torch.randn(shape)} for shape in shapes]), batch_size=2)
+        assert batch[key].shape == (2, *shapes[0]) and not batch[key][1, shapes[1][0] :].any()
+        assert batch["attention_mask"].sum(1).tolist() == [shapes[0][0], shapes[1][0]]
+    rows = [{"input_ids": [3] * n, "input_features": torch.randn(n + 1, 8)} for n in (5, 3)]
+    (batch,) = calibration_batches(iter(rows), batch_size=2)
+    assert batch["attention_mask"].shape == (2, 5)
+    waves = {"input_values": torch.randn(4, 400)}
+    assert torch.equal(calibration_batches([waves])[0]["input_values"], waves["input_values"])
+
+
 # Batches
 
 
@@ -201,6 +214,11 @@ TEXT = {"tokenizer": WordTokenizer(), "length": 8}
             "is one sequence, got a list of sequences in `input_ids`; give one row",
         ),
         ([{"input_ids": np.array([[1, 2]])}], {}, "got a ndarray of sequences"),
+        (
+            [{"input_features": torch.ones(8, n)} for n in (40, 30)],
+            {"batch_size": 2},
+            r"first dimension, got the shapes \(8, [34]0\) and \(8, [34]0\) for `input_features`; take `batch_size=1`",
+        ),
         (rows(), {"num_sequences": 0}, "`num_sequences` is a positive integer, got 0"),
         (rows(), {"batch_size": True}, "`batch_size` is a positive integer, got True"),
         (rows(), {"length": 1.5}, "`length` is a positive integer, got 1.5"),

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 Batch = dict[str, torch.Tensor]
 
+_SOUNDS = ("input_values", "input_features")
+
 # What tokenizers and collators put beside a model's inputs.
 NOT_INPUTS = {"special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "word_ids", "idx", "id"}
 
@@ -163,10 +165,10 @@ def _windows(
 
 
 def _batch_dims(key: str, value: torch.Tensor) -> int:
-    """Dimensions of an input that has one for the sequences of a batch: images, other floats, ids and masks."""
+    """Dimensions of an input that has one for the sequences of a batch: images, other floats, waves, ids and masks."""
     if key == "pixel_values":
         return 4
-    return 3 if value.is_floating_point() else 2
+    return 3 if value.is_floating_point() and key != "input_values" else 2
 
 
 def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -> list[Batch]:
@@ -236,7 +238,7 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
     """A batch of rows, padded on the right to the longest, with an `attention_mask` that says so.
 
     Raises:
-        ValueError: if the rows have other columns than the first one."""
+        ValueError: if the rows have other columns than the first one, or differ in more than their length."""
     batch: Batch = {}
     for row in rows:
         if row.keys() != rows[0].keys():
@@ -249,12 +251,31 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
         if len({value.shape for value in values}) == 1:
             batch[key] = torch.stack(values)
             continue
+        _check_widths(key, values)
         padding = -100 if key == "labels" else 0
         if key.endswith("input_ids"):
             padding = pad_token_id
         batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
-        mask = key.replace("input_ids", "attention_mask")
-        if key.endswith("input_ids") and mask not in rows[0]:
+        mask = _mask_of(key, rows[0])
+        if mask is not None and mask not in rows[0]:
             ones = [torch.ones(len(value), dtype=torch.int64, device=value.device) for value in values]
             batch[mask] = pad_sequence(ones, batch_first=True)
     return batch
+
+
+def _mask_of(key: str, row: Mapping[str, torch.Tensor]) -> str | None:
+    """What the mask of a column is called, if it has one; beside a text that of a sound is the model's own matter."""
+    if key in _SOUNDS and "input_ids" not in row:
+        return "attention_mask"
+    return key.replace("input_ids", "attention_mask") if key.endswith("input_ids") else None
+
+
+def _check_widths(key: str, values: list[torch.Tensor]) -> None:
+    """Raises:
+    ValueError: if columns differ in more than their length."""
+    other = next((value.shape for value in values if value.shape[1:] != values[0].shape[1:]), None)
+    if other is not None:
+        raise ValueError(
+            f"Rows of a batch are padded along their first dimension, got the shapes {tuple(values[0].shape)} and "
+            f"{tuple(other)} for `{key}`; take `batch_size=1`, or make them alike with the model's processor."
+        )
