@@ -104,6 +104,14 @@ def test_a_quantised_folder_is_refused(tmp_path, tiny_llama, entry, message):
             read(tmp_path / "codes")
 
 
+@pytest.mark.parametrize("entry", [["wanda"], "wanda", 1, {"errors": [0.1]}, None])
+def test_facts_of_somebody_else(tiny_llama, tmp_path, entry):
+    tiny_llama.config.peft_sparse = {"pruning": entry}
+    tiny_llama.save_pretrained(tmp_path)
+    for source in (tiny_llama, tmp_path):
+        assert {layer.error for layer in sparsity_report(source).layers} == {None}
+
+
 def test_a_model_without_linears():
     with pytest.raises(ValueError, match="at least one linear, got none in Embedding"):
         sparsity_report(nn.Embedding(3, 4))

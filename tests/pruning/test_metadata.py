@@ -86,6 +86,13 @@ def test_what_else_is_in_the_config_stays(tiny_llama):
     assert tiny_llama.config.peft_sparse.keys() == {"format", "version", "pruning"}
 
 
+@pytest.mark.parametrize("entry", ["wanda", ["wanda"], {"pruning": ["wanda"]}, {"pruning": "wanda"}])
+def test_an_entry_of_somebody_else_gives_way(tiny_llama, entry):
+    tiny_llama.config.peft_sparse = entry
+    facts = facts_of(prune_magnitude(tiny_llama))
+    assert facts["method"] == "magnitude" and "earlier" not in facts
+
+
 def test_nothing_is_written_after_an_error(tiny_llama):
     with torch.no_grad():
         tiny_llama.model.layers[1].post_attention_layernorm.weight[3] = torch.inf

@@ -260,4 +260,5 @@ def _pruning_errors(entry: Any) -> dict[str, float]:
     """||X W_new^T - X W^T|| / ||X W^T|| on the calibration data by full name, as the pruner wrote it into the config;
     empty where nothing was measured."""
     facts = entry.get(PRUNING) if isinstance(entry, dict) else None
-    return dict((facts or {}).get("errors") or {})
+    errors = facts.get("errors") if isinstance(facts, dict) else None
+    return dict(errors) if isinstance(errors, dict) else {}

@@ -25,7 +25,7 @@ from torch import nn
 from peft_sparse.pruning.data import main_input, sequences_in
 from peft_sparse.pruning.resume import hash_tensors
 from peft_sparse.sparsity import Pattern
-from peft_sparse.storage import CONFIG_KEY, PRUNING, own_name, record_facts
+from peft_sparse.storage import CONFIG_KEY, PRUNING, facts_of, own_name, record_facts
 
 
 def describe(
@@ -80,8 +80,8 @@ def _describe_batches(batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
 
 def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] | None = None) -> None:
     """Write the facts of a run into the config of a model of transformers."""
-    before = (getattr(getattr(model, "config", None), CONFIG_KEY, None) or {}).get(PRUNING)
-    if before:
+    before = facts_of(getattr(getattr(model, "config", None), CONFIG_KEY, None)).get(PRUNING)
+    if isinstance(before, dict) and before:
         earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
         facts = facts | {"earlier": earlier}
     if errors:

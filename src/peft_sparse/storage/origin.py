@@ -34,7 +34,8 @@ def record_facts(model: nn.Module, **facts: Any) -> None:
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return
-    known = dict(getattr(config, CONFIG_KEY, None) or {})
+    found = getattr(config, CONFIG_KEY, None)
+    known = found if isinstance(found, dict) else {}
     base = known.get(BASE_MODEL) or hub_name(getattr(model, "name_or_path", None))
     new = {BASE_MODEL: base} | facts
     setattr(config, CONFIG_KEY, known | {key: value for key, value in new.items() if value is not None})
