@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.architectures import ARCHITECTURES
 from peft_sparse import calibration_batches, owl_sparsity, prune_magnitude, prune_wanda, sparsity_report
 from peft_sparse.linears import block_linears, get_weight
 
@@ -68,6 +69,15 @@ def test_padding_and_other_data():
     assert calibration(batches(padding=True)) == padded
     assert calibration(batches())["sha256"] != padded["sha256"]
     assert calibration(batches()[::-1])["sha256"] != calibration(batches())["sha256"]
+
+
+def test_what_has_no_tokens():
+    """The channels of an image are none."""
+    images = [{"pixel_values": torch.randn(2, 3, 16, 16)}]
+    facts = facts_of(prune_wanda(ARCHITECTURES["ViT"].build(), images, progress=False))["calibration"]
+    assert facts.keys() == {"sequences", "sha256"} and facts["sequences"] == 2
+    embeds = [{"inputs_embeds": torch.randn(2, 10, 32)}]
+    assert facts_of(prune_wanda(models.tiny_llama(), embeds, progress=False))["calibration"]["tokens"] == 20
 
 
 def test_earlier_runs_are_remembered(tiny_llama):
