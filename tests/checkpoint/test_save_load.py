@@ -203,6 +203,21 @@ def test_shards(tmp_path):
     assert_same_bits(load_sparse(tmp_path), model)
 
 
+def test_files_of_others_stay(tmp_path):
+    """Also those whose names begin as ours do."""
+    model = prune_magnitude(tied_llama(), sparsity=0.5)
+    names = ("notes.txt", "_notes.txt", "s.csv", ".onnx", "_old.safetensors", "-1-of-2.safetensors")
+    others = {f"sparse_model{name}" for name in names}
+    for name in others:
+        (tmp_path / name).write_text(name)
+    save_sparse(model, tmp_path, max_shard_size=30_000)
+    shards = {path.name for path in tmp_path.glob("sparse_model-*-of-0*.safetensors")}
+    save_sparse(model, tmp_path)
+    assert len(shards) > 2 and not shards & {path.name for path in tmp_path.iterdir()}
+    assert all((tmp_path / name).read_text() == name for name in others)
+    assert_same_bits(load_sparse(tmp_path), model)
+
+
 @pytest.mark.parametrize(
     ("dtype", "bounds"),
     [(torch.float32, {0.5: 0.54, 0.75: 0.29, 0.9: 0.14}), (torch.bfloat16, {0.5: 0.57, 0.75: 0.32, 0.9: 0.17})],
@@ -331,6 +346,21 @@ def test_models_that_are_refused(tiny_llama, tmp_path):
             save_sparse(model, tmp_path / "new", max_shard_size=size)
     assert not (tmp_path / "new").exists()
     save_sparse(model, tmp_path / "new")
+
+
+def test_compiled_models(tiny_llama, tmp_path):
+    """As a whole or block by block; one that is compiled in place has its own names."""
+    with pytest.raises(ValueError, match=r"got all of it wrapped by `torch.compile`; save `model._orig_mod`"):
+        save_sparse(torch.compile(tiny_llama, backend="eager"), tmp_path / "new")
+    block = tiny_llama.model.layers[1]
+    tiny_llama.model.layers[1] = torch.compile(block, backend="eager")
+    with pytest.raises(ValueError, match=r"got `model.layers.1` wrapped .*; put its `_orig_mod` back in its place"):
+        save_sparse(tiny_llama, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    tiny_llama.model.layers[1] = block
+    block.compile(backend="eager")
+    save_sparse(tiny_llama, tmp_path / "new")
+    assert_same_bits(load_sparse(tmp_path / "new"), tiny_llama)
 
 
 def test_folders_that_are_refused(tiny_llama, tmp_path):

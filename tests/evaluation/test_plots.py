@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import prune_magnitude
-from peft_sparse.evaluation import plot_schedule, plot_sparsity
+from peft_sparse.evaluation import plot_schedule, plot_sparsity, sparsity_report
 from peft_sparse.evaluation.plots import _by_kind, kept_profile
 
 from models import tiny_llama
@@ -67,6 +67,14 @@ def test_equal_rows_are_pale_and_an_empty_layer_has_no_colour():
     data = image.get_array()
     assert data.mask[0].all() and not data.mask[1:].any()
     assert abs(image.norm(data[1:]) - 0.5).max() < 1e-5 and image.norm.vmax >= 1.1
+
+
+def test_a_layer_without_weights_has_no_colour_either():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0), nn.Linear(0, 3))
+    rows, _, bars, _ = plot_sparsity(model).axes
+    assert rows.images[0].get_array().mask.all(1).tolist() == [False, True, True]
+    assert [bar.get_width() for bar in bars.patches] == [0, 0, 0]
+    assert [layer.pattern for layer in sparsity_report(model).layers] == ["dense"] * 3
 
 
 def test_a_deep_model_makes_no_taller_and_no_heavier_a_picture(tmp_path):

@@ -79,6 +79,39 @@ def test_paths_that_are_refused(tmp_path, tiny_llama):
         sparsity_report(tmp_path / "adapter")
 
 
+QUANTISED = [
+    ({"quant_method": "gptq", "bits": 4}, r"where gptq has quantised them; read the model before it is quantised"),
+    ({"quant_method": "awq", "bits": 4}, "where awq has"),
+    ({"quant_method": "bitsandbytes"}, "where bitsandbytes has quantised them; load the model with transformers and"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}, "where compressed-tensors has"),
+    ({"bits": 4}, "where somebody has"),
+]
+
+
+@pytest.mark.parametrize(("entry", "message"), QUANTISED)
+def test_a_quantised_folder_is_refused(tmp_path, tiny_llama, entry, message):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    tiny_llama.save_pretrained(tmp_path / "codes")
+    tensors = load_file(tmp_path / "codes" / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        tensors[name.replace("weight", "qweight")] = tensors.pop(name)[:, ::8].int()
+        tensors[name.replace("weight", "scales")] = torch.ones(1, 32)
+    save_file(tensors, tmp_path / "codes" / "model.safetensors")
+    config = json.loads((tmp_path / "codes" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "codes" / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    for read in (sparsity_report, lambda folder: verify_sparsity(folder, reference=tmp_path / "dense")):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "codes")
+
+
+@pytest.mark.parametrize("entry", [["wanda"], "wanda", 1, {"errors": [0.1]}, None])
+def test_facts_of_somebody_else(tiny_llama, tmp_path, entry):
+    tiny_llama.config.peft_sparse = {"pruning": entry}
+    tiny_llama.save_pretrained(tmp_path)
+    for source in (tiny_llama, tmp_path):
+        assert {layer.error for layer in sparsity_report(source).layers} == {None}
+
+
 def test_a_model_without_linears():
     with pytest.raises(ValueError, match="at least one linear, got none in Embedding"):
         sparsity_report(nn.Embedding(3, 4))

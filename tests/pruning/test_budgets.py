@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from peft_sparse import owl_sparsity, prune_magnitude, prune_wanda, uniform_sparsity
 from peft_sparse.linears import block_linears, get_weight
@@ -169,6 +170,23 @@ def test_owl_by_linear(tiny_llama):
     assert max(budget.values()) - min(budget.values()) == pytest.approx(0.2, abs=2e-3)
     prune_magnitude(model, sparsity=budget)
     assert sum(zeros(model).values()) == int(0.5 * total(model))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_owl_is_the_same_however_sequences_are_batched(device):
+    """OPT's MLP sees all tokens in one row after another, where a batch of several sequences looks like one."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(vocab_size=models.VOCAB_SIZE, word_embed_proj_dim=32, **sizes)).eval()
+    ids = torch.randint(3, models.VOCAB_SIZE, (8, 10))
+    with torch.no_grad():
+        for linear in block_linears(model).values():
+            linear.weight *= torch.randn(len(linear.weight), 1).exp() * torch.randn(linear.weight.shape[1]).exp()
+    rows, mask = [{"input_ids": row[None]} for row in ids], {"attention_mask": torch.ones_like(ids)}
+    budgets = [owl_sparsity(model, data, device=device) for data in (rows, [{"input_ids": ids}])]
+    budgets.append(owl_sparsity(model, [{"input_ids": ids, **mask}], device=device))
+    assert len(set(budgets[0].values())) > 1
+    for budget in budgets[1:]:
+        assert budget == pytest.approx(budgets[0], abs=2e-3)
 
 
 @pytest.mark.parametrize("factory", [models.tiny_gpt2, models.tiny_bert])

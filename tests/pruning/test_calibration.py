@@ -312,6 +312,46 @@ def test_a_block_that_is_in_a_list_several_times(tiny_llama, order):
     assert pruning.owl_sparsity(tiny_llama, batches, 0.7).keys() == block_linears(tiny_llama).keys()
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + 3 * self.down(self.up(x).tanh())
+
+
+class Looped(nn.Module):
+    """Its blocks are run in this order, as one list or in rounds over a list of all of them."""
+
+    def __init__(self, order: list[int], rounds: int) -> None:
+        super().__init__()
+        blocks = [Residual() for _ in range(max(order) + 1)]
+        self.blocks, self.rounds = nn.ModuleList(blocks[index] for index in order), rounds
+
+    def forward(self, x):
+        for _ in range(self.rounds):
+            for block in self.blocks:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("order", "rounds"), [([0, 1, 0, 1], 1), ([0, 0, 1, 1], 1), ([0, 1], 3), ([0, 1, 2, 1], 1), ([0], 3)], ids=str
+)
+def test_blocks_that_run_in_turn_several_times(order, rounds):
+    """A block sees what the one before it returns in each of its rounds, not what it returns in the last of them."""
+    model = Looped(order, rounds)
+    batches = [{"x": torch.randn(4, 5, 8) * torch.logspace(-2, 1, 8)} for _ in range(2)]
+    expected, again = copy.deepcopy(model), order != sorted(order) or (rounds > 1 and len(order) > 1)
+    naive_wanda(expected, batches, 0.5, [f"blocks.{order.index(index)}" for index in sorted(set(order))])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pruning.prune_wanda(model, batches, progress=False)
+    assert_untouched(model, state_of(expected))
+    assert again == any("depends on more than the block before it" in str(warning.message) for warning in told)
+
+
 def compiled_whole(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 

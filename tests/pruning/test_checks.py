@@ -8,6 +8,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    EncodecConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     RobertaConfig,
@@ -144,3 +155,53 @@ def test_inputs_of_a_model_of_one_s_own():
 def test_token_ids_of_a_type_that_no_embedding_takes(tiny_llama, dtype):
     with pytest.raises(ValueError, match=rf"int64 or int32, got {dtype} for `input_ids` of batch 0; take what"):
         prune_wanda(tiny_llama, [{"input_ids": torch.ones(1, 8, dtype=dtype)}], progress=False)
+
+
+def marian() -> MarianMTModel:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+    return MarianMTModel(
+        MarianConfig(
+            vocab_size=40, decoder_vocab_size=70, share_encoder_decoder_embeddings=False, d_model=32, **sizes, **heads
+        )
+    )
+
+
+def bert_and_gpt2() -> EncoderDecoderModel:
+    bert = BertModel(BertConfig(**SIZES, vocab_size=40))
+    return EncoderDecoderModel(
+        encoder=bert, decoder=GPT2LMHeadModel(GPT2Config(vocab_size=70, n_embd=32, n_head=4, add_cross_attention=True))
+    )
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("factory", [marian, bert_and_gpt2])
+def test_a_decoder_with_a_vocabulary_of_its_own(factory):
+    model = factory().eval()
+    batch = {"input_ids": torch.full((1, 8), 39), "decoder_input_ids": torch.full((1, 6), 69)}
+    prune_wanda(model, [batch], progress=False)
+    for key, size in (("input_ids", 40), ("decoder_input_ids", 70)):
+        with pytest.raises(ValueError, match=rf"vocabulary, from 0 to {size - 1}, got {size} in `{key}` of batch 0"):
+            prune_wanda(model, [batch | {key: batch[key] + 1}], progress=False)
+
+
+def test_a_model_with_several_configs_of_text():
+    text = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    audio = EncodecConfig(
+        num_filters=4, hidden_size=16, codebook_size=16, codebook_dim=16, upsampling_ratios=[2, 2], num_lstm_layers=1
+    )
+    decoder = MusicgenDecoderConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, num_codebooks=2
+    )
+    model = MusicgenForConditionalGeneration(
+        MusicgenConfig(text_encoder=text.to_dict(), audio_encoder=audio.to_dict(), decoder=decoder.to_dict())
+    )
+    ids, mask = torch.randint(0, 50, (2, 8)), torch.ones(2, 8, dtype=torch.int64)
+    mask[0, 5:] = 0
+    assert context_length(model) is None
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(0, 16, (4, 6))}
+    prune_wanda(model.eval(), [batch], progress=False)
+    assert all(num_zeros(linear) for linear in block_linears(model.text_encoder).values())
+    assert all(num_zeros(linear) for linear in block_linears(model.decoder).values())

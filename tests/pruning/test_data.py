@@ -127,9 +127,34 @@ def test_rows_are_cut_and_counted():
     assert "attention_mask" not in batches[0]
 
 
+def test_only_what_has_an_entry_for_each_token_is_cut():
+    row = {"input_ids": list(range(3, 23)), "bbox": [[0, 0, 1, 1]] * 20, "token_type_ids": [0] * 20}
+    (batch,) = calibration_batches([row | {"labels": [0.0, 1.0] * 5}], length=6)
+    assert {key: tuple(value.shape[1:]) for key, value in batch.items()} == {
+        "input_ids": (6,), "bbox": (6, 4), "token_type_ids": (6,), "labels": (10,),
+    }  # fmt: skip
+    (batch,) = calibration_batches([row | {"labels": list(range(9)), "decoder_input_ids": list(range(9))}], length=6)
+    assert batch["labels"].shape == batch["decoder_input_ids"].shape == (1, 6)  # a target of another length
+    (batch,) = calibration_batches([{"input_values": [0.5] * 20}], length=6)
+    assert batch["input_values"].shape == (1, 6)
+
+
 def test_images():
     images = [{"pixel_values": torch.randn(3, 4, 4), "label": 2} for _ in range(3)]
     assert [b["pixel_values"].shape for b in calibration_batches(images, batch_size=2)] == [(2, 3, 4, 4), (1, 3, 4, 4)]
+
+
+def test_sounds():
+    """Of unequal length, as one-dimensional waves or as features of each moment."""
+    for key, shapes in (("input_values", [(400,), (300,)]), ("input_features", [(40, 8), (30, 8)])):
+        (batch,) = calibration_batches(iter([{key: torch.randn(shape)} for shape in shapes]), batch_size=2)
+        assert batch[key].shape == (2, *shapes[0]) and not batch[key][1, shapes[1][0] :].any()
+        assert batch["attention_mask"].sum(1).tolist() == [shapes[0][0], shapes[1][0]]
+    rows = [{"input_ids": [3] * n, "input_features": torch.randn(n + 1, 8)} for n in (5, 3)]
+    (batch,) = calibration_batches(iter(rows), batch_size=2)
+    assert batch["attention_mask"].shape == (2, 5)
+    waves = {"input_values": torch.randn(4, 400)}
+    assert torch.equal(calibration_batches([waves])[0]["input_values"], waves["input_values"])
 
 
 # Batches
@@ -144,6 +169,24 @@ def test_batches_are_handed_on():
     assert [b["input_ids"].shape for b in calibration_batches(loader, num_sequences=4)] == [(2, 4), (2, 4)]
     images = [{"pixel_values": torch.randn(2, 3, 4, 4)}]
     assert torch.equal(calibration_batches(images)[0]["pixel_values"], images[0]["pixel_values"])
+
+
+def test_tensors_without_a_dimension_for_sequences_stay_whole():
+    """As Qwen-VL has them: the patches of all images, and three positions for each token."""
+    batch = {"input_ids": torch.ones(2, 10, dtype=torch.int64), "pixel_values": torch.randn(512, 24)}
+    batch |= {"image_grid_thw": torch.tensor([[1, 16, 16]] * 2), "position_ids": torch.zeros(3, 2, 10)}
+    for number in (128, 4, None):
+        taken = calibration_batches([batch, batch], num_sequences=number)
+        assert [one.keys() for one in taken] == [batch.keys()] * 2
+        assert all(torch.equal(one[key], batch[key]) for one in taken for key in batch)
+    with pytest.raises(ValueError, match=r"\(512, 24\) for `pixel_values` in a batch of 2 sequences, of which 1 are"):
+        calibration_batches([batch, batch], num_sequences=3)
+
+
+def test_what_is_there_once_for_all_sequences_stays():
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.int64), "position_ids": torch.arange(4)[None]}
+    (taken,) = calibration_batches([batch], num_sequences=2)
+    assert {key: value.shape for key, value in taken.items()} == {"input_ids": (2, 4), "position_ids": (1, 4)}
 
 
 TEXT = {"tokenizer": WordTokenizer(), "length": 8}
@@ -171,6 +214,11 @@ TEXT = {"tokenizer": WordTokenizer(), "length": 8}
             "is one sequence, got a list of sequences in `input_ids`; give one row",
         ),
         ([{"input_ids": np.array([[1, 2]])}], {}, "got a ndarray of sequences"),
+        (
+            [{"input_features": torch.ones(8, n)} for n in (40, 30)],
+            {"batch_size": 2},
+            r"first dimension, got the shapes \(8, [34]0\) and \(8, [34]0\) for `input_features`; take `batch_size=1`",
+        ),
         (rows(), {"num_sequences": 0}, "`num_sequences` is a positive integer, got 0"),
         (rows(), {"batch_size": True}, "`batch_size` is a positive integer, got True"),
         (rows(), {"length": 1.5}, "`length` is a positive integer, got 1.5"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.architectures import ARCHITECTURES
 from peft_sparse import calibration_batches, owl_sparsity, prune_magnitude, prune_wanda, sparsity_report
 from peft_sparse.linears import block_linears, get_weight
 
@@ -70,6 +71,15 @@ def test_padding_and_other_data():
     assert calibration(batches()[::-1])["sha256"] != calibration(batches())["sha256"]
 
 
+def test_what_has_no_tokens():
+    """The channels of an image are none."""
+    images = [{"pixel_values": torch.randn(2, 3, 16, 16)}]
+    facts = facts_of(prune_wanda(ARCHITECTURES["ViT"].build(), images, progress=False))["calibration"]
+    assert facts.keys() == {"sequences", "sha256"} and facts["sequences"] == 2
+    embeds = [{"inputs_embeds": torch.randn(2, 10, 32)}]
+    assert facts_of(prune_wanda(models.tiny_llama(), embeds, progress=False))["calibration"]["tokens"] == 20
+
+
 def test_earlier_runs_are_remembered(tiny_llama):
     prune_magnitude(tiny_llama, sparsity=0.3, target_modules=["q_proj"])
     prune_wanda(tiny_llama, batches(), exclude_modules=["q_proj"], measure_error=True, progress=False)
@@ -84,6 +94,13 @@ def test_what_else_is_in_the_config_stays(tiny_llama):
     tiny_llama.config.peft_sparse = {"format": "packed", "version": 1}
     prune_magnitude(tiny_llama)
     assert tiny_llama.config.peft_sparse.keys() == {"format", "version", "pruning"}
+
+
+@pytest.mark.parametrize("entry", ["wanda", ["wanda"], {"pruning": ["wanda"]}, {"pruning": "wanda"}])
+def test_an_entry_of_somebody_else_gives_way(tiny_llama, entry):
+    tiny_llama.config.peft_sparse = entry
+    facts = facts_of(prune_magnitude(tiny_llama))
+    assert facts["method"] == "magnitude" and "earlier" not in facts
 
 
 def test_nothing_is_written_after_an_error(tiny_llama):
@@ -200,6 +217,25 @@ def test_the_report_shows_errors(tiny_llama, tmp_path):
     model.save_pretrained(tmp_path)
     assert {layer.name: layer.error for layer in sparsity_report(tmp_path).layers} == errors
     assert {x.name: x.error for x in sparsity_report(LlamaForCausalLM.from_pretrained(tmp_path)).layers} == errors
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_of_a_compiled_model(tiny_llama, tmp_path, whole):
+    """Its wrappers are in the names of its modules, and are not there after a reload."""
+    model, blocks = tiny_llama, tiny_llama.model.layers
+    names = list(block_linears(tiny_llama))
+    if whole:
+        model = torch.compile(tiny_llama, backend="eager")
+    else:
+        blocks[0] = torch.compile(blocks[0], backend="eager")
+    budget = {".*up_proj": 0.6, ".*": 0.4}
+    prune_wanda(model, batches(), sparsity=budget, measure_error=True, progress=False)
+    errors = facts_of(model)["errors"]
+    assert set(errors) == set(facts_of(model)["sparsity"]) == set(names)
+    assert [layer.error for layer in sparsity_report(model).layers] == [errors[name] for name in names]
+    blocks[0] = getattr(blocks[0], "_orig_mod", blocks[0])
+    tiny_llama.save_pretrained(tmp_path)
+    assert {layer.name: layer.error for layer in sparsity_report(tmp_path).layers} == errors
 
 
 def test_the_report_without_errors_is_as_before(tiny_llama):

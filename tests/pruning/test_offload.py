@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from benchmarks.architectures import ARCHITECTURES
 from peft_sparse import owl_sparsity, prune_magnitude, prune_wanda
 from peft_sparse.linears import block_linears, stored_state
 from peft_sparse.pruning.offload import BlockMover, OffloadableWeight
@@ -198,6 +199,28 @@ def test_owl_with_a_device(monkeypatch, tiny_llama):
     expected, moves = owl_sparsity(tiny_llama, batches()), Moves(monkeypatch)
     assert owl_sparsity(tiny_llama, batches(), device="cpu:0") == expected
     assert moves.most_away == 1 and not moves.away
+
+
+def copied(data, device):
+    """As `send_to_device` does where the device is another one."""
+    if isinstance(data, dict):
+        return {key: copied(value, device) for key, value in data.items()}
+    if isinstance(data, tuple):
+        return tuple(copied(value, device) for value in data)
+    return data.clone() if isinstance(data, torch.Tensor) else data
+
+
+@pytest.mark.parametrize("architecture", ["BART", "T5"])
+def test_a_device_and_padding_on_both_sides(monkeypatch, architecture):
+    """The encoder's states are moved too, and their mask goes with them."""
+    build, ids = ARCHITECTURES[architecture].build, torch.randint(3, models.VOCAB_SIZE, (4, 12))
+    mask, decoder_mask = torch.ones_like(ids), torch.ones_like(ids)
+    mask[:, 6:], decoder_mask[:, 3:5] = 0, 0
+    data = [{"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}]
+    data[0]["decoder_attention_mask"] = decoder_mask
+    plain = prune_wanda(build(), data, progress=False)
+    monkeypatch.setattr("peft_sparse.pruning.offload.send_to_device", copied)
+    assert_same(prune_wanda(build(), data, device="cpu", progress=False), numbers(plain))
 
 
 def test_the_model_s_own_device_moves_nothing(monkeypatch, tiny_llama):

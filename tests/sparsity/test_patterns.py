@@ -96,6 +96,7 @@ def test_what_find_pattern_calls_the_rest():
     nearly_dense = torch.ones(100, 8)
     nearly_dense[0, :4] = 0
     assert find_pattern(nearly_dense) == "dense"
+    assert find_pattern(torch.ones(0, 8)) == find_pattern(torch.ones(4, 0)) == "dense"
     assert find_pattern(torch.zeros(4, 8)) == "1:4"  # satisfies all of them
 
 

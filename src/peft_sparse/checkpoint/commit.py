@@ -12,6 +12,7 @@ by one after the other. The last one is what the target holds then.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ except ImportError:  # Windows, where saves into one folder have to wait for eac
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = ".sparse_model-"
+
+# What `checkpoint/shards.py` calls its files. Others that begin alike are the user's.
+_OURS = re.compile(r"sparse_model(-\d{5,}-of-\d{5,})?\.safetensors|sparse_model\.safetensors\.index\.json")
 
 
 @contextmanager
@@ -107,7 +111,7 @@ def _tidy_up(folder: Path, names: set[str]) -> None:
             with locked(path, wait=False) as left:
                 if left:  # by a save that was killed
                     shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith("sparse_model") and path.is_file() and path.name not in names:
+        elif _OURS.fullmatch(path.name) and path.is_file() and path.name not in names:
             path.unlink()  # of an earlier save with other shards
 
 

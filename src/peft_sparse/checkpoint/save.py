@@ -57,9 +57,9 @@ def save_sparse(
         method: for the model card, `"pst"` or `"spp"`; None: the one that was merged, if any.
 
     Raises:
-        ValueError: if the model has adapters, is quantised or is not a transformers model, if torch.nn.utils.prune or
-            a parametrization is on a linear layer, or if the folder holds dense weights, which plain transformers
-            would load in place of these. Nothing is written then.
+        ValueError: if the model has adapters, is quantised, wrapped by `torch.compile` or not a transformers model, if
+            torch.nn.utils.prune or a parametrization is on a linear layer, or if the folder holds dense weights, which
+            plain transformers would load in place of these. Nothing is written then.
 
     Examples:
         >>> import tempfile
@@ -106,6 +106,7 @@ def _check_model(model: Any) -> None:
             f"`save_sparse` saves a whole model, got adapters in {type(model).__name__}; merge them with "
             "`model = model.merge_and_unload()`, or save them alone with `save_pretrained`."
         )
+    _check_not_compiled(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`save_sparse` saves models of transformers, got {type(model).__name__}; wrap it in one.")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -117,6 +118,20 @@ def _check_model(model: Any) -> None:
         raise ValueError(f"`save_sparse` packs floating point weights, got {type(model).__name__}{unread}.")
     for name, linear in linears_inside(model).items():
         check_own_weight(name, linear)
+
+
+def _check_not_compiled(model: Any) -> None:
+    """The wrapper of `torch.compile` is in the names of all tensors below it, which no model that is loaded has."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    compiled = next((name for name, module in modules if hasattr(module, "_orig_mod")), None)
+    if compiled is not None:
+        what, way_out = f"`{compiled}`", "put its `_orig_mod` back in its place"
+        if not compiled:
+            what, way_out = "all of it", "save `model._orig_mod`"
+        raise ValueError(
+            f"`save_sparse` saves a model under its own names, got {what} wrapped by `torch.compile`; {way_out}, or "
+            "compile with `module.compile()`, which wraps nothing."
+        )
 
 
 def _check_folder(folder: Path) -> None:

@@ -12,7 +12,10 @@ from tqdm.auto import tqdm
 
 from peft_sparse.pruning.calibration import evaluation_mode
 from peft_sparse.pruning.checks import check_positions
+from peft_sparse.pruning.offload import execution_device
 from peft_sparse.pruning.token_inputs import check_token_inputs
+
+PROBE = 8  # tokens with which it is tried that a model is causal
 
 
 @torch.no_grad()
@@ -63,14 +66,15 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
     _check_causal(model)
     check_positions(model, "window", min(window, len(input_ids)))
     check_token_inputs(model, [{"input_ids": input_ids[None]}])
-    device = next(model.parameters()).device
+    device, input_ids = execution_device(model), input_ids.long()  # of int32 there is no cross-entropy
     total, predicted = 0.0, 0
     with evaluation_mode(model):
+        _check_order(model, input_ids[: min(window, PROBE)].to(device))
         for piece in tqdm(input_ids.split(window), desc="Perplexity", unit="window", disable=not progress):
             if len(piece) < 2:
                 continue
             piece = piece.to(device)
-            logits = _logits(model, piece)[:-1].float()  # (window - 1, vocabulary)
+            logits = _logits(model, piece[None])[0, :-1].float()  # (window - 1, vocabulary)
             total += F.cross_entropy(logits, piece[1:].to(logits.device), reduction="sum").item()
             predicted += len(piece) - 1
     return perplexity_of(total, predicted)
@@ -89,18 +93,38 @@ def _check_causal(model: nn.Module) -> None:
         )
 
 
-def _logits(model: nn.Module, piece: torch.Tensor) -> torch.Tensor:
-    """(tokens, vocabulary) of (tokens,)."""
-    output = model(input_ids=piece[None])
+def _check_order(model: nn.Module, piece: torch.Tensor) -> None:
+    """No class and no config tells it of all models (an encoder that `AutoModelForCausalLM` loads is none without
+    `is_decoder`), so it is tried: what comes later must not move what is predicted before it. Both texts are one
+    batch, which rounds alike; to be larger than rounding, a change has half of the digits of the coarsest dtype."""
+    first = len(piece) // 2
+    other = piece.clone()
+    other[first:] = (piece[first:] == 0).to(piece.dtype)
+    with torch.compiler.set_stance("force_eager"):  # no graph for a shape that is seen once
+        logits = _logits(model, torch.stack([piece, other]))
+    dtypes = {logits.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    before, after = logits[:, :first].float()
+    if (before - after).norm() > max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * before.norm():
+        raise ValueError(
+            "Perplexity is of a causal language model, which predicts each token from those before it, got "
+            f"{type(model).__name__}, whose predictions change with the tokens after it too; load it as a decoder "
+            "(`is_decoder=True`) if it was trained as one, or take the loss that it gives for `input_ids` and "
+            "`labels` instead."
+        )
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(sequences, tokens, vocabulary) of (sequences, tokens)."""
+    output = model(input_ids=ids)
     logits = getattr(output, "logits", None)
-    if logits is None or logits.dim() != 3 or logits.shape[:2] != (1, len(piece)):
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         found = f"a {type(output).__name__} without any" if logits is None else f"shape {tuple(logits.shape)}"
         raise ValueError(
             "Perplexity is of a causal language model, whose logits have the shape (sequences, tokens, vocabulary), "
-            f"got {found} from {type(model).__name__} for {len(piece)} tokens; load it with AutoModelForCausalLM, "
-            "without adapters that put tokens before the text."
+            f"got {found} from {type(model).__name__} for {ids.shape[0]} x {ids.shape[1]} tokens; load it with "
+            "AutoModelForCausalLM, without adapters that put tokens before the text."
         )
-    return logits[0]
+    return logits
 
 
 def perplexity_of(total: float, predicted: float) -> float:

@@ -37,13 +37,15 @@ def kept_profile(weight: torch.Tensor, points: int = POINTS) -> tuple[torch.Tens
         points: at which the sorted shares are read, evenly from the first to the last.
 
     Returns:
-        (points,) shares of kept weights of rows, and of columns.
+        (points,) shares of kept weights of rows, and of columns; NaN of a weight without any.
 
     Examples:
         >>> rows, columns = kept_profile(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]), points=3)
         >>> rows.tolist(), columns.tolist()
         ([0.5, 0.5, 0.0], [0.6666666865348816, 0.0, 0.0])
     """
+    if not weight.numel():
+        return torch.full((points,), torch.nan), torch.full((points,), torch.nan)
     kept = (weight != 0).float()
     profiles = []
     for shares in (kept.mean(1), kept.mean(0)):
@@ -60,8 +62,8 @@ def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = Non
     Colours are relative to the layer's mean, so that 50% and 95% are read alike: a row of colour 2 keeps twice the
     share of weights that its layer keeps. Pruning without structure gives a pale strip; one that goes from one colour
     to the other shows that zeros cluster by row or column. N:M and pruners that compare within rows leave rows pale.
-    The scale leaves out 2% of the data at either end, and a layer that keeps nothing is grey. Strips of a kind of
-    linear layer lie together, the first block on top.
+    The scale leaves out 2% of the data at either end, and a layer that keeps or has nothing is grey. Strips of a kind
+    of linear layer lie together, the first block on top.
 
     Args:
         model_or_path: as in [`sparsity_report`]; with unmerged adapters the weights that the forward uses.
@@ -89,7 +91,7 @@ def plot_sparsity(model_or_path: nn.Module | str | Path, title: str | None = Non
         kept = int((weight != 0).sum())
         for profiles, profile in zip((rows, columns), kept_profile(weight), strict=True):
             profiles.append(profile * (weight.numel() / kept if kept else float("nan")))
-        sparsity.append(1 - kept / weight.numel())
+        sparsity.append(1 - kept / weight.numel() if weight.numel() else 0.0)
         zeros, numel = zeros + weight.numel() - kept, numel + weight.numel()
     inches = min(1.6 + max(0.2 * len(kinds), 0.1 * len(rows)), MAX_INCHES)
     figure = figure_cls(figsize=(STRIPS_INCHES, inches), dpi=100, layout="constrained")

@@ -17,6 +17,7 @@ from torch import nn
 from peft_sparse.evaluation.tables import Totals, shape_cell, table, table_rows
 from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.sparsity import find_pattern
+from peft_sparse.storage import own_name
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
         not counted: 3 parameters outside of these weights, 0.00% of them zero
     """
     weights = linear_weights(model_or_path)
-    layers = [_layer(name, weights.read(name), weights.errors.get(name)) for name in weights.names]
+    layers = [_layer(name, weights.read(name), weights.errors.get(own_name(name))) for name in weights.names]
     report = SparsityReport(layers, notes=weights.notes)
     for tensor in weights.outside():
         report.outside += tensor.numel()

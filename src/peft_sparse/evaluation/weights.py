@@ -199,11 +199,7 @@ def _outside(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tor
 
 
 def _stored(model: StoredModel, linears: Linears | None) -> LinearWeights:
-    if (model.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
-        raise ValueError(
-            f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where bitsandbytes has "
-            "quantised them; load the model with transformers and pass it instead."
-        )
+    _check_not_quantised(model)
     tensors, notes = model.tensors, []
     found = model.linears() or _named_as(linears or {}, model)
     told = bool(found)
@@ -230,6 +226,21 @@ def _stored(model: StoredModel, linears: Linears | None) -> LinearWeights:
     return LinearWeights(list(found), read, outside, modules, _pruning_errors(model.config.get(CONFIG_KEY)), notes)
 
 
+def _check_not_quantised(model: StoredModel) -> None:
+    """Codes and scales are no weights, and where they are the only tensors by a linear's name, they would be counted.
+    compressed-tensors says in the same place that weights are sparse, which are read."""
+    found = model.config.get("quantization_config") or {}
+    method = found.get("quant_method", "somebody") if isinstance(found, dict) else "somebody"
+    if found and (method != "compressed-tensors" or found.get("config_groups")):
+        way_out = "load the model with transformers and pass it instead"
+        if method != "bitsandbytes":
+            way_out = "read the model before it is quantised"
+        raise ValueError(
+            f"A folder's weights are read as they are stored, got {str(model.folder)!r}, where {method} has "
+            f"quantised them; {way_out}."
+        )
+
+
 def _named_as(linears: Linears, model: StoredModel) -> dict[str, StoredLinear]:
     """The linears of a folder whose tensors are called as those of a like model are, a weight that several have as
     that of one of them; none if one is missing."""
@@ -249,4 +260,5 @@ def _pruning_errors(entry: Any) -> dict[str, float]:
     """||X W_new^T - X W^T|| / ||X W^T|| on the calibration data by full name, as the pruner wrote it into the config;
     empty where nothing was measured."""
     facts = entry.get(PRUNING) if isinstance(entry, dict) else None
-    return dict((facts or {}).get("errors") or {})
+    errors = facts.get("errors") if isinstance(facts, dict) else None
+    return dict(errors) if isinstance(errors, dict) else {}

@@ -191,15 +191,17 @@ def _block_of(model: nn.Module, name: str) -> str:
 def _dense_norms(
     model: nn.Module, batches: list[Batch], targets: dict[str, nn.Module], device: torch.device | str | None
 ) -> dict[str, torch.Tensor]:
-    """The column norms of each target's inputs in the model as it is, (in,) by full name."""
+    """The column norms of each target's inputs in the model as it is, (in,) by full name: of sums over all tokens,
+    since a mean over sequences would weigh linears that see them in one row after another as others than the rest."""
     norms: dict[str, torch.Tensor] = {}
     with evaluation_mode(model), without_cache(model), Walk(model, batches, device) as walk:
         steps = walk.find_steps(targets)
         if device is None:
-            return {name: found.norms for name, found in walk.gather_dense(steps, empty_norms).items()}
+            return {name: found.sum_of_squares.sqrt() for name, found in walk.gather_dense(steps, empty_norms).items()}
         for step in steps:  # each block is moved once
             with walk.mover.moved(step.block):
-                norms |= {name: found.norms.cpu() for name, found in walk.gather(step, empty_norms).items()}
+                gathered = walk.gather(step, empty_norms)
+                norms |= {name: found.sum_of_squares.sqrt().cpu() for name, found in gathered.items()}
                 if step is not steps[-1]:
                     walk.pass_on(step)
     return norms

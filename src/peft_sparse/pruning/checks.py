@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_sparse.pruning.data import Batch, collate, sequences_of
-from peft_sparse.pruning.token_inputs import check_keys, check_token_inputs
+from peft_sparse.pruning.token_inputs import check_keys, check_token_inputs, text_config
 
 # What models call their embeddings of positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
@@ -146,8 +146,6 @@ def check_positions(model: nn.Module, name: str, length: int) -> None:
 
 def _limit_of_config(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    text_config = config if get_text_config is None else get_text_config()
     names = ("max_position_embeddings", "max_target_positions")
-    found = [getattr(one, name, None) for one in (text_config, config) for name in names]
+    found = [getattr(one, name, None) for one in (text_config(config), config) for name in names]
     return next((int(limit) for limit in found if isinstance(limit, int) and limit > 0), None)

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 Batch = dict[str, torch.Tensor]
 
+_SOUNDS = ("input_values", "input_features")
+
 # What tokenizers and collators put beside a model's inputs.
 NOT_INPUTS = {"special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "word_ids", "idx", "id"}
 
@@ -32,9 +34,9 @@ def calibration_batches(
 
     * Text (a string, strings, or rows with `text_column` and no `input_ids`): documents are tokenized, joined with the
       tokenizer's end-of-sequence token between them, and cut into windows of `length` tokens, so nothing is padded.
-    * Rows, dicts of one sequence each (a tokenized `datasets` dataset, or any iterable): cut to `length` and padded on
-      the right to the longest of their batch, with an `attention_mask` that says so. Columns that are no sequences of
-      numbers (strings, labels of whole sequences) are left out.
+    * Rows, dicts of one sequence each (a tokenized `datasets` dataset, or any iterable): cut to `length` tokens and
+      padded on the right to the longest of their batch, with an `attention_mask` that says so. Columns that are no
+      sequences of numbers (strings, labels of whole sequences) are left out.
     * Batches, dicts of tensors with two dimensions or more: the first `num_sequences` sequences, otherwise unchanged.
 
     From a source that has a length sequences are drawn at random; a stream (a generator, an `IterableDataset`) is read
@@ -163,10 +165,10 @@ def _windows(
 
 
 def _batch_dims(key: str, value: torch.Tensor) -> int:
-    """Dimensions of an input that has one for the sequences of a batch: images, other floats, ids and masks."""
+    """Dimensions of an input that has one for the sequences of a batch: images, other floats, waves, ids and masks."""
     if key == "pixel_values":
         return 4
-    return 3 if value.is_floating_point() else 2
+    return 3 if value.is_floating_point() and key != "input_values" else 2
 
 
 def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -> list[Batch]:
@@ -174,11 +176,28 @@ def _first_sequences(batches: Iterator[Mapping[str, Any]], number: int | None) -
     left = number
     for batch in batches:
         tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        taken.append({key: value[:left] if value.dim() else value for key, value in tensors.items()})
-        left = None if left is None else left - sequences_in(tensors)
+        count = sequences_in(tensors)
+        taken.append(tensors if left is None or left >= count else _cut(tensors, left))
+        left = None if left is None else left - count
         if left is not None and left <= 0:
             break
     return taken
+
+
+def _cut(batch: Batch, number: int) -> Batch:
+    """The first sequences of a batch, with what is there once for all of them.
+
+    Raises:
+        ValueError: if there is no telling what of a tensor is theirs, such as the patches of all images of a batch."""
+    count = sequences_in(batch)
+    for key, value in batch.items():
+        if value.dim() and len(value) not in (1, count):
+            raise ValueError(
+                f"A batch is cut along the first dimension of its tensors, one entry for each sequence, got shape "
+                f"{tuple(value.shape)} for `{key}` in a batch of {count} sequences, of which {number} are wanted; "
+                "give batches of one sequence each, or a `num_sequences` that takes whole ones (None: all)."
+            )
+    return {key: value[:number] if value.dim() else value for key, value in batch.items()}
 
 
 def main_input(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -203,15 +222,23 @@ def sequences_of(row: Mapping[str, Any], length: int | None = None) -> dict[str,
         except (TypeError, ValueError, RuntimeError):
             continue  # lists of strings, or of lists of unequal length
         if tensor.dim():
-            found[key] = tensor[:length] if tensor.dim() == 1 else tensor
-    return found
+            found[key] = tensor
+    tokens = len(found["input_ids"]) if "input_ids" in found else None
+    return {key: tensor[:length] if _is_of_tokens(key, tensor, tokens) else tensor for key, tensor in found.items()}
+
+
+def _is_of_tokens(key: str, column: torch.Tensor, tokens: int | None) -> bool:
+    """Whether a column has an entry for each token: as many as `input_ids`, where there are some (LayoutLM's boxes,
+    but not the labels of a whole text); a decoder's tokens are counted by themselves."""
+    of_decoder = key.startswith("decoder_") or (key == "labels" and not column.is_floating_point())
+    return column.dim() == 1 if tokens is None or of_decoder else len(column) == tokens
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
     """A batch of rows, padded on the right to the longest, with an `attention_mask` that says so.
 
     Raises:
-        ValueError: if the rows have other columns than the first one."""
+        ValueError: if the rows have other columns than the first one, or differ in more than their length."""
     batch: Batch = {}
     for row in rows:
         if row.keys() != rows[0].keys():
@@ -224,12 +251,31 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> Batch:
         if len({value.shape for value in values}) == 1:
             batch[key] = torch.stack(values)
             continue
+        _check_widths(key, values)
         padding = -100 if key == "labels" else 0
         if key.endswith("input_ids"):
             padding = pad_token_id
         batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
-        mask = key.replace("input_ids", "attention_mask")
-        if key.endswith("input_ids") and mask not in rows[0]:
+        mask = _mask_of(key, rows[0])
+        if mask is not None and mask not in rows[0]:
             ones = [torch.ones(len(value), dtype=torch.int64, device=value.device) for value in values]
             batch[mask] = pad_sequence(ones, batch_first=True)
     return batch
+
+
+def _mask_of(key: str, row: Mapping[str, torch.Tensor]) -> str | None:
+    """What the mask of a column is called, if it has one; beside a text that of a sound is the model's own matter."""
+    if key in _SOUNDS and "input_ids" not in row:
+        return "attention_mask"
+    return key.replace("input_ids", "attention_mask") if key.endswith("input_ids") else None
+
+
+def _check_widths(key: str, values: list[torch.Tensor]) -> None:
+    """Raises:
+    ValueError: if columns differ in more than their length."""
+    other = next((value.shape for value in values if value.shape[1:] != values[0].shape[1:]), None)
+    if other is not None:
+        raise ValueError(
+            f"Rows of a batch are padded along their first dimension, got the shapes {tuple(values[0].shape)} and "
+            f"{tuple(other)} for `{key}`; take `batch_size=1`, or make them alike with the model's processor."
+        )

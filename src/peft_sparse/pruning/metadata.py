@@ -5,7 +5,8 @@ It goes into `model.config.peft_sparse["pruning"]`, so `save_pretrained` writes 
     method, pattern, group, sparsity    a number, or one by full name where linears differ
     modules                             number of linears
     settings                            of the method, if it has any
-    calibration                         sequences, tokens (that count), sha256 (of the batches in order)
+    calibration                         sequences, tokens (that count; not of images or sounds), sha256 (of the batches
+                                        in order)
     errors                              relative error of each linear's output on the calibration data, by full name
     version                             of peft-sparse
     earlier                             the same without errors for earlier runs on this model, if there were any
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sparse.pruning.data import main_input, sequences_in
+from peft_sparse.pruning.data import sequences_in
 from peft_sparse.pruning.resume import hash_tensors
 from peft_sparse.sparsity import Pattern
-from peft_sparse.storage import CONFIG_KEY, PRUNING, record_facts
+from peft_sparse.storage import CONFIG_KEY, PRUNING, facts_of, own_name, record_facts
 
 
 def describe(
@@ -49,7 +50,9 @@ def describe(
         "method": method,
         "pattern": str(pattern),
         "group": getattr(pattern, "group", "M consecutive weights"),
-        "sparsity": different.pop() if len(different) == 1 else dict(sparsities),
+        "sparsity": different.pop()
+        if len(different) == 1
+        else {own_name(n): share for n, share in sparsities.items()},
         "modules": len(sparsities),
     }
     if settings:
@@ -60,28 +63,30 @@ def describe(
 
 
 def _describe_batches(batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    tokens = 0
-    for batch in batches:
-        mask, ids = batch.get("attention_mask"), main_input(batch)
-        if ids is None:
-            continue
-        if mask is not None and mask.dim() == 2:
-            tokens += int(mask.bool().sum())
-        else:
-            tokens += ids.numel() if ids.dim() <= 2 else ids.shape[0] * ids.shape[1]
-    return {
-        "sequences": sum(map(sequences_in, batches)),
-        "tokens": tokens,
-        "sha256": hash_tensors((f"{i}.{key}", t) for i, batch in enumerate(batches) for key, t in batch.items()),
-    }
+    facts: dict[str, Any] = {"sequences": sum(map(sequences_in, batches))}
+    tokens = [_tokens_in(batch) for batch in batches]
+    if None not in tokens:
+        facts["tokens"] = sum(filter(None, tokens))
+    tensors = ((f"{i}.{key}", tensor) for i, batch in enumerate(batches) for key, tensor in batch.items())
+    return facts | {"sha256": hash_tensors(tensors)}
+
+
+def _tokens_in(batch: dict[str, torch.Tensor]) -> int | None:
+    """How many tokens of a batch count; None of images or sounds, which a model makes tokens of by itself."""
+    ids, mask = batch.get("input_ids", batch.get("inputs_embeds")), batch.get("attention_mask")
+    if ids is None:
+        return None
+    if mask is not None and mask.dim() == 2:
+        return int(mask.bool().sum())
+    return ids.shape[:2].numel()
 
 
 def record(model: nn.Module, facts: dict[str, Any], errors: Mapping[str, float] | None = None) -> None:
     """Write the facts of a run into the config of a model of transformers."""
-    before = (getattr(getattr(model, "config", None), CONFIG_KEY, None) or {}).get(PRUNING)
-    if before:
+    before = facts_of(getattr(getattr(model, "config", None), CONFIG_KEY, None)).get(PRUNING)
+    if isinstance(before, dict) and before:
         earlier = [*before.get("earlier", []), {key: before[key] for key in before.keys() - {"earlier", "errors"}}]
         facts = facts | {"earlier": earlier}
     if errors:
-        facts = facts | {"errors": {name: float(f"{error:.6g}") for name, error in errors.items()}}
+        facts = facts | {"errors": {own_name(name): float(f"{error:.6g}") for name, error in errors.items()}}
     record_facts(model, pruning=facts)

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from peft_sparse.pruning.token_inputs import text_config
+
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -66,7 +68,7 @@ class TokenMasks:
 
     def _token_mask(self, x: torch.Tensor) -> torch.Tensor | None:
         mask = self.batch.get("attention_mask")
-        if self._encoder_states and not any(x is states for states in self._encoder_states):
+        if self._encoder_states and not any(_is_copy(x, states) for states in self._encoder_states):
             mask = self.batch.get("decoder_attention_mask")
             if mask is None and "labels" in self.batch:
                 mask = self.batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
@@ -135,9 +137,17 @@ def may_see_text(model: nn.Module, path: str) -> bool:
     for length in range(len(parts), 0, -1):
         config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
         if isinstance(config, PreTrainedConfig):
-            has_vocabulary = getattr(config.get_text_config(), "vocab_size", None) is not None
+            has_vocabulary = getattr(text_config(config), "vocab_size", None) is not None
             return has_vocabulary or type(config) is type(getattr(model, "config", None))
     return True
+
+
+def _is_copy(x: torch.Tensor, states: torch.Tensor) -> bool:
+    """Whether a linear's inputs are what its block was called with, maybe on another device by now. The first tokens
+    tell: those of two sides are never the same."""
+    if x is states or x.shape != states.shape or x.dtype != states.dtype:
+        return x is states
+    return torch.equal(x[:, 0], states[:, 0].to(x.device))
 
 
 def _row_hashes(x: torch.Tensor) -> torch.Tensor:

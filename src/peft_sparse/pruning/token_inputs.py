@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,14 +71,14 @@ def check_token_inputs(model: nn.Module, batches: Sequence[Mapping[str, torch.Te
     """Raises:
     ValueError: if token ids of a batch are not those of the model's vocabulary or of another shape than a transformer
         takes, or if its masks do not fit them."""
-    size = vocabulary_size(model)
+    size_of = {"input_ids": vocabulary_size, "decoder_input_ids": _decoder_vocabulary_size}
     for index, batch in enumerate(batches):
         for key, ids in batch.items():
             if key.endswith("input_ids"):
                 if hasattr(model, "config"):
                     _check_shape(key, ids, index)
                 _check_mask(key, ids, batch.get(key.replace("input_ids", "attention_mask")), index)
-                if size is not None:
+                if key in size_of and (size := size_of[key](model)) is not None:
                     _check_ids(key, ids, size, index)
 
 
@@ -123,3 +124,19 @@ def vocabulary_size(model: nn.Module) -> int | None:
     except (NotImplementedError, AttributeError):  # how models of transformers say that they have none
         return None
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _decoder_vocabulary_size(model: nn.Module) -> int | None:
+    """The same of the decoder, which may have another vocabulary than the encoder beside it (Marian)."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
+    return None if decoder is None else vocabulary_size(decoder)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that is about text; all of it where there is no telling, as in a MusicGen, whose
+    encoder and decoder are both called so."""
+    try:
+        return config if not hasattr(config, "get_text_config") else config.get_text_config()
+    except ValueError:
+        return config

@@ -91,7 +91,7 @@ class Walk:
         for block in dict.fromkeys(step.block for step in steps if self.mover.device is not None):
             self.replaced.enter_context(temporary_forward(block, self.mover.forward_of(block)))
         order: list[Step] = []
-        dense: dict[str, Any] = {}
+        dense: dict[str, list[Any]] = {step.name: [] for step in steps}
 
         def observed(step: Step) -> Callable[..., Any]:
             forward = step.block.forward
@@ -101,7 +101,7 @@ class Walk:
                 if step.calls == 1:
                     order.append(step)
                 output = forward(*args, **kwargs)
-                dense[step.name] = copy.deepcopy(output)
+                dense[step.name].append(copy.deepcopy(output))
                 return output
 
             return observe
@@ -119,17 +119,14 @@ class Walk:
         self.answers = self._may_answer(order, dense)
         return order
 
-    def _may_answer(self, steps: list[Step], dense: dict[str, Any]) -> bool:
+    def _may_answer(self, steps: list[Step], dense: dict[str, list[Any]]) -> bool:
         """Whether a block gets all it needs from what the last block returned, tried with the first batch. Not so
-        where a block reads what an earlier one has put aside, such as keys and values that it shares (Gemma 3n)."""
+        where a block reads what an earlier one has put aside, such as keys and values that it shares (Gemma 3n), nor
+        where several blocks run in a loop, since what a finished one returned in its earlier rounds is not kept."""
         with ExitStack() as replaced:
             for earlier, step in pairwise(steps):
-                self.finish(earlier, [dense[earlier.name]], replaced)
-                try:
-                    same = _close(self.output_of(step, 0), dense[step.name])
-                except Exception:  # whatever the model makes of missing what it needs
-                    same = False
-                if not same:
+                self.finish(earlier, dense[earlier.name][-1:], replaced)
+                if not self._repeats(step, dense[step.name]):
                     warnings.warn(
                         f"`{step.name}` depends on more than the block before it, so all blocks before a block are "
                         "run again to prune it; this takes time that grows with the square of their number.",
@@ -138,6 +135,15 @@ class Walk:
                     return False
         self.outputs.clear()
         return True
+
+    def _repeats(self, step: Step, outputs: list[Any]) -> bool:
+        """Whether the calls of a block return for the first batch what they have returned before."""
+        same: list[bool] = []
+        try:
+            self.output_of(step, 0, lambda output: same.append(_close(output, outputs[len(same)])))
+        except Exception:  # whatever the model makes of missing what it needs
+            return False
+        return all(same)
 
     def finish(self, step: Step, outputs: list[Any], replaced: ExitStack | None = None) -> None:
         """From now on, until `replaced` (None: the walk) is closed, a block answers with these outputs of its, one for
@@ -208,14 +214,16 @@ class Walk:
 
         return see
 
-    def output_of(self, step: Step, index: int) -> Any:
-        """What a block returns for a batch, in the last call of it; nothing after it is run."""
+    def output_of(self, step: Step, index: int, each: Callable[[Any], None] = lambda _: None) -> Any:
+        """What a block returns for a batch, in the last call of it; nothing after it is run. What every call returns
+        is handed to `each`, before the model goes on with it."""
         calls, forward, self.output = 0, self._seen(step, step.block.forward), None
 
         def stop_after(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             self.output = forward(*args, **kwargs)
+            each(self.output)
             if calls == step.calls:
                 raise _Reached
             return self.output

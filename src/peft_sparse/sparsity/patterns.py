@@ -206,15 +206,15 @@ def find_pattern(weight: torch.Tensor) -> str:
         weight: (out, in), any dtype.
 
     Returns:
-        `"dense"` when less than 1% of it is zero, `"N:M"` for the tightest known N:M that holds in every group,
-        `"unstructured"` otherwise.
+        `"dense"` when less than 1% of it is zero or there is nothing in it, `"N:M"` for the tightest known N:M that
+        holds in every group, `"unstructured"` otherwise.
 
     Examples:
         >>> find_pattern(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
         '2:4'
     """
     kept = weight != 0
-    if kept.sum().item() > 0.99 * kept.numel():
+    if not kept.numel() or kept.sum().item() > 0.99 * kept.numel():
         return "dense"
     for n, m in KNOWN_NM:
         # block by block: where the pattern does not hold, the first rows show it

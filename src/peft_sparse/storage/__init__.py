@@ -8,7 +8,7 @@ from peft_sparse.storage.companions import companions
 from peft_sparse.storage.folders import locate, locate_companions, may_be_on_the_hub
 from peft_sparse.storage.model import StoredLinear, StoredModel, open_model
 from peft_sparse.storage.names import as_in_files, names_in_model
-from peft_sparse.storage.origin import CONFIG_KEY, PRUNING, facts_of, record_facts
+from peft_sparse.storage.origin import CONFIG_KEY, PRUNING, facts_of, own_name, record_facts
 from peft_sparse.storage.tensors import StoredTensor
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "may_be_on_the_hub",
     "names_in_model",
     "open_model",
+    "own_name",
     "record_facts",
 ]

@@ -34,10 +34,21 @@ def record_facts(model: nn.Module, **facts: Any) -> None:
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return
-    known = dict(getattr(config, CONFIG_KEY, None) or {})
+    found = getattr(config, CONFIG_KEY, None)
+    known = found if isinstance(found, dict) else {}
     base = known.get(BASE_MODEL) or hub_name(getattr(model, "name_or_path", None))
     new = {BASE_MODEL: base} | facts
     setattr(config, CONFIG_KEY, known | {key: value for key, value in new.items() if value is not None})
+
+
+def own_name(name: str) -> str:
+    """The full name of a module without the wrappers of `torch.compile`, which are not there after a reload.
+
+    Examples:
+        >>> own_name("_orig_mod.layers.0._orig_mod.up_proj")
+        'layers.0.up_proj'
+    """
+    return name.replace("_orig_mod.", "")
 
 
 def hub_name(name: str | None) -> str | None:
