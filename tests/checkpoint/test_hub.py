@@ -44,9 +44,12 @@ assert card.data.base_model == "me/base" and {{"sparse", "pruned", "spp"}} <= se
 files = HfApi().list_repo_files("me/sparse-llama")
 assert sum(name.endswith(".safetensors") for name in files) > 1, files
 prune_magnitude(model, sparsity=0.9)
+for name in ("model-00001-of-00002.safetensors", "pytorch_model.bin", "sparse_model.onnx"):
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="me/sparse-llama", token="hf_x")
 push_sparse_to_hub(model, "me/sparse-llama", token="hf_x", method="spp")
 files = set(HfApi().list_repo_files("me/sparse-llama"))
-assert files == {{"README.md", "config.json", "generation_config.json", "sparse_model.safetensors"}}, files
+ours = {{"README.md", "config.json", "generation_config.json", "sparse_model.safetensors"}}
+assert files == ours | {{"sparse_model.onnx"}}, files
 loaded = load_sparse("me/sparse-llama", packed=True)
 assert sparsity_report(loaded).to_dict() == sparsity_report(model).to_dict()
 assert loaded.name_or_path == "me/sparse-llama"

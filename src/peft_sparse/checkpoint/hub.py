@@ -13,8 +13,12 @@ from transformers import PreTrainedModel
 from peft_sparse.checkpoint.card import may_replace
 from peft_sparse.checkpoint.save import save_sparse
 
-# Of an earlier push: other shards, and dense weights, which plain transformers would load in place of these.
-_STALE = ["sparse_model*", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*"]
+# Of an earlier push: other shards, but not all files whose names begin alike; and dense weights, which plain
+# transformers would load in place of these.
+_SHARDS = [
+    f"sparse_model{ending}" for ending in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")
+]
+_STALE = [*_SHARDS, "model*.safetensors", "model.safetensors.index.json", "pytorch_model*"]
 
 
 def push_sparse_to_hub(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from peft_sparse.pruning.token_inputs import text_config
 from peft_sparse.training.build import model_of, names_of
 from peft_sparse.training.engines import loaded_whole
 from peft_sparse.training.recipe import Recipe
@@ -47,7 +48,7 @@ def check_teacher(recipe: Recipe, student: Any, teacher: Any, missing: list[str]
             )
         return
     name = "num_labels" if recipe.model.task == "sequence_classification" else "vocab_size"
-    own, other = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
+    own, other = (getattr(text_config(model.config), name) for model in (student, teacher))
     if own != other:
         raise ValueError(
             f"A teacher has the student's outputs, got {name} {other} in `distillation.teacher` "
