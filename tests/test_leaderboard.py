@@ -554,6 +554,8 @@ def test_who_wins_in_the_repository_is_that_of_the_tables_beside_it(tmp_path):
     text = who_wins.write(copy).read_text()
     assert text == (folder / who_wins.PAGE).read_text()
     assert text.count("<!-- who wins: ") == text.count(who_wins.END) == 2
+    cases = [line.partition("](")[0] for line in text.splitlines() if line.startswith("| [")]
+    assert len(cases) > 10 and len(set(cases)) == len(cases)
 
 
 # The command

@@ -106,4 +106,6 @@ def _title(section: Section, column: Column) -> str:
     words = [f"{MODELS.get(section.model, section.model)}, {TASKS[task]} {column.case.rpartition(' ')[2]}"]
     words += ["from a tuned model"] if protocol.tuned_first else []
     words += ["one rate for head and weights"] if one_rate else []
+    if sum(other.case == column.case for other in section.columns) > 1:
+        words.append(f"{column.budget.steps} steps")
     return ", ".join(words)
