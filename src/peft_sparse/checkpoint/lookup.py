@@ -62,8 +62,9 @@ def base_of_adapter(folder: str | Path) -> str | Path:
     a run is evaluated from other working directories, and moved.
 
     Raises:
-        ValueError: if it names none."""
-    base = adapter_settings(folder).get("base_model_name_or_path")
+        ValueError: if it names none, or a revision of one on the Hub, where another would be read."""
+    settings = adapter_settings(folder)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base or not isinstance(base, str):
         got = repr(base) if base else "none"
         raise ValueError(f"An adapter names its base model, got {got} in {str(folder)!r}; pass it as `base`.")
@@ -72,7 +73,15 @@ def base_of_adapter(folder: str | Path) -> str | Path:
     # "owner/model" may be a name on the Hub, whatever a folder here is called; but not if that is the place it had.
     moved = not named.is_dir() and (len(named.parts) > 2 or named.name == PRUNED)
     kept = len(named.parts) > 1 and beside.parts[-len(named.parts) :] == named.parts
-    return beside if beside.is_dir() and (moved or kept) else base
+    if beside.is_dir() and (moved or kept):
+        return beside
+    if revision not in (None, "main") and not named.is_dir():
+        raise ValueError(
+            f"The base of an adapter is read as it is on the Hub's main branch, got revision {revision!r} of {base!r} "
+            f"in {str(folder)!r}; get that one (`hf download {base} --revision {revision} --local-dir FOLDER`), and "
+            "pass the folder as `base`."
+        )
+    return base
 
 
 def has_tokenizer(source: str | Path) -> bool:
