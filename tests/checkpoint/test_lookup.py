@@ -39,7 +39,7 @@ def test_an_adapter_without_a_base(tmp_path):
 def test_a_base_at_a_revision_is_not_that_of_the_main_branch(tmp_path):
     settings = {"base_model_name_or_path": "owner/base", "revision": "step1000"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"got revision 'step1000' of 'owner/base' in .*--revision step1000 .* `base`"):
+    with pytest.raises(ValueError, match=r"got revision 'step1000' of 'owner/base' in .*--revision step1000 .*`base`"):
         base_of_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"revision": "main"}))
     assert base_of_adapter(tmp_path) == "owner/base"
