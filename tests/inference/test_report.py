@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from peft_sparse.inference import AccelerationReport, LayerChoice, TokenChoice
 
 
@@ -27,6 +29,13 @@ def test_table_and_json():
         "tokens": 1, "chosen": "csr", "ratios": {"dense": 1.0, "csr": 0.25}, "again": None, "reason": "because",
         "speed_up": 4.0,
     }  # fmt: skip
+
+
+def test_a_way_that_failed_when_it_was_measured_again_is_json_too():
+    choice = TokenChoice(1, "dense", {"dense": 1.0, "csr": 0.5}, float("inf"), "because")
+    report = AccelerationReport([LayerChoice("a", (8, 4), "float32", "cpu", 0.75, "dense", (choice,), 128, 0, "")], 1)
+    strict = {"parse_constant": lambda name: pytest.fail(name)}
+    assert json.loads(report.to_json(), **strict)["layers"][0]["choices"][0]["again"] is None
 
 
 def test_many_layers_are_summed_up():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from peft_sparse.evaluation.strict_json import strict_json
 from peft_sparse.evaluation.tables import shape_cell, table, table_rows
 
 MB = 1e6
@@ -113,7 +113,7 @@ class AccelerationReport:
 
     def to_json(self) -> str:
         """[`AccelerationReport.to_dict`] as text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return strict_json(self.to_dict())
 
     def __str__(self) -> str:
         counts = sorted({choice.tokens for layer in self.layers for choice in layer.choices})
