@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from peft_sparse.checkpoint.complete import check_blocks
 from peft_sparse.checkpoint.load import load_sparse
+from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.storage import open_model
 
 
@@ -127,9 +128,10 @@ def _explained(error: Exception, source: str | Path, model_cls: Any, config: Map
             f"A model is loaded with the shapes that it was saved with, got others for {str(source)!r}: {why}"
         )
     if reason.startswith("Unrecognized configuration class"):  # and then all that there are
+        task = next((task for task, (auto, _) in TASKS.items() if auto == model_cls.__name__), model_cls.__name__)
         return ValueError(
-            f"A task is one that transformers has a class of the model for, got {model_cls.__name__} for the model "
-            f"in {str(source)!r}; name another one, or none where the class in config.json will do."
+            f"A task is one that transformers has a class of the model for, got {task} for the model in "
+            f"{str(source)!r}; name another one, or none where the class in config.json will do."
         )
     if isinstance(error, ValueError):
         return None
