@@ -68,9 +68,9 @@ def test_what_is_merged_is_what_was_trained(base, tmp_path, auto, config, labels
 @pytest.mark.filterwarnings("ignore")
 def test_another_task_is_refused(base, tmp_path):
     trained(*CASES[0][:2], base, num_labels=5).save_pretrained(tmp_path / "tokens")
-    with pytest.raises(ValueError, match=r"trained for, AutoModelForTokenClassification, got 'causal_lm'"):
+    with pytest.raises(ValueError, match=r"its own task, AutoModelForTokenClassification, got 'causal_lm'; leave"):
         load_model(tmp_path / "tokens", "causal_lm")
-    with pytest.raises(ValueError, match=r"one for causal_lm, sequence_classification, got one for AutoModelForToken"):
+    with pytest.raises(ValueError, match=r"got an adapter for AutoModelForTokenClassification in .*; merge it"):
         task_of(tmp_path / "tokens")
     trained(*CASES[5][:2], base).save_pretrained(tmp_path / "noted")
     assert task_of(tmp_path / "noted") == "sequence_classification"

@@ -123,7 +123,9 @@ def _class_for_adapter(folder: Path, base: str | Path, task: str | None, trust_r
     trained = class_of_adapter(folder)
     if task is not None:
         if trained is not None and not is_class_for(task, trained):
-            raise ValueError(f"An adapter is loaded for what it was trained for, {trained.__name__}, got {task!r}.")
+            raise ValueError(
+                f"An adapter is loaded for its own task, {trained.__name__}, got {task!r}; leave the task out."
+            )
         return auto_class(task)
     check_source(base)
     return trained if trained is not None and takes(trained, config_of(base, trust_remote_code)) else None
@@ -137,6 +139,8 @@ def _with_adapter(loaded: Any, folder: Path, base: str | Path) -> PeftModel:
         try:
             return PeftModel.from_pretrained(loaded, str(folder))
         except UserWarning as warning:
+            if "missing adapter keys" not in str(warning):  # another one, which the user has made an error
+                raise
             raise ValueError(
                 f"An adapter is loaded on a model of the class that it was trained on, got "
                 f"{type(loaded).__name__} from {str(base)!r}, whose layers have other names than the weights in "

@@ -121,6 +121,6 @@ def _task_of_adapter(folder: str | Path) -> str | None:
         if is_class_for(task, trained):
             return task
     raise ValueError(
-        f"An adapter without a task is one for {', '.join(TASKS)}, got one for {trained.__name__} in {str(folder)!r}; "
-        "name the task."
+        f"What is measured here is a model for {', '.join(TASKS)}, got an adapter for {trained.__name__} in "
+        f"{str(folder)!r}; merge it, and measure the merged model in a script."
     )

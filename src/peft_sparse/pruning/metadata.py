@@ -46,13 +46,12 @@ def describe(
         settings: what else the result depends on.
     """
     different = set(sparsities.values())
+    by_name = {own_name(name): share for name, share in sparsities.items()}
     facts: dict[str, Any] = {
         "method": method,
         "pattern": str(pattern),
         "group": getattr(pattern, "group", "M consecutive weights"),
-        "sparsity": different.pop()
-        if len(different) == 1
-        else {own_name(n): share for n, share in sparsities.items()},
+        "sparsity": different.pop() if len(different) == 1 else by_name,
         "modules": len(sparsities),
     }
     if settings:

@@ -42,8 +42,8 @@ def load_rows(
     Args:
         path: a file (its ending tells the format; it is the whole split whatever its name, and a .txt one document);
             the name of a reader ("json", "parquet"; "text", a row for each line; "csv", with tabs between the columns
-            where all files are .tsv) together with `files`; or a
-            data set on the Hub or in a folder, also one that `save_to_disk` wrote.
+            where all files are .tsv) together with `files`; or a data set on the Hub or in a folder, also one that
+            `save_to_disk` wrote.
         split: such as "train", or "validation[:100]" where rows are not streamed.
         name: the data set's configuration, such as "wikitext-2-raw-v1".
         files: split to file or files; those of a data set are named from its folder.

@@ -45,8 +45,8 @@ from peft_sparse.training.engines import check_merge_in_one_process, check_train
 from peft_sparse.training.fit import check_fit, check_hub
 from peft_sparse.training.metrics import other_outputs, without_times
 from peft_sparse.training.recipe import Recipe
-from peft_sparse.training.result import FinetuneResult
-from peft_sparse.training.start import ADAPTER, where_to_start
+from peft_sparse.training.result import ADAPTER, FinetuneResult
+from peft_sparse.training.start import where_to_start
 from peft_sparse.training.teacher import check_teacher, load_teacher
 
 
@@ -136,8 +136,6 @@ def plan_finetune(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         check_merge_in_one_process(arguments)
     check_hub(arguments)
     tokenizer = load_tokenizer(recipe.model)
-    for name in recipe.evaluation.metrics:
-        load_metric(name)
     examples = _examples(recipe, tokenizer, arguments)
     with warnings.catch_warnings():
         if recipe.pruner is not None:  # which would have been done before

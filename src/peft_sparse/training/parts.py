@@ -11,6 +11,7 @@ from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.tasks import TASKS
 from peft_sparse.pruning.sources import reader_of
 from peft_sparse.training.distillation import check_distillation
+from peft_sparse.training.result import ADAPTER, RESULT
 
 TEMPLATES = ("alpaca",)
 
@@ -200,7 +201,7 @@ def check_output(output: OutputPart, output_dir: Path) -> None:
         return
     folder, run = Path(os.path.realpath(output.folder)), Path(os.path.realpath(output_dir))
     below = folder.parts[len(run.parts)] if folder.is_relative_to(run) and folder != run else ""
-    if run.is_relative_to(folder) or below in ("adapter", PRUNED, "result.json") or below.startswith("checkpoint-"):
+    if run.is_relative_to(folder) or below in (ADAPTER, PRUNED, RESULT) or below.startswith("checkpoint-"):
         raise ValueError(
             f"The merged model has a folder of its own, got `output.folder` {output.folder!r}, where a run in "
             f"{str(output_dir)!r} puts other things; leave it out, for `merged` in there, or choose another folder."

@@ -10,7 +10,9 @@ from typing import Any
 
 from peft_sparse.evaluation.strict_json import strict_json
 
+# In a run's folder: what it says at its end, and the adapter that it ends with.
 RESULT = "result.json"
+ADAPTER = "adapter"
 
 
 @dataclass

@@ -14,9 +14,8 @@ from peft_sparse.training.adapt import noted_new_modules
 from peft_sparse.training.checkpoints import STATE, checkpoint_fault, checkpoints, last_complete_checkpoint
 from peft_sparse.training.engines import check_trained
 from peft_sparse.training.recipe import Recipe
-from peft_sparse.training.result import RESULT, FinetuneResult, read_result
+from peft_sparse.training.result import ADAPTER, RESULT, FinetuneResult, read_result
 
-ADAPTER = "adapter"  # the folder of the adapter that a run ends with
 # What holds an optimizer's state in a checkpoint: of Trainer alone or with FSDP, of DeepSpeed.
 _OPTIMIZERS = ("optimizer*", "global_step*")
 
