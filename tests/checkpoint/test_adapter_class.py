@@ -1,10 +1,11 @@
-"""An adapter goes on the class of model that it was trained on, whichever class its base's config.json names."""
+"""An adapter goes on a model like the one that it was trained on, in class and number of tokens, whatever its base's
+config.json says."""
 
 import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -12,12 +13,15 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    LlamaForCausalLM,
 )
 
 from peft_sparse import PstConfig, SppConfig
 from peft_sparse.checkpoint import load_model, merge_checkpoint
 from peft_sparse.checkpoint.tasks import task_of
 from peft_sparse.pruning import prune_magnitude
+
+import models
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 IDS = torch.arange(5, 15)[None]
@@ -84,3 +88,26 @@ def test_weights_without_a_place_in_the_model_are_no_adapter_of_it(base, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": None}))
     with pytest.raises(ValueError, match=r"on a model of the class that it was trained on, got BertForMaskedLM from"):
         load_model(tmp_path / "lora")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [LoraConfig(), SppConfig(r=4, task_type="CAUSAL_LM")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_gets_the_tokens_that_were_added_before_training(config, tied, tmp_path):
+    base = prune_magnitude(models.tiny_llama(), sparsity=0.5)
+    base.config.tie_word_embeddings = tied
+    base.save_pretrained(tmp_path / "base")
+    resized = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(models.VOCAB_SIZE + 3)
+    tuned = get_peft_model(resized, config).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[models.VOCAB_SIZE + 2, 7, 8]])
+    with torch.no_grad():
+        expected = tuned(ids).logits
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "merged")(ids).logits, expected)
+    if isinstance(config, SppConfig):
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match=r"call `model.resize_token_embeddings\(99\)` first, or load it onto"):
+            PeftModel.from_pretrained(plain, tmp_path / "adapter")

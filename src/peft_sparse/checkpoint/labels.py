@@ -49,8 +49,14 @@ def named_labels(names: Sequence[str]) -> dict[str, Any]:
 
 def labels_of_head(folder: str | Path) -> int | None:
     """How many labels the head that was saved with an adapter tells apart; None if there is no such head."""
+    return rows_in_adapter(folder, _HEADS)
+
+
+def rows_in_adapter(folder: str | Path, names: str | tuple[str, ...]) -> int | None:
+    """Rows of the tensor that was saved with an adapter under one of these names, or ends of them; None if there is
+    none."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         return None
     file = SafetensorsFile(path)
-    return next((file.shape(name)[0] for name in file.header if name.endswith(_HEADS)), None)
+    return next((file.shape(name)[0] for name in file.header if name.endswith(names)), None)

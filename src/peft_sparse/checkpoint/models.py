@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_sparse.checkpoint.base import load_base
 from peft_sparse.checkpoint.complete import check_blocks
-from peft_sparse.checkpoint.labels import labels_of_head, named_labels
+from peft_sparse.checkpoint.labels import labels_of_head, named_labels, rows_in_adapter
 from peft_sparse.checkpoint.lookup import (
     adapter_settings,
     base_of_adapter,
@@ -99,6 +99,7 @@ def _load_adapter(
     missing: list[str] = []
     with _without_report():
         loaded = load_base(base, model_cls, dtype, packed, None, trust_remote_code, config, missing.extend)
+    _resize_as_saved(loaded, folder)
     model = _with_adapter(loaded, folder, base)
     modules = model.get_base_model().named_modules()
     in_adapter = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
@@ -129,6 +130,19 @@ def _class_for_adapter(folder: Path, base: str | Path, task: str | None, trust_r
         return auto_class(task)
     check_source(base)
     return trained if trained is not None and takes(trained, config_of(base, trust_remote_code)) else None
+
+
+def _resize_as_saved(model: Any, folder: Path) -> None:
+    """Give a base as many tokens as it had when its adapter was saved: after `resize_token_embeddings` PEFT saves the
+    embeddings too, which take the place of the base's."""
+    here = vocabulary_size(model)
+    if here is None:
+        return
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    rows = rows_in_adapter(folder, f".{name}.weight")
+    if rows not in (None, here):
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _with_adapter(loaded: Any, folder: Path, base: str | Path) -> PeftModel:

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from peft_sparse.linears import block_linears, is_dtensor, weight_parameter
@@ -69,9 +70,11 @@ def check_adapter_state(
 
 def _check_tensor(key: str, tensor: torch.Tensor, here: torch.Tensor) -> None:
     if here.shape != tensor.shape:
+        of_tokens = any(f".{name}." in key for name in EMBEDDING_LAYER_NAMES)
+        resize = f"call `model.resize_token_embeddings({len(tensor)})` first, or "
         raise ValueError(
             f"The shapes of an adapter checkpoint fit the model that it was trained on, got {tuple(tensor.shape)} for "
-            f"`{key}`, which has shape {tuple(here.shape)} here; {_WAY_OUT}"
+            f"`{key}`, which has shape {tuple(here.shape)} here; {resize if of_tokens else ''}{_WAY_OUT}"
         )
     if tensor.is_floating_point() != here.is_floating_point() or tensor.is_complex() != here.is_complex():
         raise ValueError(
