@@ -4,16 +4,18 @@ PEFT's `register_peft_method` is public, but a method's type has to be a member 
 enum cannot be extended by its users. `_add_peft_type` adds the member by hand, with all that `enum` itself would have
 set, so that `list(PeftType)`, `PeftType("PST")`, `in`, pickling and JSON treat it like a native one.
 
-Two functions of PEFT are wrapped, for our adapters alone, since both read a folder without asking the method whose it
-is: `PeftModel.load_adapter` the weights of an adapter that is there already (so does Trainer, when it resumes and when
-it takes the best model), and `PeftConfig.from_pretrained`, by which transformers' own `load_adapter` reads a config. A
-bit that has flipped in such a folder would be another model, as would weights under another config, and a pickle
-would be opened. Nothing else of PEFT or transformers is changed.
+Three functions of PEFT are wrapped, for our adapters alone. Two read a folder without asking the method whose it is:
+`PeftModel.load_adapter` the weights of an adapter that is there already (so does Trainer, when it resumes and when it
+takes the best model), and `PeftConfig.from_pretrained`, by which transformers' own `load_adapter` reads a config. A
+bit that has flipped in such a folder would be another model, as would weights under another config, and a pickle would
+be opened. The third, `PeftModel.from_pretrained`, takes a config of the caller's, and an adapter that is made for
+weights which then do not fit has to go again. Nothing else of PEFT or transformers is changed.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
@@ -33,7 +35,9 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
             which transformers relies on when it loads or deletes an adapter.
         config_cls: its `from_pretrained` raises ValueError if the weights in a folder are not those that were saved
             with the config in it, and so does a config's `check_saved(folder, subfolder, **kwargs)`, which also does
-            if they compute something else under this config.
+            if they compute something else under this config. A config's `awaiting(folder, subfolder, **kwargs)` is a
+            context in which its adapter is made for those weights, so `awaits_weights` is true until they are read.
+        model_cls: its `take_back(model, adapter_name)` removes an adapter whose weights do not fit.
 
     Raises:
         ImportError: if PEFT already has another method of this name or prefix.
@@ -58,6 +62,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     if not _checked:
         _check_before_weights_are_read()
         _check_where_a_config_is_read()
+        _know_what_a_config_is_for()
     _checked.append(config_cls)
 
 
@@ -92,7 +97,12 @@ def _check_before_weights_are_read() -> None:
     def checked(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config: Any = self.peft_config.get(adapter_name)
         if type(config) in _checked:  # of a new adapter PEFT asks the config itself
-            config.check_saved(model_id, **kwargs)
+            try:
+                config.check_saved(model_id, **kwargs)
+            except ValueError:
+                if config.awaits_weights:
+                    self.base_model.take_back(self, adapter_name)
+                raise
         return load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
     wrapped: Any = PeftModel
@@ -111,3 +121,20 @@ def _check_where_a_config_is_read() -> None:
 
     wrapped: Any = PeftConfigMixin
     wrapped.from_pretrained = classmethod(checked)
+
+
+def _know_what_a_config_is_for() -> None:
+    load: Any = PeftModel.from_pretrained.__func__
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(cls, *args, **kwargs).arguments
+        config: Any = arguments.get("config")
+        if type(config) not in _checked:
+            return load(cls, *args, **kwargs)
+        with config.awaiting(arguments["model_id"], **arguments.get("kwargs", {})):
+            return load(cls, *args, **kwargs)
+
+    wrapped: Any = PeftModel
+    wrapped.from_pretrained = classmethod(loaded)

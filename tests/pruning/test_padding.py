@@ -17,6 +17,7 @@ from transformers import (
 
 from peft_sparse import prune_magnitude, prune_wanda
 from peft_sparse.linears import block_linears
+from peft_sparse.pruning.padding import _of_tokens
 from peft_sparse.pruning.walk import Walk
 from peft_sparse.sparsity import ColumnNorms
 
@@ -107,6 +108,66 @@ def test_what_stands_in_padded_places_changes_nothing(deep):
     prune_wanda(other, [{"x": scrambled, "attention_mask": mask}], progress=False)
     for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("form", ["additive", "bool", "no heads", "one row"])
+def test_a_mask_of_what_each_token_attends_to(form):
+    ids, mask = torch.randint(3, models.VOCAB_SIZE, (4, 10)), torch.ones(4, 10, dtype=torch.int64)
+    mask[1:, 7:] = 0
+    seen = (torch.ones(10, 10).tril() * mask[:, None, None]).bool()
+    shaped = {
+        "additive": torch.where(seen, 0.0, -torch.inf).nan_to_num(neginf=torch.finfo(torch.float32).min),
+        "bool": seen,
+        "no heads": mask[:, None].expand(4, 10, 10).float(),
+        "one row": mask[:, None, None].float(),
+    }[form]
+    counted = _of_tokens(shaped)
+    assert counted is not None and torch.equal(counted, mask.bool())
+    if form == "additive":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one, other = (
+                prune_wanda(models.tiny_llama(), [{"input_ids": ids, "attention_mask": given}], progress=False)
+                for given in (mask, shaped)
+            )
+        for (name, parameter), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(parameter, expected), name
+
+
+def test_masks_that_say_nothing_of_tokens():
+    assert _of_tokens(torch.zeros(2, 1, 4, 6)) is None and _of_tokens(torch.ones(2, 3, 1, 4, 4)) is None
+    assert bool(_of_tokens(torch.zeros(2, 1, 4, 4)).all())  # additive, and nothing masked
+
+
+class Latent(nn.Module):
+    """Its second linear sees one head's inputs, with a dimension of 1 between sequences and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.second(self.first(x)[:, None]).squeeze(1)
+
+
+class LatentModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Latent() for _ in range(2))
+
+    def forward(self, x, attention_mask=None):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_dimension_of_one_hides_no_padding():
+    x, mask = torch.randn(4, 6, 8), torch.ones(4, 6, dtype=torch.int64)
+    mask[1:, 2:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counts = counted(LatentModel(), {"x": x, "attention_mask": mask})
+    assert set(counts.values()) == {12} and len(counts) == 4
 
 
 class Pooling(nn.Module):

@@ -10,6 +10,9 @@ from transformers import (
     BartForConditionalGeneration,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -289,6 +292,58 @@ def test_label_smoothing_is_another_loss(tmp_path, sentences):
     with pytest.raises(ValueError, match=r"`training.label_smoothing_factor`, got 0.1; leave it"):
         classifier(tmp_path, sentences, distillation={}, training={"label_smoothing_factor": 0.1})
     assert classifier(tmp_path, sentences, distillation={}, training={"label_smoothing_factor": 0.0})
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_loss_that_is_not_the_model_s_is_refused(weight, tmp_path):
+    """With a weight of 1 nobody would see that the teacher is not learned from."""
+    model = get_peft_model(tiny_llama(), PstConfig(sparsity=0.5))
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def train(compute_loss_func=None, **options):
+        arguments = TrainingArguments(tmp_path, max_steps=1, report_to="none", use_cpu=True, **options)
+        callbacks = [SparsityCallback(), DistillationCallback(tiny_llama(seed=3), weight=weight)]
+        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks, compute_loss_func=compute_loss_func).train()
+
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1, which replaces it; leave it out"):
+        train(label_smoothing_factor=0.1)
+    rule = "got CausalLMOutputWithPast without; give labels" if weight < 1 else "leave out its `compute_loss_func`"
+    with pytest.raises(ValueError, match=rule):
+        train(lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean())
+    train()
+
+
+def test_a_number_is_regressed_without_labels():
+    """transformers notes the kind of problem in a forward with labels."""
+    student, teacher = (tiny_bert() for _ in range(2))
+    for model in (student, teacher):
+        model.classifier, model.config.num_labels = torch.nn.Linear(32, 1), 1
+    model = pst(student, task_type="SEQ_CLS")
+    with distill(model, teacher, weight=1.0), torch.enable_grad():
+        loss = model(input_ids=IDS).loss
+    expected = (model(input_ids=IDS).logits - teacher(input_ids=IDS).logits).square().mean()
+    assert model.config.problem_type is None and expected > 0
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_language_model_that_sees_images_learns_the_next_token():
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_id=95)
+    torch.manual_seed(0)
+    student, teacher = LlavaForConditionalGeneration(config), LlavaForConditionalGeneration(config).eval()
+    model = pst(student, target_modules=r".*language_model.*_proj")
+    labels = IDS.clone()
+    labels[:, :4] = -100
+    with distill(model, teacher, weight=1.0):
+        loss = model(input_ids=IDS, labels=labels).loss
+        whole = model(input_ids=IDS, labels=labels, num_items_in_batch=18).loss
+    rows = slice(3, 6)  # which predict tokens 4 to 6
+    logits, target = (one(input_ids=IDS).logits[:, rows].flatten(0, 1) for one in (model, teacher))
+    expected = divergence(logits, target)
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(whole, expected.sum() / 18)
 
 
 def test_teachers_that_are_found_out_before_training(tmp_path, sentences):

@@ -140,6 +140,24 @@ def test_a_new_adapter_that_was_made_of_a_saved_config_stays_when_other_weights_
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("folder", ["wide", "other settings"])
+def test_a_config_of_the_caller_s_that_does_not_fit_leaves_no_trace(folder, tmp_path, load_hook):
+    """PEFT wraps the base before it looks at the weights."""
+    wide = tiny_llama()
+    wide.model.layers[1].mlp.down_proj = nn.Linear(48, 40, bias=False)
+    get_peft_model(wide, PstConfig(sparsity=0.5)).save_pretrained(tmp_path / "wide")
+    get_peft_model(tiny_llama(), PstConfig(sparsity=0.5, beta=0.5)).save_pretrained(tmp_path / "other settings")
+    get_peft_model(tiny_llama(), PstConfig(sparsity=0.5)).save_pretrained(tmp_path / "own")
+    model, config = tiny_llama(), PstConfig(sparsity=0.5)
+    before, requires_grad = snapshot(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="Nothing was loaded"):
+        PeftModel.from_pretrained(model, tmp_path / folder, "default", False, config)
+    assert snapshot(model) == before and [p.requires_grad for p in model.parameters()] == requires_grad
+    assert not config.awaits_weights
+    loaded = PeftModel.from_pretrained(model, tmp_path / "own", config=config)
+    assert type(loaded).__name__ == "PeftModel" and not config.awaits_weights
+
+
 def test_config_file_with_a_bad_value(tmp_path):
     get_peft_model(tiny_llama(), PstConfig()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

@@ -33,7 +33,7 @@ def test_registers_two_methods_like_native_ones():
     """)
 
 
-def test_wraps_two_functions_and_changes_nothing_else():
+def test_wraps_three_functions_and_changes_nothing_else():
     check("""
         import inspect, peft, transformers, types
         from peft import config, mapping, peft_model, tuners
@@ -52,13 +52,15 @@ def test_wraps_two_functions_and_changes_nothing_else():
                         found[module.__name__, name] = value
             return found
         before = contents()
-        signatures = [inspect.signature(f) for f in (peft.PeftModel.load_adapter, peft.PeftConfig.from_pretrained)]
+        def wrapped():
+            return peft.PeftModel.load_adapter, peft.PeftModel.from_pretrained, peft.PeftConfig.from_pretrained
+        signatures = [inspect.signature(f) for f in wrapped()]
         import peft_sparse
         after = contents()
         changed = {k for k in before if before[k] is not after.get(k)}
-        assert changed == {("PeftModel", "load_adapter"), ("PeftConfigMixin", "from_pretrained")}, changed
-        wrapped = peft.PeftModel.load_adapter, peft.PeftConfig.from_pretrained
-        assert signatures == [inspect.signature(f) for f in wrapped]
+        expected = {("PeftModel", "load_adapter"), ("PeftModel", "from_pretrained")}
+        assert changed == expected | {("PeftConfigMixin", "from_pretrained")}, changed
+        assert signatures == [inspect.signature(f) for f in wrapped()]
         assert all(f.__doc__ and f.__wrapped__ for f in wrapped)
     """)
 

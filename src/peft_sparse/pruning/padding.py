@@ -57,6 +57,8 @@ class TokenMasks:
             count; None: all do, or there is no telling.
         """
         mask = self._token_mask(x)
+        if mask is not None and x.dim() > 3:  # of a single head, as the latent keys of DeepSeek-V3
+            x = x.squeeze(tuple(range(1, x.dim() - 1))) if x[..., 0].numel() == mask.numel() else x
         if mask is None or x.dim() != 2:
             return x, mask
         if x.shape[0] == mask.numel():
@@ -74,7 +76,7 @@ class TokenMasks:
                 mask = self.batch["labels"] != -100  # the decoder's inputs are the labels, shifted by one
         elif not self._encoder_states and not self._of_text and "input_ids" in self.batch:
             mask = None
-        return mask.to(x.device).bool() if mask is not None and mask.dim() == 2 else None
+        return None if mask is None else _of_tokens(mask.to(x.device))
 
     def if_it_fits(self, mask: torch.Tensor | None, x: torch.Tensor, name: str) -> torch.Tensor | None:
         """The mask, or None if it does not fit the inputs of a linear; the first time that counts padding, a warning
@@ -128,6 +130,20 @@ class TokenMasks:
         counts = torch.isin(hashes, counted)
         if bool((counts | torch.isin(hashes, padded)).all()):
             self._routed = counts
+
+
+def _of_tokens(mask: torch.Tensor) -> torch.Tensor | None:
+    """bool (sequences, tokens) from an attention mask of that shape, or from one that says what each token may attend
+    to, (sequences, heads, tokens, tokens) or without heads: padding may not attend to itself. None: another shape."""
+    additive = mask.dim() > 2 and mask.is_floating_point() and not bool((mask > 0).any())  # 0 where a token is seen
+    seen = mask == 0 if additive else mask != 0
+    if mask.dim() == 4:
+        seen = seen[:, 0]
+    if seen.dim() == 2:
+        return seen
+    if seen.dim() != 3 or seen.shape[1] not in (1, seen.shape[2]):
+        return None
+    return seen[:, 0] if seen.shape[1] == 1 else seen.diagonal(dim1=1, dim2=2)
 
 
 def may_see_text(model: nn.Module, path: str) -> bool:

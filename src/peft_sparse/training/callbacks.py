@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.training.distillation import check_distillation, distill
+from peft_sparse.training.distillation import Distillation, check_distillation, teaching
 from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
 from peft_sparse.training.param_groups import named_rates
 from peft_sparse.tuners.pst import driven_adapters
@@ -92,7 +92,8 @@ class DistillationCallback(TrainerCallback):
     Raises:
         TypeError: for a teacher that is no model.
         ValueError: for a weight or temperature out of range; when training starts, for a model that is no teacher of
-            its own; in the first step, for outputs that do not fit.
+            its own, or for label smoothing; in the first step, for outputs that do not fit, or for a Trainer whose
+            loss is not the model's.
 
     Examples:
         >>> callback = DistillationCallback()  # Trainer(model, args, ..., callbacks=[SparsityCallback(), callback])
@@ -102,14 +103,30 @@ class DistillationCallback(TrainerCallback):
         check_distillation(weight, temperature, teacher)
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self._open = ExitStack()
+        self._distillation: Distillation | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if args.label_smoothing_factor:  # Trainer's own loss, made of the logits
+            raise ValueError(
+                "A teacher's loss is added to the one that the model returns, got label_smoothing_factor="
+                f"{args.label_smoothing_factor}, which replaces it; leave it out."
+            )
         self._open.close()  # of a training that ended in an error
         if self.teacher is not None and not hasattr(self.teacher, "hf_device_map"):
             self.teacher.to(args.device)
-        self._open.enter_context(distill(model, self.teacher, self.weight, self.temperature))
+        self._distillation = self._open.enter_context(teaching(model, self.teacher, self.weight, self.temperature))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        found = self._distillation
+        if found is not None and found.gave and not found.taught:
+            raise ValueError(
+                "A teacher's loss is added to the one that the model returns, got a step of a Trainer that learned "
+                "from another one; leave out its `compute_loss_func`, or what else replaces the model's loss."
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

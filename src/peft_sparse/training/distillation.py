@@ -58,6 +58,13 @@ def distill(
         ...     loss = model(input_ids=torch.arange(10).view(2, 5), labels=torch.tensor([0, 1])).loss
     """
     check_distillation(weight, temperature, teacher)
+    with teaching(model, teacher, weight, temperature):
+        yield
+
+
+@contextmanager
+def teaching(model: nn.Module, teacher: nn.Module | None, weight: float, temperature: float) -> Iterator[Distillation]:
+    """[`distill`], whose numbers were checked."""
     if teacher is not None:
         teacher.eval()
     elif not isinstance(model, PeftModel) or not has_pst_layers(model):
@@ -65,9 +72,10 @@ def distill(
             "Without a teacher it is the model with its adapters off, the dense model for a PeftModel with PST, got "
             f"{type(model).__name__}{' without PST' if isinstance(model, PeftModel) else ''}; name a `teacher`."
         )
-    handle = model.register_forward_hook(_Distillation(teacher, weight, temperature), with_kwargs=True)
+    distillation = Distillation(teacher, weight, temperature)
+    handle = model.register_forward_hook(distillation, with_kwargs=True)
     try:
-        yield
+        yield distillation
     finally:
         handle.remove()
 
@@ -116,11 +124,17 @@ def divergence(
     return temperature**2 * terms.sum(-1)
 
 
-class _Distillation:
-    """A hook behind the student's forward."""
+class Distillation:
+    """A hook behind the student's forward.
+
+    Attributes:
+        gave: whether a forward, one that is not compiled, has had a loss of it.
+        taught: whether such a loss has had a gradient: whoever trains may have another loss.
+    """
 
     def __init__(self, teacher: nn.Module | None, weight: float, temperature: float) -> None:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
+        self.gave = self.taught = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
@@ -130,13 +144,19 @@ class _Distillation:
             raise ValueError(
                 "Distillation takes the `logits` that a model returns (or `start_logits` and `end_logits`), and its "
                 f"`loss` where `weight` is below 1, got {type(output).__name__} without; give labels with each batch, "
-                "and leave out what replaces either."
+                "and leave out what replaces either (TRL's SFTTrainer has its own loss: use transformers' Trainer)."
             )
         target = self._target(model, args, kwargs)
         means = [self._mean(model, output[name], getattr(target, name, None), kwargs) for name in names]
         mean = torch.stack(means).mean()
         output.loss = mean if loss is None or self.weight == 1 else (1 - self.weight) * loss + self.weight * mean
+        if not torch.compiler.is_compiling() and output.loss.requires_grad:
+            self.gave = True
+            output.loss.register_hook(self._see_gradient)
         return output
+
+    def _see_gradient(self, gradient: torch.Tensor) -> None:
+        self.taught = True
 
     def _mean(
         self, model: nn.Module, logits: torch.Tensor, target: torch.Tensor | None, kwargs: dict[str, Any]
@@ -148,13 +168,19 @@ class _Distillation:
                 f"A teacher has the student's outputs, got {got} for {tuple(logits.shape)}; take one with the same "
                 "tokenizer and labels."
             )
-        config: Any = model.config
         rows = _learned(model, logits, kwargs)
         found = divergence(
-            logits[rows], target[rows].to(logits.device), self.temperature, getattr(config, "problem_type", None)
+            logits[rows], target[rows].to(logits.device), self.temperature, self._problem(model, logits)
         )
         items = kwargs.get("num_items_in_batch")  # Trainer's, of all batches of an optimizer step
         return found.sum() / (max(1, found.numel()) if items is None or not _is_causal(model) else items)
+
+    def _problem(self, model: nn.Module, logits: torch.Tensor) -> str | None:
+        """transformers' name for what is learned; None: one choice. A forward notes it in a model's config when it has
+        labels, which the student's may have none of."""
+        configs = [getattr(one, "config", None) for one in (model, self.teacher)]
+        named = next((name for config in configs if (name := getattr(config, "problem_type", None))), None)
+        return "regression" if named is None and logits.shape[-1] == 1 else named
 
     @torch.no_grad()
     def _target(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,8 +220,12 @@ def _learned(model: nn.Module, logits: torch.Tensor, kwargs: dict[str, Any]) -> 
 
 
 def _is_causal(model: nn.Module) -> bool:
+    """Whether a token's outputs are of the next one: in language models, those that see images or hear too."""
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
-    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM")
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM"):
+        return True
+    config: Any = model.config
+    return name.endswith("ForConditionalGeneration") and not config.is_encoder_decoder
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -125,6 +126,16 @@ class SparseConfig(PeftConfig):
         config._read_from = Path(pretrained_model_name_or_path, subfolder or "")
         config.awaits_weights = True
         return config
+
+    @contextmanager
+    def awaiting(self, folder: str | os.PathLike[str], subfolder: str | None = None, **_: Any) -> Iterator[None]:
+        """While this context is open the adapter is made for the weights in a folder, or a repository of the Hub:
+        if they do not fit, it goes again."""
+        self.awaits_weights, self._read_from = True, Path(folder, subfolder or "")
+        try:
+            yield
+        finally:
+            self.awaits_weights, self._read_from = False, None
 
     def check_saved(self, folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> None:
         """Check a folder, before its weights are read into an adapter that is there already and has this config.

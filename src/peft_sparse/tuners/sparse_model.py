@@ -265,6 +265,10 @@ class SparseTuner(BaseTuner):
 
     # Loading
 
+    def take_back(self, model: nn.Module, adapter_name: str) -> None:
+        """Remove an adapter whose weights do not fit, see [`injecting.take_back`]."""
+        take_back(model, self, adapter_name)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
@@ -280,7 +284,7 @@ class SparseTuner(BaseTuner):
             cls._check_loaded(model, adapter_name, remapped)
         except ValueError:
             if isinstance(tuner, SparseTuner) and config.awaits_weights:
-                take_back(model, tuner, adapter_name)
+                tuner.take_back(model, adapter_name)
             raise
         config.awaits_weights = False
         if isinstance(tuner, SparseTuner) and any(tensor.is_meta for tensor in current.values()):
