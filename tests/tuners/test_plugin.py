@@ -61,7 +61,7 @@ def test_wraps_three_functions_and_changes_nothing_else():
         expected = {("PeftModel", "load_adapter"), ("PeftModel", "from_pretrained")}
         assert changed == expected | {("PeftConfigMixin", "from_pretrained")}, changed
         assert signatures == [inspect.signature(f) for f in wrapped()]
-        assert all(f.__doc__ and f.__wrapped__ for f in wrapped)
+        assert all(f.__doc__ and f.__wrapped__ for f in wrapped())
     """)
 
 
