@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from renamed import zamba
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_sparse import SppConfig
 from peft_sparse.checkpoint import (
@@ -158,12 +158,30 @@ def test_whatever_belongs_to_a_tokenizer_goes_along(dense, tmp_path):
 def test_merging_takes_the_tokenizer_of_the_adapter_or_else_of_the_base(dense, tmp_path):
     adapter = tmp_path / "adapter"
     get_peft_model(AutoModelForCausalLM.from_pretrained(dense), SppConfig(r=4)).save_pretrained(adapter)
-    for folder, names in ((dense, ("spm.model", "vocab.json")), (adapter, ("vocab.json",))):
+    of_base = ["vocab.json", "special_tokens_map.json", "chat_template.jinja", "preprocessor_config.json"]
+    for name in of_base:
+        (dense / name).write_text("dense")
+    for names, expected in (([], dict.fromkeys(of_base, "dense")), (["vocab.json"], {"vocab.json": "adapter"})):
         for name in names:
-            (folder / name).write_text(folder.name)
-    merge_checkpoint(adapter, tmp_path / "merged")
-    assert {(tmp_path / "merged" / name).read_text() for name in ("spm.model", "vocab.json")} == {"dense", "adapter"}
-    assert (tmp_path / "merged" / "vocab.json").read_text() == "adapter"
+            (adapter / name).write_text("adapter")
+        merge_checkpoint(adapter, merged := tmp_path / f"merged-{len(names)}")
+        found = {name: (merged / name).read_text() for name in of_base if (merged / name).exists()}
+        assert found == expected | {"preprocessor_config.json": "dense"}
+
+
+def test_a_merged_tokenizer_is_the_adapter_s_and_nothing_of_the_base_s(tmp_path):
+    """Before transformers 5 a tokenizer had files that are read if they are there."""
+    base = Path(models.save_with_tokenizer(prune_magnitude(models.tiny_llama(), sparsity=0.5), tmp_path / "base"))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "w5", "pad_token": "w6"}))
+    (base / "chat_template.jinja").write_text("old")
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), SppConfig(r=4, task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = "w7", "w8", None
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (merged.eos_token, merged.pad_token, merged.chat_template) == ("w7", "w8", None)
 
 
 def test_the_tokenizer_of_a_base_on_the_hub(dense, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from peft_sparse.pruning import load_rows
 from peft_sparse.training import finetune, plan_finetune
 from peft_sparse.training.build import load_tokenizer
-from peft_sparse.training.data import calibration_texts, make_examples, read_split
+from peft_sparse.training.data import calibration_texts, make_examples, read_split, token_stream
 from peft_sparse.training.parts import DataPart, ModelPart
 from peft_sparse.training.texts import fields, pair
 
@@ -191,6 +191,22 @@ def test_a_part_of_a_text_file_is_held_out_as_a_file(tmp_path):
     data = {"text": "text", "validation_split": "validation", "files": files}
     plan = plan_finetune(language_model(tmp_path, "text", data=data, prune=None))
     assert plan["training examples"] == plan["validation examples"] == 3
+
+
+def test_a_text_is_measured_as_it_is(tmp_path):
+    """Without the mark that Windows puts before it, and without a separator behind the last document."""
+    save_with_tokenizer(tiny_llama(), tmp_path / "llama")
+    tokenizer = load_tokenizer(ModelPart(path=str(tmp_path / "llama")))
+    expected = tokenizer("w1 w2 w3", add_special_tokens=False)["input_ids"]
+    for name, encoding in (("plain.txt", "utf-8"), ("windows.txt", "utf-8-sig")):
+        (tmp_path / name).write_text("w1 w2 w3", encoding=encoding)
+        for data in (
+            DataPart(path=str(tmp_path / name), text="text"),
+            DataPart(path="text", files={"train": [str(tmp_path / name)]}, text="text"),
+        ):
+            assert token_stream(data, "train", tokenizer) == expected
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "w1"}, {"text": "w2 w3"}])
+    assert token_stream(DataPart(path=rows, text="text"), "train", tokenizer) == [expected[0], 2, *expected[1:]]
 
 
 CSV = """question,answer,label,other

@@ -1,21 +1,24 @@
 """Which class a row's label is: by the names that a recipe lists, those of the model, or its number."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse.training import evaluate_model, evaluate_recipe, finetune, make_recipe, plan_finetune
-from peft_sparse.training.build import model_of, own_labels
+from peft_sparse.training.build import load_tokenizer, model_of, own_labels
+from peft_sparse.training.data import make_examples
 from peft_sparse.training.labels import Labels, label_names
 from peft_sparse.training.parts import DataPart, ModelPart
 
 from models import tiny_bert
 from recipes import classifier, write_rows
 
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 MODEL = ModelPart(path="unused", task="sequence_classification")
 a_label = st.one_of(st.integers(), st.booleans(), st.text(), st.floats(allow_nan=False, allow_infinity=False))
@@ -79,6 +82,50 @@ def test_a_number_is_that_of_a_listed_name_where_no_name_is_a_number():
 def test_what_is_no_label_is_named_with_its_row(given, value, message):
     with pytest.raises(ValueError, match=message):
         labels(**given).number({"label": value})
+
+
+MNLI = ["entailment", "neutral", "contradiction"]
+
+
+def test_numbers_of_a_data_set_go_by_its_own_names():
+    """Those of MNLI and of the models for it are the same in another order."""
+    feature = datasets.ClassLabel(names=MNLI)
+    for mine in (labels(own=["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]), labels(MNLI[::-1])):
+        named = mine.of_column(feature)
+        assert [named.number({"label": value}) for value in (0, 1, 2)] == [2, 1, 0]
+    two = labels(["neutral", "entailment"]).of_column(feature)
+    assert two.number({"label": 0}) == 1
+    with pytest.raises(ValueError, match="one of neutral, entailment, got 'contradiction' in column 'label'"):
+        two.number({"label": 2})
+    with pytest.raises(ValueError, match="got -1 in column"):
+        labels(MNLI).of_column(feature).number({"label": -1})
+
+
+def test_names_that_have_nothing_in_common_leave_the_numbers():
+    feature = datasets.ClassLabel(names=["neg", "pos"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mine in (labels(own=["LABEL_0", "LABEL_1"]), labels(number=2), labels(number=1)):
+            assert mine.of_column(feature).number({"label": 1}) == 1
+        assert labels(["a", "b"]).of_column(None) == labels(["a", "b"])
+    with pytest.warns(UserWarning, match=r"called neg, pos in the data, and bad, good by the model, so"):
+        assert labels(own=["bad", "good"]).of_column(feature).number({"label": 1}) == 1
+
+
+def test_a_data_set_with_names_is_measured_and_learned_by_them(tmp_path):
+    bert = tiny_bert()
+    bert.config.num_labels, bert.classifier = 3, torch.nn.Linear(32, 3)
+    bert.config.id2label, bert.config.label2id = dict(enumerate(MNLI[::-1])), {n: i for i, n in enumerate(MNLI[::-1])}
+    numbers = [0, 1, 2, 2, 1, 0, 2, 0]
+    rows = {"text": [f"w{index} w{index + 3}" for index in range(8)], "label": numbers}
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=MNLI)})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    asked = classifier(tmp_path, tmp_path / "rows.parquet", base=bert)
+    examples = make_examples(
+        asked.data, asked.model, load_tokenizer(asked.model), seed=0, own_labels=own_labels(asked.model)
+    )
+    for part in (examples.train, examples.validation):
+        assert [2 - row["labels"] for row in part] == numbers
 
 
 @pytest.mark.parametrize("listed", [[1, 0], [True, False], [-1, 0, 1]])

@@ -14,12 +14,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoTokenizer,
+    BartForConditionalGeneration,
+    BertForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     TrainerCallback,
 )
 
+from peft_sparse import prune_magnitude
 from peft_sparse.checkpoint import prune_checkpoint
 from peft_sparse.evaluation.metrics import BUNDLED
 from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
@@ -27,7 +30,7 @@ from peft_sparse.training.adapt import note_new_modules
 from peft_sparse.training.checkpoints import checkpoint_fault
 from peft_sparse.training.result import FinetuneResult
 
-from models import WORDS, tiny_llama
+from models import WORDS, save_with_tokenizer, tiny_bart, tiny_bert, tiny_llama
 from recipes import classifier, language_model
 
 pytest.importorskip("datasets")
@@ -124,9 +127,20 @@ def test_a_pruned_model_of_somebody_s_is_not_overwritten(tmp_path, sentences):
     assert (pruned / "model.safetensors").read_bytes() == before
     note_new_modules(pruned, [])
     for start in (plan_finetune, finetune):
-        with pytest.raises(ValueError, match=r"writes the pruned model into '.*pruned', got '.*pruned' to read from"):
+        with pytest.raises(ValueError, match=r"writes into '.*pruned', as its .*, got '.*pruned' to read from"):
             start(inside)
     assert finetune(asked).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_run_reads_nothing_that_its_checkpoints_would_replace(tmp_path, sentences):
+    """A model called like a checkpoint, which is none that is complete, would be set aside."""
+    folder = tmp_path / "run" / "checkpoint-500"
+    save_with_tokenizer(prune_magnitude(tiny_llama(), sparsity=0.5), folder)
+    asked = language_model(tmp_path, sentences, model={"path": str(folder)}, prune=None)
+    for start in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"writes into '.*checkpoint-500', as .*, got '.*' to read from; choose"):
+            start(asked)
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_without_its_optimizer_s_state_a_run_is_not_resumed(tmp_path, sentences):
@@ -340,3 +354,34 @@ def test_an_adapter_is_no_model_to_tune(tmp_path, sentences):
         ValueError, match=r"got an adapter in `model.path` .*; merge it first, with `peft-sparse merge"
     ):
         plan_finetune(replace(asked, model=replace(asked.model, path=str(adapter))))
+
+
+def test_what_is_no_causal_language_model_is_not_tuned_as_one(tmp_path, sentences):
+    """`model.task` is that by default, and transformers makes one of an encoder, or of a decoder alone."""
+    encoder = (
+        BertForMaskedLM(tiny_bert().config),
+        "got BertLMHeadModel, whose predictions change with the tokens after",
+    )
+    seq2seq = (
+        BartForConditionalGeneration(tiny_bart().config),
+        "got BartForCond.*, of which the decoder alone would be",
+    )
+    for model, rule in (encoder, seq2seq):
+        asked = language_model(tmp_path, sentences, base=model, prune=None)
+        for start in (plan_finetune, finetune):
+            with pytest.raises(ValueError, match=rule):
+                start(asked)
+        assert not (tmp_path / "run").exists()
+    asked = language_model(tmp_path, sentences, base=encoder[0], prune=None, evaluation={"metrics": ["accuracy"]})
+    with pytest.raises(ValueError, match=encoder[1]):
+        evaluate_recipe(asked)
+
+
+def test_weights_that_are_no_numbers_are_named_before_training(tmp_path, sentences):
+    model = prune_magnitude(tiny_llama(), sparsity=0.5)
+    model.model.norm.weight.data[3] = math.nan
+    asked = language_model(tmp_path, sentences, base=model, prune=None)
+    for start in (plan_finetune, finetune):
+        with pytest.raises(ValueError, match=r"got 1 NaN or infinite of 32 in `model.norm.weight`, from which"):
+            start(asked)
+    assert not (tmp_path / "run").exists()

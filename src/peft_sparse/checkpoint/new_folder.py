@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft_sparse.checkpoint.lookup import has_tokenizer
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.save import save_sparse
 from peft_sparse.linears import unpack_model
-from peft_sparse.storage import companions
+from peft_sparse.storage import belongs_to_tokenizer, companions
 
 _TEMPORARY = ".peft-sparse-"
 
@@ -103,9 +104,11 @@ def _move_up(temporary: Path) -> None:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy what belongs to a tokenizer or processor from one folder to another, where it is not there yet."""
+    """Copy what belongs to a tokenizer or processor from one folder to another, where it is not there yet. A tokenizer
+    that is there is whole: a file of another one, such as a special_tokens_map.json, would be read with it."""
+    has_its_own = has_tokenizer(folder)
     for path in companions(Path(source)):
-        if not (folder / path).exists():
+        if not (folder / path).exists() and not (has_its_own and belongs_to_tokenizer(path)):
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(source, path), folder / path)
 

@@ -63,7 +63,7 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
         raise ValueError(
             f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."
         )
-    _check_causal(model)
+    _check_class(model)
     check_positions(model, "window", min(window, len(input_ids)))
     check_token_inputs(model, [{"input_ids": input_ids[None]}])
     device, input_ids = execution_device(model), input_ids.long()  # of int32 there is no cross-entropy
@@ -80,7 +80,22 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
     return perplexity_of(total, predicted)
 
 
-def _check_causal(model: nn.Module) -> None:
+@torch.no_grad()
+def check_causal(model: nn.Module, input_ids: torch.Tensor) -> None:
+    """Before a model is tuned, or its loss is taken, as a causal language model.
+
+    Args:
+        input_ids: (tokens,) of some text, of which the first few are read.
+
+    Raises:
+        ValueError: if what it predicts depends on what comes later.
+    """
+    _check_class(model)
+    with evaluation_mode(model):
+        _check_order(model, input_ids[:PROBE].to(execution_device(model)))
+
+
+def _check_class(model: nn.Module) -> None:
     """An encoder has seen the text that its decoder predicts, and logits of a masked language model are those of the
     tokens themselves: both would give a number, but no perplexity."""
     get_base_model = getattr(model, "get_base_model", None)
@@ -88,8 +103,8 @@ def _check_causal(model: nn.Module) -> None:
     name = type(base).__name__
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or name.endswith("ForMaskedLM"):
         raise ValueError(
-            "Perplexity is of a causal language model, which predicts each token from those before it, got "
-            f"{name}, whose encoder sees them all; take the loss that it gives for `input_ids` and `labels` instead."
+            f"A causal language model predicts each token from those before it, got {name}, whose encoder sees them "
+            "all; take the loss that it gives for `input_ids` and `labels` instead."
         )
 
 
@@ -106,10 +121,9 @@ def _check_order(model: nn.Module, piece: torch.Tensor) -> None:
     before, after = logits[:, :first].float()
     if (before - after).norm() > max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * before.norm():
         raise ValueError(
-            "Perplexity is of a causal language model, which predicts each token from those before it, got "
-            f"{type(model).__name__}, whose predictions change with the tokens after it too; load it as a decoder "
-            "(`is_decoder=True`) if it was trained as one, or take the loss that it gives for `input_ids` and "
-            "`labels` instead."
+            f"A causal language model predicts each token from those before it, got {type(model).__name__}, whose "
+            "predictions change with the tokens after it too; load it as a decoder (`is_decoder=True`) if it was "
+            "trained as one, or take the loss that it gives for `input_ids` and `labels` instead."
         )
 
 
@@ -120,7 +134,7 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     if logits is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         found = f"a {type(output).__name__} without any" if logits is None else f"shape {tuple(logits.shape)}"
         raise ValueError(
-            "Perplexity is of a causal language model, whose logits have the shape (sequences, tokens, vocabulary), "
+            "A causal language model has logits of the shape (sequences, tokens, vocabulary), "
             f"got {found} from {type(model).__name__} for {ids.shape[0]} x {ids.shape[1]} tokens; load it with "
             "AutoModelForCausalLM, without adapters that put tokens before the text."
         )

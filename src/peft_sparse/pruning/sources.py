@@ -79,6 +79,8 @@ def load_rows(
         files, path = {split.partition("[")[0]: _files_of(file)}, reader
     if str(path) == "csv" and files and all(name.lower().endswith((".tsv", ".tsv.gz")) for name in _flat(files)):
         options = {"sep": "\t"} | options
+    if str(path) == "text":
+        options = {"encoding": "utf-8-sig"} | options  # the mark with which Windows begins a file is no text
     here = str(path) in READERS.values()
     if here:  # those of a data set in a folder or on the Hub are named from there
         _check_files(_flat(files))

@@ -4,7 +4,7 @@ Reading only, one tensor at a time, and knowing no more of a model than the name
 linears, and what its config tells about it. Writing files, and turning them into models, is `checkpoint/`.
 """
 
-from peft_sparse.storage.companions import companions
+from peft_sparse.storage.companions import belongs_to_tokenizer, companions
 from peft_sparse.storage.folders import locate, locate_companions, may_be_on_the_hub
 from peft_sparse.storage.model import StoredLinear, StoredModel, open_model
 from peft_sparse.storage.names import as_in_files, names_in_model
@@ -18,6 +18,7 @@ __all__ = [
     "StoredModel",
     "StoredTensor",
     "as_in_files",
+    "belongs_to_tokenizer",
     "companions",
     "facts_of",
     "locate",

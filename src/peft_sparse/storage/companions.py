@@ -46,3 +46,8 @@ def companions(folder: Path) -> Iterator[Path]:
         other = any(fnmatch(name, pattern) for pattern in (*UNWANTED, *_OF_THE_MODEL))
         if path.is_file() and (own_code or not other) and path.stat().st_size <= LARGEST:
             yield path.relative_to(folder)
+
+
+def belongs_to_tokenizer(path: Path) -> bool:
+    """Whether one of [`companions`] is read with a tokenizer: not a processor's settings, nor code."""
+    return "process" not in path.name.lower() and path.suffix != ".py"

@@ -56,13 +56,12 @@ def make_examples(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     labels = Labels.of(data, model, own_labels or {}) if model.task == "sequence_classification" else None
-    encode = _encoder(data, labels, tokenizer)
     training = validation = None
     if train:
         order = seed if data.streaming else None
-        training = _split(data, data.train_split, data.train_examples, encode, labels, order)
+        training = _split(data, data.train_split, data.train_examples, tokenizer, labels, order)
     if data.validation_split is not None:
-        validation = _split(data, data.validation_split, data.validation_examples, encode, labels, None)
+        validation = _split(data, data.validation_split, data.validation_examples, tokenizer, labels, None)
     if labels is not None:
         collator: Any = DataCollatorWithPadding(tokenizer)
     else:
@@ -79,7 +78,7 @@ def read_split(data: DataPart, split: str, streaming: bool = False, labels: Labe
 
 
 def _split(
-    data: DataPart, split: str, limit: int | None, encode: Encode, labels: Labels | None, order: int | None
+    data: DataPart, split: str, limit: int | None, tokenizer: Any, labels: Labels | None, order: int | None
 ) -> Any:
     """The examples of one split; `order` is the seed of a stream's, None where it is no stream."""
     streaming = order is not None
@@ -88,6 +87,9 @@ def _split(
     if first is None:
         raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}.")
     _check_columns(data, first, split)
+    if labels is not None and rows.features is not None:  # a stream may not know its columns
+        labels = labels.of_column(rows.features.get(labels.column))
+    encode = _encoder(data, labels, tokenizer)
     examples, left_out = _read(rows, 1 if streaming else limit, encode)
     if not examples:
         way_out = "windows of text are whole, so give more text or a smaller"
@@ -167,7 +169,7 @@ def _classification(rows: Iterable[Row], data: DataPart, labels: Labels, tokeniz
 
 def token_stream(data: DataPart, split: str, tokenizer: Any) -> list[int]:
     """All tokens of a split's text in one row, for [`peft_sparse.perplexity`]."""
-    between, ids = separator(data, tokenizer), []
+    between, ids = separator(data, tokenizer), list[int]()
     rows = iter(read_split(data, split))
     first = next(rows, None)
     if first is None:
@@ -178,7 +180,7 @@ def token_stream(data: DataPart, split: str, tokenizer: Any) -> list[int]:
         for document in tokenizer(
             [text_of(r, str(data.text)) for r in batch], add_special_tokens=False, verbose=False
         )["input_ids"]:
-            ids += document + between
+            ids += between + document if ids else document
     return ids
 
 

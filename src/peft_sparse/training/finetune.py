@@ -24,7 +24,7 @@ from transformers import TrainingArguments, set_seed
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import pad_as
-from peft_sparse.checkpoint.new_folder import copy_tokenizer, new_folder, save_model
+from peft_sparse.checkpoint.new_folder import new_folder, save_model
 from peft_sparse.evaluation import sparsity_report, verify_sparsity
 from peft_sparse.evaluation.metrics import load_metric
 from peft_sparse.evaluation.weights import kept_weights
@@ -259,7 +259,6 @@ def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
     merged = model.merge_and_unload()
     with new_folder(folder) as temporary:
         save_model(merged, temporary, recipe.output.packed, result.adapter)
-        copy_tokenizer(result.adapter, temporary)
         report = None if before is None else verify_sparsity(temporary, reference=before)
         if report is not None and not report.ok:
             raise RuntimeError(

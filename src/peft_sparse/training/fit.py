@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from huggingface_hub import whoami
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from peft_sparse.evaluation.metrics import check_metrics_of_numbers, load_metric
+from peft_sparse.evaluation.perplexity import check_causal
 from peft_sparse.pruning.checks import padding_of_positions
 from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.training.data import Examples
 from peft_sparse.training.metrics import Metrics
 from peft_sparse.training.recipe import Recipe
+
+_ENCODER_DECODERS = {
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
+} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 
 
 def check_hub(arguments: TrainingArguments) -> None:
@@ -34,8 +47,8 @@ def check_hub(arguments: TrainingArguments) -> None:
 def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) -> None:
     """Raises:
     ValueError: if the tokenizer, which `make_examples` has seen, cannot pad a batch, or the model counts positions
-        from another padding token; if the model does not take the examples, or gives nothing that the recipe's metrics
-        compare."""
+        from another padding token; if the model has weights that are no numbers, does not take the examples, is no
+        causal language model where one is asked for, or gives nothing that the recipe's metrics compare."""
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "A batch is padded with a tokenizer's pad, eos or unk token, got one without any of them in "
@@ -52,9 +65,37 @@ def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) ->
         check_metrics_of_numbers(recipe.evaluation.metrics)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
     Metrics(metrics, recipe.model.task == "causal_lm").check(model.config.num_labels)
+    _check_finite(model)
     size = vocabulary_size(model)
-    if size is None:
-        return
+    if size is not None:
+        _check_ids(recipe, size, tokenizer, examples)
+    if recipe.model.task == "causal_lm":
+        _check_language_model(model, examples)
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
+            found = int((~parameter.isfinite()).sum())
+            raise ValueError(
+                f"A model's weights are finite, got {found} NaN or infinite of {parameter.numel()} in `{name}`, from "
+                "which nothing is learned; load or download it again."
+            )
+
+
+def _check_language_model(model: Any, examples: Examples) -> None:
+    saved_as = (getattr(model.config, "architectures", None) or [""])[0]
+    if saved_as in _ENCODER_DECODERS:
+        raise ValueError(
+            f"`model.task: causal_lm` is of a model without an encoder, got {saved_as}, of which the decoder alone "
+            "would be left; name the task that it has, or tune it in a script."
+        )
+    if not is_deepspeed_zero3_enabled():  # before training no process has all weights
+        rows = examples.validation if examples.train is None else examples.train
+        check_causal(model, torch.tensor(next(iter(rows))["input_ids"]))
+
+
+def _check_ids(recipe: Recipe, size: int, tokenizer: Any, examples: Examples) -> None:
     highest = {"the training examples": _highest_id(examples.train)}
     highest["the validation examples"] = _highest_id(examples.validation)
     if recipe.model.task != "causal_lm" or recipe.data.text is None:  # windows are of one length

@@ -1,14 +1,17 @@
 """The labels of a classifier: how many, what they are called, and which one a row has.
 
 A value is first looked up among the names, whatever type it has: labels that are called 1 and 0, in this order, are no
-class numbers. Only a number that is no name is the number of a class, and only where no name is a number.
+class numbers. Only a number that is no name is the number of a class, and only where no name is a number. A column
+whose numbers have names in the data set (a `datasets.ClassLabel`) goes by those: MNLI counts from "entailment" on,
+where a model may count from "contradiction" on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_sparse.training.parts import DataPart, ModelPart
@@ -55,12 +58,14 @@ class Labels:
     count: of classes; 1 for a number as the target.
     names: the numbers of the classes by name.
     listed: the names are those of `data.labels`, and not the model's own.
+    in_data: what the column's numbers are called in the data; empty if they have no names, or none of these.
     """
 
     column: str
     count: int
     names: Mapping[str, int]
     listed: bool
+    in_data: Sequence[str] = ()
 
     @classmethod
     def of(cls, data: DataPart, model: ModelPart, own: Mapping[str, int]) -> Labels:
@@ -73,6 +78,32 @@ class Labels:
         names = {name: number for number, name in enumerate(label_names(data.labels))} if data.labels else dict(own)
         count = model.num_labels or len(names) or 2
         return cls(str(data.label), count, names if len(names) == count else {}, listed)
+
+    def of_column(self, feature: Any) -> Labels:
+        """The same for rows whose column has names for its numbers.
+
+        Args:
+            feature: that `datasets` has for the column; None: there is no telling.
+        """
+        in_data = getattr(feature, "names", None) or ()
+        if not in_data or not self.names or self.count == 1:
+            return self
+        if any(self._of_name(name) is not None for name in in_data):
+            return replace(self, in_data=in_data)
+        if any(name != f"LABEL_{number}" for name, number in self.names.items()):
+            warnings.warn(
+                f"The labels in column {self.column!r} are called {', '.join(in_data)} in the data, and "
+                f"{', '.join(self.names)} {'in `data.labels`' if self.listed else 'by the model'}, so they are taken "
+                "by their numbers.",
+                stacklevel=2,
+            )
+        return self
+
+    def _of_name(self, name: str) -> int | None:
+        """The number of a name of the data's; models write some in capitals."""
+        if name in self.names:
+            return self.names[name]
+        return next((number for own, number in self.names.items() if own.lower() == name.lower()), None)
 
     def number(self, row: Row) -> int | float:
         """The number of a row's class, or the target.
@@ -87,10 +118,22 @@ class Labels:
             )
         if self.count == 1:
             return self._target(row)
+        if self.in_data and isinstance(value, int) and 0 <= value < len(self.in_data):
+            return self._number_in_data(row)
         for name in _spellings(value):
             if name in self.names:
                 return self.names[name]
         return self._number_without_name(row)
+
+    def _number_in_data(self, row: Row) -> int:
+        name = self.in_data[row[self.column]]
+        found = self._of_name(name)
+        if found is None:
+            raise ValueError(
+                f"A label is one of {', '.join(self.names)}, got {name!r} in column {self.column!r} of the row "
+                f"{shown(row)}; list all labels in `data.labels`, or leave out such rows."
+            )
+        return found
 
     def _number_without_name(self, row: Row) -> int:
         value = row[self.column]

@@ -149,12 +149,16 @@ def _check_new_places(recipe: Recipe) -> None:
             "`training.output_dir`."
         )
     teacher = None if recipe.distillation is None else recipe.distillation.teacher
-    inside = [name for name in (recipe.model.path, teacher) if name is not None and _lies_in(name, pruned)]
-    if recipe.pruner and inside:
-        raise ValueError(
-            f"A recipe with `prune` writes the pruned model into {str(pruned)!r}, got {inside[0]!r} to read from; "
-            "choose another `training.output_dir`."
-        )
+    read = [name for name in (recipe.model.path, recipe.model.tokenizer, teacher) if name is not None]
+    written = [pruned] if recipe.pruner else []
+    written += checkpoints(recipe.output_dir)  # which are replaced, or set aside where they are not complete
+    for folder in written:
+        inside = next((name for name in read if _lies_in(name, folder)), None)
+        if inside is not None:
+            raise ValueError(
+                f"A run writes into {str(folder)!r}, as its `training.output_dir` says, got {inside!r} to read from; "
+                "choose another `training.output_dir`."
+            )
 
 
 def _lies_in(path: str, folder: Path) -> bool:
