@@ -329,7 +329,7 @@ def test_evaluate_text_is_the_librarys_perplexity(cli, pruned, text, tmp_path):
     result = json.loads(out)
     assert status == DONE
     words = Path(text).read_text().split()
-    ids = torch.tensor([WORDS.index(word) + 4 for word in words] + [2])
+    ids = torch.tensor([WORDS.index(word) + 4 for word in words])
     model = AutoModelForCausalLM.from_pretrained(pruned)
     assert result["perplexity"] == pytest.approx(perplexity(model, ids, window=32, progress=False), rel=1e-5)
     save_sparse(model, tmp_path / "packed")

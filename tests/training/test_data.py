@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has answer, label"),
+        ({"text": "txt", "label": "label"}, "got 'txt', and split 'train' has 'answer', 'label'"),
         ({"text": "score", "label": "label"}, "A column of text has strings, got 0.0"),
         ({"text": "text", "label": "name"}, "list the names in `data.labels`"),
         ({"text": "text", "label": "name", "labels": ["low", "mid"]}, "got 'high' in column 'name' besides"),
@@ -191,6 +191,14 @@ def test_a_part_of_a_text_file_is_held_out_as_a_file(tmp_path):
     data = {"text": "text", "validation_split": "validation", "files": files}
     plan = plan_finetune(language_model(tmp_path, "text", data=data, prune=None))
     assert plan["training examples"] == plan["validation examples"] == 3
+
+
+def test_semicolons_between_columns_are_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("text;label\nw1;0\n")
+    with pytest.raises(
+        ValueError, match=r"has 'text;label'; set `options: \{sep: \";\"\}` for a file with semicolons"
+    ):
+        plan_finetune(classifier(tmp_path, tmp_path / "rows.csv"))
 
 
 def test_a_text_is_measured_as_it_is(tmp_path):

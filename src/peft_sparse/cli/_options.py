@@ -86,7 +86,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         choices=["causal_lm", "sequence_classification"],
         help="the kind of model (default: what its config.json says)",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was saved")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the one in its config.json"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

@@ -11,7 +11,7 @@ from peft_sparse.cli._options import Outcome, add_command, add_dry_run
 EXAMPLES = """\
   peft-sparse finetune configs/spp_causal_lm.yaml
   peft-sparse finetune configs/spp_causal_lm.yaml --set training.max_steps=20 --set adapter.r=32
-  peft-sparse finetune configs/spp_llama_7b.yaml --set model.path=./pruned --dry-run
+  peft-sparse finetune configs/spp_causal_lm.yaml --set model.path=./pruned --dry-run
   peft-sparse finetune configs/pst_bert_base_glue.yaml --resume
   accelerate launch -m peft_sparse_cli finetune configs/spp_llama_7b.yaml     on several devices
 

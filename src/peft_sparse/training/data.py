@@ -141,8 +141,11 @@ def _check_columns(data: DataPart, row: Row, split: str) -> None:
     needed = [*_text_columns(data), *([data.label] if data.label else [])]
     missing = [column for column in needed if column not in row and column != optional]
     if missing:
+        names = ", ".join(map(repr, sorted(row)))
+        semicolons = len(row) == 1 and ";" in names
+        way_out = '; set `options: {sep: ";"}` for a file with semicolons between its columns' if semicolons else ""
         raise ValueError(
-            f"`data` names columns of its rows, got {missing[0]!r}, and split {split!r} has {', '.join(sorted(row))}."
+            f"`data` names columns of its rows, got {missing[0]!r}, and split {split!r} has {names}{way_out}."
         )
 
 
