@@ -59,3 +59,9 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_file(tmp_path, monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
     with pytest.raises(ValueError, match=r"in a cache, got '.*home.datasets', .* HF_DATASETS_CACHE to a folder"):
         load_rows(tmp_path / "rows.csv")
+
+
+def test_a_file_is_one_data_set_and_has_no_names(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"got 'large' beside '.*rows.jsonl', which is one alone; leave the name out"):
+        load_rows(tmp_path / "rows.jsonl", name="large")

@@ -74,6 +74,11 @@ def load_rows(
             "reader and `files`."
         )
     if files is None and (reader := reader_of(file)) is not None:
+        if name is not None:
+            raise ValueError(
+                f"A name chooses one of several data sets in a repository or a folder, got {name!r} beside {asked!r}, "
+                "which is one alone; leave the name out."
+            )
         if reader == "text":
             options = {"sample_by": "document"} | options
         files, path = {split.partition("[")[0]: _files_of(file)}, reader
