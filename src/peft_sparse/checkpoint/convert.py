@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_sparse.checkpoint.generation import generation_config_as_it_is
 from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.models import load_model, pad_as
@@ -121,7 +122,8 @@ def pack_checkpoint(
         after, report = sum(map(_packed_bytes, stored.tensors.values())), sparsity_report(stored.folder)
         return Converted.of("packed", source, folder, report, False, bytes_before=before, bytes_after=after)
     with new_folder(folder) as temporary:
-        save_sparse(model, temporary, max_shard_size=limit)
+        with generation_config_as_it_is(model):
+            save_sparse(model, temporary, max_shard_size=limit)
         copy_tokenizer(stored.folder, temporary)
     after, report = _bytes(folder), sparsity_report(folder)
     return Converted.of("packed", source, folder, report, bytes_before=before, bytes_after=after)
