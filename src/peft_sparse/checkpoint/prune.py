@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peft_sparse.checkpoint.complete import left_out_of
 from peft_sparse.checkpoint.convert import Converted
 from peft_sparse.checkpoint.lookup import load_tokenizer
 from peft_sparse.checkpoint.models import load_model
@@ -73,20 +75,21 @@ def prune_checkpoint(
         loaded_tokenizer = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     new = None if task is None else partial(_refuse_new, str(source), task)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code, on_missing=new)
-    beside = locate_companions(tokenizer_from)
+    beside, lost = locate_companions(tokenizer_from), left_out_of(model, source)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         arguments["batches"] = calibration_batches(_whole(rows, column), loaded_tokenizer, **settings)
         _check_reads_text(model, arguments["batches"])
     if dry_run:
-        return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
+        planned = _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
+        return replace(planned, left_out=lost)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
         save_model(model, temporary, packed, beside)
     report = sparsity_report(folder)
     errors = [layer.error for layer in report.layers if layer.error is not None]
     moved = (min(errors), max(errors)) if errors else None
-    return Converted.of("pruned", source, folder, report, output_errors=moved)
+    return Converted.of("pruned", source, folder, report, output_errors=moved, left_out=lost)
 
 
 def _check_method(method: str, data: Mapping[str, Any] | None) -> None:
