@@ -21,6 +21,7 @@ from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
 from peft_sparse.pruning.checks import context_length
 from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
+from peft_sparse.pruning.resume import check_run_folder
 from peft_sparse.sparsity import Pattern
 from peft_sparse.storage import locate_companions
 
@@ -112,7 +113,8 @@ def _refuse_new(source: str, task: str, names: list[str]) -> None:
 
 def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:
     """Raises:
-    ValueError: if blocks cannot be kept there, or would fill the folder of the result, which has to be empty."""
+    ValueError: if blocks cannot be kept there, or would fill the folder of the result, which has to be empty, or lie
+        beside somebody's files."""
     if checkpoint_dir is None:
         return
     kept = Path(checkpoint_dir).absolute()
@@ -121,6 +123,7 @@ def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> No
             f"`checkpoint_dir` keeps finished blocks outside of the result's folder, got {str(checkpoint_dir)!r} for "
             f"the result {str(folder)!r}; name another folder."
         )
+    check_run_folder(checkpoint_dir)
     check_writable(kept)
 
 
