@@ -446,6 +446,10 @@ def test_an_error_is_one_message_and_a_traceback_only_on_request(cli, tmp_path):
         (["prune", "LLAMA", "NEW", *TINY, "--device", "foo", "--dry-run"], "torch can use here, .* got 'foo'"),
         (["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "TEXT"], "that can be written, got .*text.txt"),
         (
+            ["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "LLAMA", "--dry-run"],
+            "earlier run with its pruning_run.json, got .*llama.*config.json. is in it.; choose another name",
+        ),
+        (
             ["prune", "LLAMA", "NEW", *TINY, "--checkpoint-dir", "NEW"],
             "outside of the result's folder, got .*new' for",
         ),

@@ -1,6 +1,7 @@
 """A run that was interrupted goes on and gives the same model, bit for bit; another run is refused."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -297,3 +298,30 @@ def test_the_manifest_says_what_the_run_is(tmp_path):
     assert manifest["blocks"] == ["model.layers.0", "model.layers.1"]
     assert manifest["run"]["method"] == "wanda" and manifest["run"]["calibration"]["tokens"] == 60
     assert time.time() - (tmp_path / MANIFEST).stat().st_mtime < 600
+
+
+def test_a_folder_of_somebodys_is_left_alone(tmp_path):
+    model = models.tiny_llama()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"pruning_run.json, got .* has none and is not empty .*choose another name"):
+        prune(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert_same(model, state_of(models.tiny_llama()))
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    plain = state_of(prune(models.tiny_llama()))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_sparse.pruning.resume.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            prune(models.tiny_llama(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    again = models.tiny_llama()
+    (tmp_path / f".{MANIFEST}.1").write_text("of a run that was killed")
+    prune(again, tmp_path)
+    assert_same(again, plain)

@@ -280,3 +280,14 @@ def test_merging_is_refused_where_no_process_has_whole_weights(tmp_path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"got `output\.merge` with FSDP; leave it out"):
         check_merge_in_one_process(arguments)
+
+
+def test_a_generation_config_that_transformers_does_not_save_costs_no_run(tmp_path, sentences):
+    """Trainer gives it the tokenizer's special tokens, and a changed one is refused where it names a temperature
+    without sampling, as Llama-2-chat's does."""
+    asked = language_model(tmp_path, sentences, output={"merge": True})
+    fields = {"_from_model_config": True, "temperature": 0.9, "top_p": 0.6}
+    (tmp_path / "llama" / "generation_config.json").write_text(json.dumps(fields))
+    result = finetune(asked)
+    for folder in (tmp_path / "run" / "pruned", Path(result.merged)):
+        assert fields.items() <= json.loads((folder / "generation_config.json").read_text()).items()

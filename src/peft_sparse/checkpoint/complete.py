@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from peft_sparse.checkpoint.lookup import is_adapter
 from peft_sparse.linears import find_block_lists
-from peft_sparse.storage import StoredModel
-from peft_sparse.storage.names import names_in_model
+from peft_sparse.storage import StoredModel, locate_companions, names_in_model, open_model, without_place
 
 # What the error says where the shapes of files and model differ; `load_model` says it in its own words.
 NEW_HEAD = "`ignore_mismatched_sizes=True`"
@@ -93,6 +93,31 @@ def check_complete(
             f"new and random, and has to be trained: {new[:3]} ({len(new)} in all).",
             stacklevel=stacklevel + 1,
         )
+
+
+def left_out(model: PreTrainedModel, stored: StoredModel) -> list[str]:
+    """The stored tensors that a model which is saved again has not, with a warning that names them. transformers
+    passes over some in silence, such as the layers for multi-token prediction of DeepSeek-V3."""
+    names = without_place(model, stored.tensors)
+    if names:
+        size = sum(stored.tensors[name].nbytes for name in names)
+        warnings.warn(
+            f"{type(model).__name__} of transformers has no place for {len(names)} tensors ({size / 1e6:,.2f} MB) in "
+            f"{str(stored.folder)!r}, so they are left out of the result: {', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}. The model computes nothing with them; keep the source for a "
+            "program that does.",
+            stacklevel=3,
+        )
+    return names
+
+
+def left_out_of(model: PreTrainedModel, source: str | Path) -> list[str]:
+    """[`left_out`] for a model that transformers has loaded from a folder, or a name on the Hub."""
+    folder = locate_companions(source)  # the weights that it has downloaded lie there too
+    quantised = getattr(model.config, "quantization_config", None) is not None  # names of codes are the quantiser's
+    if quantised or is_adapter(folder) or not any(folder.glob("*.safetensors")):
+        return []
+    return left_out(model, open_model(folder))
 
 
 def check_blocks(model: nn.Module, missing: Iterable[str], source: str | Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_sparse.checkpoint.complete import left_out, left_out_of
+from peft_sparse.checkpoint.generation import generation_config_as_it_is
 from peft_sparse.checkpoint.load import load_stored
 from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.models import load_model, pad_as
@@ -31,6 +33,7 @@ class Converted:
         bytes_before, bytes_after: of the weights' files; None where it is not known without writing them.
         output_errors: how far the outputs of the linears have moved on the calibration data, relative to their size,
             from the least to the most; None where a pruner did not measure it.
+        left_out: tensors of the source that the model's class has no place for, which the result has not.
     """
 
     action: str
@@ -44,6 +47,7 @@ class Converted:
     bytes_before: int | None = None
     bytes_after: int | None = None
     output_errors: tuple[float, float] | None = None
+    left_out: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -92,7 +96,8 @@ def pack_checkpoint(
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
 ) -> Converted:
-    """Store a dense model packed, as [`save_sparse`] does, bit for bit.
+    """Store a dense model packed, as [`save_sparse`] does, bit for bit. Tensors that its class has no place for, which
+    transformers does not load, are left out, with a warning.
 
     Args:
         source: a folder with a dense model, or a name on the Hub.
@@ -117,14 +122,17 @@ def pack_checkpoint(
         )
     before, model_cls = _bytes(stored.folder), None if task is None else auto_class(task)
     model = load_stored(stored, exact=True, model_cls=model_cls, trust_remote_code=trust_remote_code)
+    lost = left_out(model, stored)
     if dry_run:
-        after, report = sum(map(_packed_bytes, stored.tensors.values())), sparsity_report(stored.folder)
-        return Converted.of("packed", source, folder, report, False, bytes_before=before, bytes_after=after)
+        after = sum(_packed_bytes(tensor) for name, tensor in stored.tensors.items() if name not in lost)
+        report, sizes = sparsity_report(stored.folder), {"bytes_before": before, "bytes_after": after}
+        return Converted.of("packed", source, folder, report, False, left_out=lost, **sizes)
     with new_folder(folder) as temporary:
-        save_sparse(model, temporary, max_shard_size=limit)
+        with generation_config_as_it_is(model):
+            save_sparse(model, temporary, max_shard_size=limit)
         copy_tokenizer(stored.folder, temporary)
     after, report = _bytes(folder), sparsity_report(folder)
-    return Converted.of("packed", source, folder, report, bytes_before=before, bytes_after=after)
+    return Converted.of("packed", source, folder, report, bytes_before=before, bytes_after=after, left_out=lost)
 
 
 def unpack_checkpoint(
@@ -202,6 +210,9 @@ def merge_checkpoint(
     if settings.task_type == "SEQ_CLS" and has_tokenizer(adapter):
         pad_as(model.get_base_model(), load_tokenizer(adapter, trust_remote_code=trust_remote_code))
     merged = model.merge_and_unload()
+    # Of another class than the base, such as a classifier, a head is left out, as it was when the adapter was trained.
+    same_class = type(merged).__name__ in (merged.config.architectures or [])
+    lost = left_out_of(merged, origin) if same_class else []
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None
     report = sparsity_report(merged)
     if not dry_run:
@@ -209,7 +220,7 @@ def merge_checkpoint(
             save_model(merged, temporary, packed, adapter)  # a tokenizer that was changed for it is beside it
             copy_tokenizer(beside, temporary)
     after = None if dry_run else _bytes(folder)
-    return Converted.of("merged", adapter, folder, report, not dry_run, bytes_after=after), verified
+    return Converted.of("merged", adapter, folder, report, not dry_run, bytes_after=after, left_out=lost), verified
 
 
 def _packed_bytes(stored: StoredTensor) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peft_sparse.checkpoint.complete import check_complete, check_shapes
 from peft_sparse.checkpoint.lazy import LazyTensor
@@ -138,6 +138,7 @@ def load_stored(
     targets = packed_targets(model_cls, config, stored.tensors) if packed else {}
     model, info = _build(model_cls, config, stored, targets, dtype, None if packed else device, exact)
     check_complete(model, stored, info, ignore_mismatched_sizes, on_missing, stacklevel=3)
+    _load_generation_config(model, stored)
     model.config.name_or_path = model.name_or_path = str(stored.folder)
     put_packed_linears(model, targets)
     return model.to(device) if packed and device is not None else model
@@ -180,7 +181,6 @@ def _build(
     exact: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, with a stand-in for the weight of each linear in `packed`, and what transformers tells about it."""
-    generation = _generation_config(stored)
     as_saved = dtype is None or dtype == "auto"
     if as_saved:
         dtype = config.dtype or next((x.dtype for x in stored.tensors.values() if x.dtype.is_floating_point), None)
@@ -198,7 +198,6 @@ def _build(
                 state_dict=tensors,
                 dtype=dtype,
                 device_map=None if device is None else {"": device},
-                generation_config=generation,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_complete` names them
             )
@@ -229,8 +228,11 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _generation_config(stored: StoredModel) -> GenerationConfig | None:
+def _load_generation_config(model: PreTrainedModel, stored: StoredModel) -> None:
+    """As transformers does for a folder. One that is handed to its `from_pretrained` is taken for a changed one, and
+    refused when it is saved if it is not strictly valid, which published ones are not."""
     path = stored.folder / "generation_config.json"
     if stored.layout == "packed":
         path = packed_path(stored.folder, stored.config, path.name)
-    return GenerationConfig.from_pretrained(path.parent) if path.is_file() else None
+    if model.can_generate() and path.is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(path.parent)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft_sparse.checkpoint.generation import generation_config_as_it_is
 from peft_sparse.checkpoint.lookup import has_tokenizer
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.save import save_sparse
@@ -116,8 +117,9 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 def save_model(model: Any, folder: Path, packed: bool, tokenizer_from: str | Path) -> None:
     """Save a whole model, dense or packed, with a model card and the tokenizer files of a folder. One that is packed
     in memory is unpacked in place to be saved dense."""
-    if packed:
-        save_sparse(model, folder)
-    else:
-        save_with_card(unpack_model(model), folder)
+    with generation_config_as_it_is(model):
+        if packed:
+            save_sparse(model, folder)
+        else:
+            save_with_card(unpack_model(model), folder)
     copy_tokenizer(tokenizer_from, folder)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peft_sparse.checkpoint.complete import left_out_of
 from peft_sparse.checkpoint.convert import Converted
 from peft_sparse.checkpoint.lookup import load_tokenizer
 from peft_sparse.checkpoint.models import load_model
@@ -19,6 +21,7 @@ from peft_sparse.evaluation.weights import linear_weights
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
 from peft_sparse.pruning.checks import context_length
 from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
+from peft_sparse.pruning.resume import check_run_folder
 from peft_sparse.sparsity import Pattern
 from peft_sparse.storage import locate_companions
 
@@ -73,20 +76,21 @@ def prune_checkpoint(
         loaded_tokenizer = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     new = None if task is None else partial(_refuse_new, str(source), task)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code, on_missing=new)
-    beside = locate_companions(tokenizer_from)
+    beside, lost = locate_companions(tokenizer_from), left_out_of(model, source)
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         arguments["batches"] = calibration_batches(_whole(rows, column), loaded_tokenizer, **settings)
         _check_reads_text(model, arguments["batches"])
     if dry_run:
-        return _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
+        planned = _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
+        return replace(planned, left_out=lost)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
         save_model(model, temporary, packed, beside)
     report = sparsity_report(folder)
     errors = [layer.error for layer in report.layers if layer.error is not None]
     moved = (min(errors), max(errors)) if errors else None
-    return Converted.of("pruned", source, folder, report, output_errors=moved)
+    return Converted.of("pruned", source, folder, report, output_errors=moved, left_out=lost)
 
 
 def _check_method(method: str, data: Mapping[str, Any] | None) -> None:
@@ -109,7 +113,8 @@ def _refuse_new(source: str, task: str, names: list[str]) -> None:
 
 def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> None:
     """Raises:
-    ValueError: if blocks cannot be kept there, or would fill the folder of the result, which has to be empty."""
+    ValueError: if blocks cannot be kept there, or would fill the folder of the result, which has to be empty, or lie
+        beside somebody's files."""
     if checkpoint_dir is None:
         return
     kept = Path(checkpoint_dir).absolute()
@@ -118,6 +123,7 @@ def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> No
             f"`checkpoint_dir` keeps finished blocks outside of the result's folder, got {str(checkpoint_dir)!r} for "
             f"the result {str(folder)!r}; name another folder."
         )
+    check_run_folder(checkpoint_dir)
     check_writable(kept)
 
 

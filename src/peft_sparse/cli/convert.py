@@ -46,7 +46,8 @@ def add_commands(commands: Any) -> None:
         run_pack,
         "store a model without its zeros",
         "Save a dense model so that each zero takes one bit, bit for bit the same model. Plain transformers refuses\n"
-        "the result; `load_sparse` and `peft-sparse unpack` read it.",
+        "the result; `load_sparse` and `peft-sparse unpack` read it. Tensors that transformers does not load, such\n"
+        "as layers for multi-token prediction, are left out, and named in a warning.",
         PACK_EXAMPLES,
     )
     pack.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")

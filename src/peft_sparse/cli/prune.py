@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
     data.add_argument("--length", type=positive, metavar="TOKENS", help="of a sequence (default: up to 512)")
     data.add_argument("--batch-size", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     data.add_argument("--seed", type=int, default=0, help="of the draw of sequences (default: 0)")
-    data.add_argument("--checkpoint-dir", metavar="FOLDER", help="keep finished blocks there, and go on from them")
+    data.add_argument("--checkpoint-dir", metavar="FOLDER", help="a new folder for finished blocks, to go on from")
     data.add_argument("--device", help="move one block at a time there, e.g. cuda")
     data.add_argument("--measure-error", action="store_true", help="also tell how far each linear's output moves")
     add_loading(parser)

@@ -56,7 +56,7 @@ class Checkpoint:
         with_errors: whether the errors of outputs are wanted; a block that was saved without them is pruned again.
 
     Raises:
-        ValueError: if the folder cannot be used, or has another run in it.
+        ValueError: if the folder cannot be used, or has another run or something else in it.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Checkpoint:
         self.folder, self.with_errors = Path(folder), with_errors
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+        check_run_folder(self.folder)
         try:
             if make:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,20 @@ class Checkpoint:
         return self.folder / f"{block}.safetensors"
 
 
+def check_run_folder(folder: str | os.PathLike[str]) -> None:
+    """Hidden files do not count: a run that was killed before its first block may have left one.
+
+    Raises:
+        ValueError: if there is something in the folder, such as a model, and no run."""
+    folder = Path(folder)
+    there = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if there and MANIFEST not in there:
+        raise ValueError(
+            f"`checkpoint_dir` is a new folder, or that of an earlier run with its {MANIFEST}, got {str(folder)!r}, "
+            f"which has none and is not empty ({there[0]!r} is in it); choose another name."
+        )
+
+
 def _warn_broken(path: Path, why: str) -> None:
     warnings.warn(f"The block in {str(path)!r} cannot be read ({why}) and is pruned again.", stacklevel=5)
 
@@ -167,11 +182,14 @@ def _warn_broken(path: Path, why: str) -> None:
 def _write(path: Path, content: bytes) -> None:
     """Either all of it or nothing is at `path` afterwards, whenever the process dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there after an error: the disk is full, or somebody interrupts
 
 
 def _checksum(tensors: dict[str, torch.Tensor], errors: str) -> str:

@@ -59,8 +59,8 @@ def prune_wanda(
         target_modules: linear layers to prune instead of all: names or their last parts, or one regex for full names,
             as in PEFT; inside the blocks.
         exclude_modules: linear layers to leave alone, given in the same way.
-        checkpoint_dir: a folder to write each block to when it is done. A later run with the same arguments resumes
-            from there and gives the same model; a run with others is refused.
+        checkpoint_dir: a folder to write each block to when it is done, new or empty. A later run with the same
+            arguments resumes from there and gives the same model; a run with others is refused.
         device: where to run the blocks, also of a model that does not fit there: they are moved one at a time, and
             nothing else is on it but one batch's activations. None: where they are.
         measure_error: also estimate how much the output of every linear layer changes on the calibration data,

@@ -7,7 +7,7 @@ linears, and what its config tells about it. Writing files, and turning them int
 from peft_sparse.storage.companions import belongs_to_tokenizer, companions
 from peft_sparse.storage.folders import locate, locate_companions, may_be_on_the_hub
 from peft_sparse.storage.model import StoredLinear, StoredModel, open_model
-from peft_sparse.storage.names import as_in_files, names_in_model
+from peft_sparse.storage.names import as_in_files, names_in_model, without_place
 from peft_sparse.storage.origin import CONFIG_KEY, PRUNING, facts_of, own_name, record_facts
 from peft_sparse.storage.tensors import StoredTensor
 
@@ -28,4 +28,5 @@ __all__ = [
     "open_model",
     "own_name",
     "record_facts",
+    "without_place",
 ]

@@ -20,6 +20,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+_CAUSAL_MASKS = {f"{module}.{mask}" for module in ("attn", "attention") for mask in ("bias", "masked_bias")}
+
 
 def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
     """For each tensor of a file that the model wants: its name in the model's state dict, and whether it is computed
@@ -48,6 +50,18 @@ def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tup
         if name in state:
             found[key] = name, converter is not None
     return found
+
+
+def without_place(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """The tensors of a file that a model does not take, but for what it makes anew, as files of older versions have
+    it for each layer: buffers such as the frequencies of rotary embeddings, and causal masks."""
+    keys = list(keys)
+    taken, buffers = names_in_model(model, keys), {_end(name) for name, _ in model.named_buffers()}
+    return sorted(key for key in keys if key not in taken and _end(key) not in buffers | _CAUSAL_MASKS)
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def as_in_files(model: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -63,6 +63,11 @@ class StoredTensor:
     data: Part
     bitmask: Part | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the dense tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.read()[index]
 

@@ -21,6 +21,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
+from peft_sparse.checkpoint.generation import generation_config_as_it_is
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.merged import save_with_card
 from peft_sparse.checkpoint.models import pad_as
@@ -225,7 +226,8 @@ def _prune(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any, fol
     PRUNERS[str(recipe.pruner)](model, **_pruning(recipe, tokenizer))
     # The adapter belongs to these weights: they are kept, and its config names them.
     note_new_modules(folder, new)
-    save_with_card(model, folder)
+    with generation_config_as_it_is(model):
+        save_with_card(model, folder)
     tokenizer.save_pretrained(folder)
     model.config._name_or_path = model.name_or_path = str(folder)
     return model, new
