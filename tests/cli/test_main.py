@@ -298,10 +298,11 @@ def adapted(model, config, folder):
 def test_merge_keeps_the_zeros_and_the_function(cli, pruned, tmp_path):
     model = adapted(AutoModelForCausalLM.from_pretrained(pruned), SppConfig(r=4), tmp_path / "adapter")
     expected = model.eval()(torch.arange(4, 12)[None]).logits
-    assert cli("merge", tmp_path / "adapter", tmp_path / "merged", "--dry-run")[0] == DONE
+    status, out, _ = cli("merge", tmp_path / "adapter", tmp_path / "merged", "--dry-run")
+    assert status == DONE and f"base      {pruned}\n" in out
     assert not (tmp_path / "merged").exists()
     status, out, _ = cli("merge", tmp_path / "adapter", tmp_path / "merged", "--json")
-    assert status == DONE and json.loads(out)["verified"]["ok"]
+    assert status == DONE and json.loads(out)["verified"]["ok"] and json.loads(out)["base"] == pruned
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.arange(4, 12)[None]).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -34,6 +34,7 @@ class Converted:
         output_errors: how far the outputs of the linears have moved on the calibration data, relative to their size,
             from the least to the most; None where a pruner did not measure it.
         left_out: tensors of the source that the model's class has no place for, which the result has not.
+        base: what an adapter was merged into, since a name such as "pruned" is another model in another folder.
     """
 
     action: str
@@ -48,6 +49,7 @@ class Converted:
     bytes_after: int | None = None
     output_errors: tuple[float, float] | None = None
     left_out: list[str] = field(default_factory=list)
+    base: str | None = None
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Converted:
         verb = self.action if self.written else f"would be {self.action} (dry run, nothing is written)"
         lines = [
             f"{self.source}: {verb}",
+            *([] if self.base is None else [f"base      {self.base}"]),
             f"to        {self.folder}",
             f"zeros     {self.zeros:,} of {self.weights:,} weights in the linears, {self.sparsity:.2%} "
             f"({self.pattern})",
@@ -219,8 +222,9 @@ def merge_checkpoint(
         with new_folder(folder) as temporary:
             save_model(merged, temporary, packed, adapter)  # a tokenizer that was changed for it is beside it
             copy_tokenizer(beside, temporary)
-    after = None if dry_run else _bytes(folder)
-    return Converted.of("merged", adapter, folder, report, not dry_run, bytes_after=after, left_out=lost), verified
+    after, named = None if dry_run else _bytes(folder), Path(origin)
+    more = {"bytes_after": after, "left_out": lost, "base": str(named.absolute() if named.is_dir() else origin)}
+    return Converted.of("merged", adapter, folder, report, not dry_run, **more), verified
 
 
 def _packed_bytes(stored: StoredTensor) -> int:
