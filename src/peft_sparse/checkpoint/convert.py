@@ -196,8 +196,8 @@ def merge_checkpoint(
         starts from a dense model.
 
     Raises:
-        ValueError: if there is no adapter, it is of a method that does not merge, or merging would lose zeros or change
-            the function.
+        ValueError: if there is no adapter, it is of a method that does not merge, or merging would lose zeros or
+            change the function.
     """
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"An adapter is a folder with adapter_config.json, got {str(adapter)!r}, which has none.")
