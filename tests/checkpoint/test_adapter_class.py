@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -111,3 +111,14 @@ def test_a_base_gets_the_tokens_that_were_added_before_training(config, tied, tm
         plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")
         with pytest.raises(ValueError, match=r"call `model.resize_token_embeddings\(99\)` first, or load it onto"):
             PeftModel.from_pretrained(plain, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("config_class", [PrefixTuningConfig, PromptTuningConfig])
+def test_a_learned_prompt_is_not_merged(config_class, tmp_path, monkeypatch):
+    models.tiny_llama().save_pretrained(tmp_path / "llama")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    config = config_class(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("peft_sparse.checkpoint.convert.load_model", lambda *_, **__: pytest.fail("is loaded"))
+    with pytest.raises(ValueError, match=r"got one of PR.*_TUNING .* changes none of them; use it beside its base"):
+        merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")

@@ -44,6 +44,14 @@ def test_a_dry_run_refuses_what_a_run_would(field, value, dense, tmp_path):
             pack_checkpoint(dense, tmp_path / "new", dry_run=dry_run)
 
 
+@pytest.mark.parametrize("names", [None, []])
+def test_a_config_without_a_class_says_where_to_write_it(names, dense, tmp_path):
+    settings = json.loads((dense / "config.json").read_text()) | {"architectures": names}
+    (dense / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r'got none in .*; write it there, as "architectures": \["Llama'):
+        pack_checkpoint(dense, tmp_path / "new")
+
+
 @pytest.mark.parametrize("says", ["bfloat16", "float32", None])
 def test_pack_and_unpack_keep_the_dtype_of_each_tensor(says, dense, tmp_path):
     """Whatever config.json says, by which transformers rounds them all alike."""

@@ -16,10 +16,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     DistilBertConfig,
     DistilBertModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 from peft_sparse import PstConfig, SppConfig, load_sparse, perplexity, prune_magnitude, save_sparse, sparsity_report
@@ -234,6 +238,35 @@ def test_calibration_of_an_encoder_decoder(cli, text, tmp_path):
         assert "got T5ForConditionalGeneration, whose decoder takes tokens of its own; prune it by magnitude" in err
     bart = save_with_tokenizer(tiny_bart().model, tmp_path / "bart")  # its classifier's head wants an end of text
     assert cli("prune", bart, *arguments)[0] == DONE
+
+
+BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGES = {**BLOCKS, "image_size": 32, "patch_size": 16}
+
+
+def vit() -> ViTModel:
+    return ViTModel(ViTConfig(**IMAGES))
+
+
+def clip() -> CLIPModel:
+    text = {**BLOCKS, "vocab_size": 96, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (vit, "got ViTModel, which reads `pixel_values`"),
+        (clip, "got CLIPModel, which takes `pixel_values` too"),
+    ],
+)
+def test_calibration_of_a_model_of_images(model, message, cli, text, tmp_path):
+    folder = save_with_tokenizer(model(), tmp_path / "model")
+    for dry_run in ([], ["--dry-run"]):
+        arguments = ["--data", text, "--num-sequences", "2", "--length", "8", *dry_run]
+        status, _, err = cli("prune", folder, tmp_path / "out", *arguments)
+        assert status == FAILED and message in err and "prune it by magnitude (`--method magnitude`)" in err
+    assert cli("prune", folder, tmp_path / "out", "--method", "magnitude")[0] == DONE
 
 
 def without_tokenizer(folder):

@@ -235,6 +235,13 @@ def test_words_that_are_no_booleans(tmp_path):
     assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
 
 
+@pytest.mark.parametrize("settings", [{"save_strategy": "no"}, {"save_strategy": "best", "eval_strategy": False}, {}])
+def test_the_best_model_needs_an_evaluation(settings):
+    with pytest.raises(ValueError, match=r'without `training.eval_strategy`; set that to "steps" .*leave it out'):
+        make_recipe(changed("training", load_best_model_at_end=True, **settings))
+    assert make_recipe(changed("training", load_best_model_at_end=False, **settings))
+
+
 def test_a_key_of_training_without_a_value_is_left_out():
     """But where None is a value, and where transformers says what there is."""
     empty = dict.fromkeys(["learning_rate", "num_train_epochs", "dataloader_num_workers", "seed", "bf16", "log_level"])

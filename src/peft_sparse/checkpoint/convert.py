@@ -9,7 +9,7 @@ from typing import Any
 from peft_sparse.checkpoint.complete import left_out, left_out_of
 from peft_sparse.checkpoint.generation import generation_config_as_it_is
 from peft_sparse.checkpoint.load import load_stored
-from peft_sparse.checkpoint.lookup import has_tokenizer, load_tokenizer
+from peft_sparse.checkpoint.lookup import check_merges, has_tokenizer, load_tokenizer
 from peft_sparse.checkpoint.models import load_model, pad_as
 from peft_sparse.checkpoint.new_folder import check_new_folder, copy_tokenizer, new_folder, save_model
 from peft_sparse.checkpoint.save import save_sparse, shard_size
@@ -199,10 +199,12 @@ def merge_checkpoint(
         starts from a dense model.
 
     Raises:
-        ValueError: if there is no adapter, or merging would lose zeros or change the function.
+        ValueError: if there is no adapter, it is of a method that does not merge, or merging would lose zeros or
+            change the function.
     """
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"An adapter is a folder with adapter_config.json, got {str(adapter)!r}, which has none.")
+    check_merges(adapter)
     folder = check_new_folder(folder)
     config = {} if num_labels is None else {"num_labels": num_labels}
     model = load_model(adapter, task, dtype=dtype, trust_remote_code=trust_remote_code, config=config, base=base)

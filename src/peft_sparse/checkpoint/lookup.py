@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import AutoTokenizer
 
 from peft_sparse.storage import may_be_on_the_hub
@@ -54,6 +55,20 @@ def check_method(folder: str | Path) -> None:
         raise ValueError(
             f"An adapter_config.json has a method of PEFT's as `peft_type`, got {method!r} in {str(folder)!r}; update "
             "PEFT if it is a newer one, else save or download the adapter again."
+        )
+
+
+def check_merges(folder: str | Path) -> None:
+    """Before an adapter's base is loaded.
+
+    Raises:
+        ValueError: if the adapter has no place in the base's weights, as a prompt that is learned has none."""
+    check_method(folder)
+    method = adapter_settings(folder)["peft_type"]
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "merge_and_unload"):
+        raise ValueError(
+            f"Merging adds an adapter to its base's weights, got one of {method} in {str(folder)!r}, which changes "
+            "none of them; use it beside its base, with `PeftModel.from_pretrained(base, adapter)`."
         )
 
 

@@ -24,9 +24,13 @@ def saved_class(stored: StoredModel, trust_remote_code: bool) -> type[PreTrained
     places = {auto: place for auto, place in _code(stored).items() if place.split(".")[-1] == name}
     if places and trust_remote_code:
         return _class_in_code(stored, next(iter(places)))
+    code = ", or trust its own code (`--trust-remote-code`, `trust_remote_code=True`)" if places else ""
+    way_out = 'write it there, as "architectures": ["LlamaForCausalLM"]'
+    if stored.layout == "packed":  # whose config.json has a checksum
+        way_out = "update transformers if it has the class in a newer version"
     raise ValueError(
-        f"config.json names the class of the model, one of transformers', got {name!r} in {str(stored.folder)!r}; "
-        "pass the class as `model_cls`" + (", or `trust_remote_code=True`." if places else ".")
+        f"config.json names the class of the model, one of transformers', got {name or 'none'} in "
+        f"{str(stored.folder)!r}; {way_out}, or in Python pass the class as `model_cls`{code}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,9 @@ from peft_sparse.sparsity import Pattern
 from peft_sparse.storage import locate_companions
 
 DEFAULT_LENGTH = 512
+# How the names of inputs begin that are images or sound.
+_NOT_TEXT = ("pixel_values", "input_features", "input_values")
+_NO_TEXT = "prune it by magnitude (`--method magnitude`), or in Python with batches of your own"
 
 
 def prune_checkpoint(
@@ -129,18 +133,24 @@ def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> No
 
 def _check_reads_text(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
     """Raises:
-    ValueError: if it is an encoder-decoder that takes tokens for its decoder too: BART makes them itself, T5 does not.
-    """
-    if not getattr(model.config, "is_encoder_decoder", False):
+    ValueError: if it reads no text, or something else besides: images, sound, or tokens for its decoder, which BART
+        makes itself and T5 does not."""
+    takes = inspect.signature(model.forward).parameters
+    main, others = model.main_input_name, [name for name in takes if name.startswith(_NOT_TEXT)]
+    name = type(model).__name__
+    if main != "input_ids" and "input_ids" not in takes:
+        raise ValueError(
+            f"Calibration text is for models that read text, got {name}, which reads `{main}`; {_NO_TEXT}."
+        )
+    if not others and not getattr(model.config, "is_encoder_decoder", False):
         return
     try:
         with torch.no_grad(), contextlib.suppress(RuntimeError, IndexError):  # a head may want more than one token
             model(**{key: value[:1, :1] for key, value in batches[0].items()})
-    except ValueError as error:
-        raise ValueError(
-            f"Calibration text is all that a model reads, got {type(model).__name__}, whose decoder takes tokens of "
-            "its own; prune it by magnitude, or in Python with batches that have `labels`."
-        ) from error
+    except (ValueError, TypeError, AttributeError) as error:  # some models look at what is missing unasked
+        besides = f"which takes `{others[0]}` too" if others else "whose decoder takes tokens of its own"
+        way_out = _NO_TEXT if others else "prune it by magnitude, or in Python with batches that have `labels`"
+        raise ValueError(f"Calibration text is all that a model reads, got {name}, {besides}; {way_out}.") from error
 
 
 def _whole(rows: Any, column: str) -> Any:

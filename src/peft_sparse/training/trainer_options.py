@@ -113,8 +113,14 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
 
 def _check_evaluation(recipe: Recipe) -> None:
     training, metrics = recipe.training, recipe.evaluation.metrics
-    evaluates = training.get("eval_strategy", "no") not in ("no", False, None) or metrics
-    if evaluates and recipe.data.validation_split is None:
+    in_training = training.get("eval_strategy", "no") not in ("no", False, None)
+    if training.get("load_best_model_at_end") and not in_training:
+        raise ValueError(
+            "The best model is chosen by evaluations while it trains, got `training.load_best_model_at_end: true` "
+            'without `training.eval_strategy`; set that to "steps" or "epoch" and name `data.validation_split`, or '
+            "leave it out."
+        )
+    if (in_training or metrics) and recipe.data.validation_split is None:
         raise ValueError(
             "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
             "`training.eval_strategy`."
