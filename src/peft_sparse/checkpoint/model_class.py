@@ -29,7 +29,7 @@ def saved_class(stored: StoredModel, trust_remote_code: bool) -> type[PreTrained
     if stored.layout == "packed":  # whose config.json has a checksum
         way_out = "update transformers if it has the class in a newer version"
     raise ValueError(
-        f"config.json names the class of the model, one of transformers', got {name or 'none'} in "
+        f"config.json names the class of the model, one of transformers', got {repr(name) if name else 'none'} in "
         f"{str(stored.folder)!r}; {way_out}, or in Python pass the class as `model_cls`{code}."
     )
 
