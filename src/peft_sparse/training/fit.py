@@ -90,7 +90,8 @@ def _check_language_model(model: Any, examples: Examples) -> None:
             f"`model.task: causal_lm` is of a model without an encoder, got {saved_as}, of which the decoder alone "
             "would be left; name the task that it has, or tune it in a script."
         )
-    if not is_deepspeed_zero3_enabled():  # before training no process has all weights
+    # With ZeRO-3, or as FSDP loads, a process may not have all weights before training.
+    if not is_deepspeed_zero3_enabled() and not any(parameter.is_meta for parameter in model.parameters()):
         rows = examples.validation if examples.train is None else examples.train
         check_causal(model, torch.tensor(next(iter(rows))["input_ids"]))
 
