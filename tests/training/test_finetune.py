@@ -206,6 +206,15 @@ def test_what_the_base_lacks_beside_the_head_is_trained_and_saved_too(tmp_path, 
     torch.testing.assert_close(load_model(again.merged).eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_tensors_that_the_tuned_model_will_not_have_are_named(tmp_path, sentences):
+    asked = language_model(tmp_path, sentences, prune=None, base=prune_magnitude(tiny_llama(), "2:4"))
+    path = tmp_path / "llama" / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.9.eh_proj.weight": torch.ones(4, 4)}, path, metadata={"format": "pt"})
+    for start in (plan_finetune, finetune):
+        with pytest.warns(UserWarning, match=r"no place for tensors in .* model.layers.9.eh_proj.weight\. The model"):
+            start(asked)
+
+
 def test_a_base_without_weights_of_its_blocks_is_refused(tmp_path, sentences):
     asked = language_model(tmp_path, sentences, prune=None)
     file = tmp_path / "llama" / "model.safetensors"

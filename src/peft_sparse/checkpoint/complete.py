@@ -102,8 +102,8 @@ def left_out(model: PreTrainedModel, stored: StoredModel) -> list[str]:
     if names:
         size = sum(stored.tensors[name].nbytes for name in names)
         warnings.warn(
-            f"{type(model).__name__} of transformers has no place for {len(names)} tensors ({size / 1e6:,.2f} MB) in "
-            f"{str(stored.folder)!r}, so they are left out of the result: {', '.join(names[:3])}"
+            f"{type(model).__name__} of transformers has no place for tensors in {str(stored.folder)!r} "
+            f"({len(names)}, {size / 1e6:,.2f} MB), so they are left out of the result: {', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}. The model computes nothing with them; keep the source for a "
             "program that does.",
             stacklevel=3,

@@ -21,6 +21,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
+from peft_sparse.checkpoint.complete import left_out_of
 from peft_sparse.checkpoint.generation import generation_config_as_it_is
 from peft_sparse.checkpoint.lookup import PRUNED
 from peft_sparse.checkpoint.merged import save_with_card
@@ -215,6 +216,9 @@ def _model(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any) -> 
     """[`model_of`] and its new modules, and it takes the recipe's examples and teacher."""
     missing: list[str] = []
     model = model_of(recipe, on_missing=missing.extend)
+    saved_as, path = getattr(model.config, "architectures", None) or [], recipe.model.path
+    if type(model).__name__ in saved_as and recipe.model.gguf_file is None and Path(path).is_dir():
+        left_out_of(model, path)
     check_positions(model, "data.max_length", recipe.data.max_length)
     check_fit(recipe, model, tokenizer, examples)
     check_teacher(recipe, model, teacher, missing)
