@@ -108,12 +108,12 @@ class DistillationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        self._open.close()  # of a training that ended in an error
         if args.label_smoothing_factor:  # Trainer's own loss, made of the logits
             raise ValueError(
                 "A teacher's loss is added to the one that the model returns, got label_smoothing_factor="
                 f"{args.label_smoothing_factor}, which replaces it; leave it out."
             )
-        self._open.close()  # of a training that ended in an error
         if self.teacher is not None and not hasattr(self.teacher, "hf_device_map"):
             self.teacher.to(args.device)
         self._distillation = self._open.enter_context(teaching(model, self.teacher, self.weight, self.temperature))
