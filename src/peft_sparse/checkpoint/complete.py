@@ -111,11 +111,19 @@ def left_out(model: PreTrainedModel, stored: StoredModel) -> list[str]:
     return names
 
 
-def left_out_of(model: PreTrainedModel, source: str | Path) -> list[str]:
-    """[`left_out`] for a model that transformers has loaded from a folder, or a name on the Hub."""
+def left_out_of(model: PreTrainedModel, source: str | Path, new_class: bool = False) -> list[str]:
+    """[`left_out`] for a model that transformers has loaded from a folder, or a name on the Hub.
+
+    Args:
+        new_class: the model may be of another class than the one that was saved on purpose, such as a classifier: then
+            the head that it has no place for is nothing to tell of.
+    """
+    config: Any = model.config
+    quantised = getattr(config, "quantization_config", None) is not None  # names of codes are the quantiser's
+    if quantised or (new_class and type(model).__name__ not in (getattr(config, "architectures", None) or [])):
+        return []
     folder = locate_companions(source)  # the weights that it has downloaded lie there too
-    quantised = getattr(model.config, "quantization_config", None) is not None  # names of codes are the quantiser's
-    if quantised or is_adapter(folder) or not any(folder.glob("*.safetensors")):
+    if is_adapter(folder) or not any(folder.glob("*.safetensors")):
         return []
     return left_out(model, open_model(folder))
 

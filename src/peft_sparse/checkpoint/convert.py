@@ -215,9 +215,7 @@ def merge_checkpoint(
     if settings.task_type == "SEQ_CLS" and has_tokenizer(adapter):
         pad_as(model.get_base_model(), load_tokenizer(adapter, trust_remote_code=trust_remote_code))
     merged = model.merge_and_unload()
-    # Of another class than the base, such as a classifier, a head is left out, as it was when the adapter was trained.
-    same_class = type(merged).__name__ in (merged.config.architectures or [])
-    lost = left_out_of(merged, origin) if same_class else []
+    lost = left_out_of(merged, origin, new_class=True)  # as it was when the adapter was trained
     verified = verify_sparsity(merged, reference=str(origin)) if keeps else None
     report = sparsity_report(merged)
     if not dry_run:

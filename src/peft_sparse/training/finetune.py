@@ -216,9 +216,8 @@ def _model(recipe: Recipe, tokenizer: Any, examples: Examples, teacher: Any) -> 
     """[`model_of`] and its new modules, and it takes the recipe's examples and teacher."""
     missing: list[str] = []
     model = model_of(recipe, on_missing=missing.extend)
-    saved_as, path = getattr(model.config, "architectures", None) or [], recipe.model.path
-    if type(model).__name__ in saved_as and recipe.model.gguf_file is None and Path(path).is_dir():
-        left_out_of(model, path)
+    if recipe.model.gguf_file is None and Path(recipe.model.path).is_dir():
+        left_out_of(model, recipe.model.path, new_class=True)
     check_positions(model, "data.max_length", recipe.data.max_length)
     check_fit(recipe, model, tokenizer, examples)
     check_teacher(recipe, model, teacher, missing)

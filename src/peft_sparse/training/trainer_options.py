@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from peft_sparse.evaluation.metrics import BUNDLED, check_metrics_of_numbers
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Learning rates beside transformers' own, which is that of the weights.
 OWN_RATES = {"score_learning_rate": "PST's scores", "head_learning_rate": "a head that is trained beside PST"}
+_SEEDS = ("seed", "data_seed")
 _COUNTS = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # Settings with which Trainer gives metrics no predictions of the whole split.
 _AGAINST_METRICS = {"prediction_loss_only": True, "batch_eval_metrics": True, "eval_do_concat_batches": False}
@@ -79,6 +81,12 @@ def _check_effects(training: Mapping[str, Any], distilled: bool) -> None:
             "A teacher is learned from besides the model's own loss, in whose place Trainer puts another with "
             f"`training.label_smoothing_factor`, got {training['label_smoothing_factor']}; leave it out."
         )
+    backend, known = training.get("torch_compile_backend"), [one.value.lower() for one in DynamoBackend]
+    if backend is not None and str(backend).lower() not in known:
+        raise ValueError(
+            f"`training.torch_compile_backend` is one of {', '.join(known)}, got {backend!r}; or leave it "
+            "out for inductor."
+        )
     if training.get("resume_from_checkpoint"):
         raise ValueError(
             "A recipe is the same for a run that starts and one that goes on, got `training.resume_from_checkpoint` "
@@ -98,6 +106,10 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
         value = training.get(name)
         if value is not None and (value < 1 or value != int(value)) and (name, value) != ("max_steps", -1):
             raise ValueError(f"`training.{name}` is a whole number from 1 up, got {value}; or leave it out.")
+    for name in _SEEDS:
+        value = training.get(name)
+        if value is not None and (not 0 <= value < 2**32 or value != int(value)):
+            raise ValueError(f"`training.{name}` is a whole number from 0 up, below 2^32, got {value}.")
     if training.get("max_grad_norm", 1) is None:
         raise ValueError(
             "`training.max_grad_norm` is a number, 0 for gradients as they are, got None; leave it out for 1."
@@ -114,12 +126,13 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
 def _check_evaluation(recipe: Recipe) -> None:
     training, metrics = recipe.training, recipe.evaluation.metrics
     in_training = training.get("eval_strategy", "no") not in ("no", False, None)
-    if training.get("load_best_model_at_end") and not in_training:
-        raise ValueError(
-            "The best model is chosen by evaluations while it trains, got `training.load_best_model_at_end: true` "
-            'without `training.eval_strategy`; set that to "steps" or "epoch" and name `data.validation_split`, or '
-            "leave it out."
-        )
+    for name, value in (("load_best_model_at_end", True), ("save_strategy", "best")):
+        if training.get(name) == value and not in_training:
+            raise ValueError(
+                "The best model is chosen by evaluations while it trains, got "
+                f"`training.{name}: {str(value).lower()}` without `training.eval_strategy`; set that to "
+                '"steps" or "epoch" and name `data.validation_split`, or leave it out.'
+            )
     if (in_training or metrics) and recipe.data.validation_split is None:
         raise ValueError(
             "Evaluation takes `data.validation_split`, got none; name it, or leave out `evaluation.metrics` and "
