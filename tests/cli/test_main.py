@@ -18,8 +18,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     DistilBertConfig,
     DistilBertModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -267,6 +271,24 @@ def test_calibration_of_a_model_of_images(model, message, cli, text, tmp_path):
         status, _, err = cli("prune", folder, tmp_path / "out", *arguments)
         assert status == FAILED and message in err and "prune it by magnitude (`--method magnitude`)" in err
     assert cli("prune", folder, tmp_path / "out", "--method", "magnitude")[0] == DONE
+
+
+def test_calibration_of_the_language_model_beside_a_vision_tower(cli, text, tmp_path):
+    """Text does not call the tower's blocks, which the error says how to exclude, in a dry run too."""
+    sizes = {"vocab_size": 96, "num_key_value_heads": 4}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**BLOCKS, **sizes), vision_config=CLIPVisionConfig(**IMAGES), image_token_id=95
+    )
+    folder = save_with_tokenizer(LlavaForConditionalGeneration(config), tmp_path / "model")
+    arguments = ["prune", folder, tmp_path / "out", "--data", text, "--num-sequences", "2", "--length", "8"]
+    for dry_run in ([], ["--dry-run"]):
+        status, _, err = cli(*arguments, *dry_run)
+        found = re.search(r"k_proj` \(12 in all\) from 2 batches; .* exclude them with `exclude_modules='(.*)'`", err)
+        assert status == FAILED and found
+    for dry_run in (["--dry-run"], []):
+        assert cli(*arguments, "--exclude-modules", found[1], *dry_run)[0] == DONE
+    report = sparsity_report(tmp_path / "out")
+    assert all((layer.sparsity == 0.5) == ("language_model" in layer.name) for layer in report.layers)
 
 
 def without_tokenizer(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from peft_sparse.checkpoint.models import load_model
 from peft_sparse.checkpoint.new_folder import check_new_folder, check_writable, new_folder, save_model
 from peft_sparse.evaluation import sparsity_report
 from peft_sparse.evaluation.weights import linear_weights
+from peft_sparse.linears import find_block_lists
 from peft_sparse.pruning import PRUNERS, calibration_batches, load_rows
 from peft_sparse.pruning.checks import context_length
 from peft_sparse.pruning.plan import plan_pruning, pruning_pattern
 from peft_sparse.pruning.resume import check_run_folder
+from peft_sparse.pruning.walk import check_blocks_called
 from peft_sparse.sparsity import Pattern
 from peft_sparse.storage import locate_companions
 
@@ -80,13 +82,13 @@ def prune_checkpoint(
         loaded_tokenizer = load_tokenizer(tokenizer_from, trust_remote_code=trust_remote_code)
     new = None if task is None else partial(_refuse_new, str(source), task)
     model = load_model(source, task, dtype=dtype, trust_remote_code=trust_remote_code, on_missing=new)
-    beside, lost = locate_companions(tokenizer_from), left_out_of(model, source)
+    beside, lost, called = locate_companions(tokenizer_from), left_out_of(model, source), None
     if rows is not None:
         settings = {"length": min(DEFAULT_LENGTH, context_length(model) or DEFAULT_LENGTH)} | dict(calibration or {})
         arguments["batches"] = calibration_batches(_whole(rows, column), loaded_tokenizer, **settings)
-        _check_reads_text(model, arguments["batches"])
+        called = _check_reads_text(model, arguments["batches"])
     if dry_run:
-        planned = _plan(model, str(source), str(folder), method, parsed, sparsity, arguments)
+        planned = _plan(model, str(source), str(folder), method, parsed, sparsity, arguments, called)
         return replace(planned, left_out=lost)
     PRUNERS[method](model, pattern=pattern, sparsity=sparsity, group=group, **arguments)
     with new_folder(folder) as temporary:
@@ -131,10 +133,13 @@ def _check_checkpoint_dir(checkpoint_dir: str | Path | None, folder: Path) -> No
     check_writable(kept)
 
 
-def _check_reads_text(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    """Raises:
-    ValueError: if it reads no text, or something else besides: images, sound, or tokens for its decoder, which BART
-        makes itself and T5 does not."""
+def _check_reads_text(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[str] | None:
+    """The names of the blocks that text alone calls; None for a model that takes nothing else, where it is not tried,
+    and where one token is not enough to tell.
+
+    Raises:
+        ValueError: if it reads no text, or needs something else besides: images, sound, or tokens for its decoder,
+            which BART makes itself and T5 does not."""
     takes = inspect.signature(model.forward).parameters
     main, others = model.main_input_name, [name for name in takes if name.startswith(_NOT_TEXT)]
     name = type(model).__name__
@@ -143,14 +148,29 @@ def _check_reads_text(model: Any, batches: list[dict[str, torch.Tensor]]) -> Non
             f"Calibration text is for models that read text, got {name}, which reads `{main}`; {_NO_TEXT}."
         )
     if not others and not getattr(model.config, "is_encoder_decoder", False):
-        return
+        return None
+    called: list[str] = []
     try:
-        with torch.no_grad(), contextlib.suppress(RuntimeError, IndexError):  # a head may want more than one token
+        with _noting_blocks(model, called), torch.no_grad():
             model(**{key: value[:1, :1] for key, value in batches[0].items()})
+    except (RuntimeError, IndexError):  # a head may want more than one token
+        return None
     except (ValueError, TypeError, AttributeError) as error:  # some models look at what is missing unasked
         besides = f"which takes `{others[0]}` too" if others else "whose decoder takes tokens of its own"
         way_out = _NO_TEXT if others else "prune it by magnitude, or in Python with batches that have `labels`"
         raise ValueError(f"Calibration text is all that a model reads, got {name}, {besides}; {way_out}.") from error
+    return called
+
+
+@contextlib.contextmanager
+def _noting_blocks(model: torch.nn.Module, called: list[str]) -> Iterator[None]:
+    """The names of the blocks that are called meanwhile go into `called`."""
+    with contextlib.ExitStack() as hooks:
+        for block_list in find_block_lists(model):
+            for index, block in block_list.blocks.named_children():
+                note = partial(called.append, f"{block_list.name}.{index}")
+                hooks.callback(block.register_forward_pre_hook(lambda *_, note=note: note()).remove)
+        yield
 
 
 def _whole(rows: Any, column: str) -> Any:
@@ -168,8 +188,11 @@ def _plan(
     pattern: Pattern,
     sparsity: float | Mapping[str, float] | None,
     arguments: dict[str, Any],
+    called: list[str] | None,
 ) -> Converted:
     sparsities = plan_pruning(model, method, pattern, sparsity, **arguments)
+    if called is not None:
+        check_blocks_called(called, sparsities, len(arguments["batches"]))
     zeros = numel = 0
     weights = linear_weights(model)
     for name in weights.names:

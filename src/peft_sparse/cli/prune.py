@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from peft_sparse.cli._options import Outcome, add_command, add_data, add_dry_run, add_loading, positive
@@ -12,7 +13,9 @@ EXAMPLES = """\
   peft-sparse prune ./llama pruned --method wanda --pattern 2:4 --data calibration.jsonl
   peft-sparse prune ./llama pruned --method sparsegpt --sparsity 0.75 --data allenai/c4 --data-name en --streaming
   peft-sparse prune ./llama pruned --pattern 2:4 --data text.txt --dry-run
+  peft-sparse prune ./llava pruned --data text.txt --exclude-modules '.*vision_tower.*'
 """
+_NAMES = "names or ends of names, or one regex for full names"
 CALIBRATION = "calibration, for all methods but magnitude"
 
 
@@ -37,8 +40,8 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--sparsity", type=float, help="share of zeros in [0, 1) (default: 0.5; N:M fixes it)")
     parser.add_argument("--group", choices=["layer", "row"], help="what competes (default: as in the method's paper)")
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="only linears with these names")
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="all but linears with these names")
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help=f"only linears with these {_NAMES}")
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help=f"all but linears with these {_NAMES}")
     data = parser.add_argument_group(CALIBRATION)
     add_data(data, "train", needed=False)  # type: ignore[arg-type] # a group adds arguments as a parser does
     data.add_argument("--streaming", action="store_true", help="read no more of the data than is needed")
@@ -77,8 +80,8 @@ def run(options: argparse.Namespace) -> Outcome:
         packed=options.pack,
         trust_remote_code=options.trust_remote_code,
         dry_run=options.dry_run,
-        target_modules=options.target_modules,
-        exclude_modules=options.exclude_modules,
+        target_modules=_names(options.target_modules),
+        exclude_modules=_names(options.exclude_modules),
         **_of_calibrating_methods(options),
     )
     return Outcome(result.to_dict(), str(result))
@@ -106,6 +109,11 @@ def _of_calibrating_methods(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     given = {name: getattr(options, name) for name in ("checkpoint_dir", "device", "measure_error")}
     return given | {"progress": not options.quiet}
+
+
+def _names(given: list[str] | None) -> list[str] | str | None:
+    """What PEFT takes, where text is a regex: a single name with a sign that no name has is one."""
+    return given[0] if given and len(given) == 1 and not re.fullmatch(r"[\w.-]+", given[0]) else given
 
 
 def _refuse_calibration(options: argparse.Namespace) -> None:

@@ -9,8 +9,9 @@ makes no difference is tried with the first batch; in a model where it does, the
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -110,9 +111,7 @@ class Walk:
             for step in steps:
                 replaced.enter_context(temporary_forward(step.block, observed(step)))
             self._forward(0)
-        for step in steps:
-            if step.linears and not step.calls:
-                raise_no_input(next(iter(step.linears)), len(self.batches))
+        check_blocks_called([step.name for step in steps if step.calls], targets, len(self.batches))
         self.first_list = order[0].list_name
         while not order[-1].linears:
             order.pop()
@@ -202,7 +201,7 @@ class Walk:
                 hook.remove()
         for name, gathered in statistics.items():
             if not gathered.num_tokens:
-                raise_no_input(name, len(self.batches))
+                _raise_no_input(f"`{name}`", len(self.batches))
 
     def _seen(self, step: Step, forward: Callable) -> Callable[..., Any]:
         in_decoder = self.has_decoder and step.list_name != self.first_list
@@ -265,9 +264,28 @@ def _close(output: Any, expected: Any) -> bool:
     return True
 
 
-def raise_no_input(name: str, num_batches: int) -> None:
-    """The error for a target that no batch reaches."""
+def check_blocks_called(called: Iterable[str], targets: Iterable[str], num_batches: int) -> None:
+    """Raises:
+    ValueError: if a linear that is pruned is in none of the blocks that a forward has called, as those of a vision
+        tower are not where all is text."""
+    called = tuple(f"{name}." for name in called)
+    missed = [name for name in targets if not name.startswith(called)]
+    if missed:
+        where = dict.fromkeys(_widest_uncalled(name, called) for name in missed)
+        pattern = "|".join(f"{name}[.].*" for name in where)
+        _raise_no_input(
+            f"`{missed[0]}` ({len(missed)} in all)", num_batches, f"them with `exclude_modules='{pattern}'`"
+        )
+
+
+def _widest_uncalled(linear: str, called: tuple[str, ...]) -> str:
+    """The list of blocks that a linear is in, or, where some of its blocks are called, its block."""
+    list_name, number, _ = re.split(r"\.(\d+)\.", linear, maxsplit=1)
+    return f"{list_name}.{number}" if any(name.startswith(f"{list_name}.") for name in called) else list_name
+
+
+def _raise_no_input(names: str, num_batches: int, excluded: str = "it with `exclude_modules`") -> None:
     raise ValueError(
-        f"Calibration needs inputs of every linear that is pruned, got none for `{name}` from {num_batches} batches; "
-        "give more or other batches, or exclude it with `exclude_modules`. Nothing was pruned."
+        f"Calibration needs inputs of every linear that is pruned, got none for {names} from {num_batches} batches; "
+        f"give more or other batches, or exclude {excluded}. Nothing was pruned."
     )
