@@ -1,5 +1,7 @@
 """Computing in place of a module with its hooks, and weights that accelerate keeps elsewhere."""
 
+import threading
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -7,6 +9,29 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from peft_sparse.linears import call_as, has_hooks, keep_loaded, offload_hook, weights_loaded
+
+
+def test_threads_take_turns_at_a_module():
+    """Without turns the second one would put the first one's function back, for good."""
+    module, entered, left = nn.Linear(2, 2), threading.Event(), threading.Event()
+    found = {}
+
+    def first(x):
+        other.start()
+        entered.wait(0.2)  # to no avail
+        return x + 1
+
+    def second(x):
+        entered.set()
+        left.wait(0.5)
+        return x + 2
+
+    other = threading.Thread(target=lambda: found.update(second=call_as(module, second, torch.zeros(2))))
+    found["first"] = call_as(module, first, torch.zeros(2))
+    left.set()
+    other.join()
+    assert "forward" not in module.__dict__
+    assert found["first"].tolist() == [1, 1] and found["second"].tolist() == [2, 2]
 
 
 def test_a_plain_module_has_none():

@@ -14,6 +14,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -240,6 +241,53 @@ def test_with_an_unchanged_trainer(tmp_path):
     assert len(model._forward_hooks) == 1
     callback.on_train_end(trainer.args, trainer.state, trainer.control)
     assert not model._forward_hooks
+
+
+class Interrupted(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("again", [[SparsityCallback], [DistillationCallback, SparsityCallback]])
+def test_another_training_after_an_interrupted_one(again, tmp_path):
+    """Trainer tells no callback that it was interrupted: the teacher stays until another training begins."""
+    interrupted, model = train(tmp_path, [SparsityCallback(), DistillationCallback(), Interrupted()])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert len(copy.deepcopy(model)._forward_hooks) == 1
+    during = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            during.append(len(model._forward_hooks))
+
+    with distill(model):  # in a loop of one's own, which is left alone
+        callbacks = [*(callback() for callback in again), Look()]
+        Trainer(model, interrupted.args, train_dataset=interrupted.train_dataset, callbacks=callbacks).train()
+    assert during == [len(again)] * 4 and not model._forward_hooks
+
+
+@pytest.mark.parametrize("of", [lambda dense, model: dense, lambda dense, model: model, lambda d, m: d.bert])
+def test_a_teacher_that_is_the_student(of):
+    """`get_peft_model(dense, ...)` puts the adapter into `dense`, which is no longer dense then."""
+    dense = tiny_bert()
+    model = pst(dense, task_type="SEQ_CLS")
+    with (
+        pytest.raises(ValueError, match=r"is the one that learns, .* Leave `teacher` out"),
+        distill(model, of(dense, model)),
+    ):
+        pass
+    assert dense.training and not model._forward_hooks
+
+
+def test_a_teacher_that_reads_fewer_tokens():
+    model, teacher = pst(tiny_bert(), task_type="SEQ_CLS"), tiny_bert()
+    teacher.resize_token_embeddings(50)
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, 1, 1])}
+    with distill(model, teacher), pytest.raises(ValueError, match=r"got token id \d+ for .* of 50, and 96 in the"):
+        model(**batch)
+    with distill(model, teacher):
+        assert model(**batch | {"input_ids": IDS.clamp(max=49)}).loss.isfinite()
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -7,9 +7,11 @@ forward and backward hooks. So a base layer with hooks is called, with the other
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
@@ -53,10 +55,20 @@ def temporary_forward(module: nn.Module, forward: Callable[..., Any], name: str 
 
 
 def call_as(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` as the forward of a module, with all that is attached to the module around it."""
+    """`function(*args)` as the forward of a module, with all that is attached to the module around it. Threads that
+    share a module take turns: each would put back what it has found there, the other's function."""
     name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's own forward calls the old one
-    with temporary_forward(module, function, name):
+    with _turn_of(module), temporary_forward(module, function, name):
         return module(*args)
+
+
+_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def _turn_of(module: nn.Module) -> AbstractContextManager[Any]:
+    if torch.compiler.is_compiling():  # a graph is recorded by one thread at a time
+        return nullcontext()
+    return _TURNS.setdefault(module, threading.RLock())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.training.distillation import Distillation, check_distillation, teaching
+from peft_sparse.training.distillation import Distillation, check_distillation, stop_teachers, teaching
 from peft_sparse.training.mask_log import MaskLog, has_pst_layers, sparse_layers
 from peft_sparse.training.param_groups import named_rates
 from peft_sparse.tuners.pst import driven_adapters
@@ -53,6 +53,7 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        stop_teachers(model, state)
         _set_sparsity(model, state)
         self._masks = MaskLog(model) if self.log else None
 
@@ -89,11 +90,14 @@ class DistillationCallback(TrainerCallback):
         weight: of the teacher, above 0; 1 leaves the labels out.
         temperature: above 0.
 
+    A training that an error or Ctrl-C ends leaves the teacher on the model; the next one that has this callback or
+    [`SparsityCallback`] takes it off.
+
     Raises:
         TypeError: for a teacher that is no model.
         ValueError: for a weight or temperature out of range; when training starts, for a model that is no teacher of
-            its own, or for label smoothing; in the first step, for outputs that do not fit, or for a Trainer whose
-            loss is not the model's.
+            its own, a teacher that has modules of the model, or label smoothing; in a step, for tokens or outputs that
+            do not fit, or for a Trainer whose loss is not the model's.
 
     Examples:
         >>> callback = DistillationCallback()  # Trainer(model, args, ..., callbacks=[SparsityCallback(), callback])
@@ -108,7 +112,8 @@ class DistillationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self._open.close()  # of a training that ended in an error
+        self._open.close()
+        stop_teachers(model, state)
         if args.label_smoothing_factor:  # Trainer's own loss, made of the logits
             raise ValueError(
                 "A teacher's loss is added to the one that the model returns, got label_smoothing_factor="
@@ -116,7 +121,9 @@ class DistillationCallback(TrainerCallback):
             )
         if self.teacher is not None and not hasattr(self.teacher, "hf_device_map"):
             self.teacher.to(args.device)
-        self._distillation = self._open.enter_context(teaching(model, self.teacher, self.weight, self.temperature))
+        self._distillation = self._open.enter_context(
+            teaching(model, self.teacher, self.weight, self.temperature, training=state)
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

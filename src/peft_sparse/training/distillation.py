@@ -17,9 +17,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_sparse.linears import zero_gathered
+from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.training.mask_log import has_pst_layers
 
 IGNORED = -100  # the label of a token that is not learned
@@ -44,8 +46,8 @@ def distill(
 
     Raises:
         TypeError: for a teacher that is no model.
-        ValueError: for a weight or temperature out of range, a model that is no teacher of its own, and, in its
-            forward, for outputs that do not fit.
+        ValueError: for a weight or temperature out of range, a model that is no teacher of its own, a teacher that has
+            modules of the model, and, in its forward, for tokens or outputs that do not fit.
 
     Examples:
         >>> import torch
@@ -63,9 +65,16 @@ def distill(
 
 
 @contextmanager
-def teaching(model: nn.Module, teacher: nn.Module | None, weight: float, temperature: float) -> Iterator[Distillation]:
-    """[`distill`], whose numbers were checked."""
+def teaching(
+    model: nn.Module, teacher: nn.Module | None, weight: float, temperature: float, training: Any = None
+) -> Iterator[Distillation]:
+    """[`distill`], whose numbers were checked.
+
+    Args:
+        training: the state of the Trainer whose callback opens it, and may not get to close it: [`stop_teachers`].
+    """
     if teacher is not None:
+        _check_teacher(model, teacher)
         teacher.eval()
     elif not isinstance(model, PeftModel) or not has_pst_layers(model):
         raise ValueError(
@@ -74,10 +83,38 @@ def teaching(model: nn.Module, teacher: nn.Module | None, weight: float, tempera
         )
     distillation = Distillation(teacher, weight, temperature)
     handle = model.register_forward_hook(distillation, with_kwargs=True)
+    if training is not None:
+        distillation.training = training, handle
     try:
         yield distillation
     finally:
         handle.remove()
+
+
+def stop_teachers(model: nn.Module, training: Any) -> None:
+    """Take off the teachers of trainings that an error or Ctrl-C has ended: Trainer tells no callback of that, so that
+    the next training would have them too.
+
+    Args:
+        training: the state of the one that begins.
+    """
+    for hook in list(model._forward_hooks.values()):
+        if isinstance(hook, Distillation) and hook.training is not None:
+            state, handle = hook.training
+            if state is not training:
+                handle.remove()
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """Raises:
+    ValueError: if the teacher is the model itself, as the dense one is that was given an adapter."""
+    own = {id(module) for module in model.modules()}
+    if any(id(module) in own for module in teacher.modules()):
+        raise ValueError(
+            f"A `teacher` is a model of its own, got {type(teacher).__name__}, which is the one that learns, or has a "
+            "part of it: `get_peft_model` puts adapters into the model that it is given. Leave `teacher` out for the "
+            "model with its adapters off (PST), or load the dense one once more."
+        )
 
 
 def check_distillation(weight: float, temperature: float, teacher: nn.Module | None = None) -> None:
@@ -130,7 +167,10 @@ class Distillation:
     Attributes:
         gave: whether a forward, one that is not compiled, has had a loss of it.
         taught: whether such a loss has had a gradient: whoever trains may have another loss.
+        training: the state of the Trainer whose callback has put it there, if one has, and what takes it off.
     """
+
+    training: tuple[Any, RemovableHandle] | None = None
 
     def __init__(self, teacher: nn.Module | None, weight: float, temperature: float) -> None:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
@@ -186,6 +226,7 @@ class Distillation:
     def _target(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The teacher's outputs."""
         config: Any = model.config
+        self._check_tokens(model, kwargs.get("input_ids"))
         unused = {"num_items_in_batch"} | (set() if config.is_encoder_decoder else {"labels"})
         kwargs = {name: value for name, value in kwargs.items() if name not in unused}
         if self.teacher is not None:
@@ -193,6 +234,18 @@ class Distillation:
                 return self.teacher(*args, **kwargs)
         with _adapters_off(model):
             return model.forward(*args, **kwargs)  # not called: this hook stands behind its forward
+
+    def _check_tokens(self, model: nn.Module, ids: torch.Tensor | None) -> None:
+        """Before the teacher looks for their embeddings, where it has fewer than the student."""
+        size, own = (None if one is None else vocabulary_size(one) for one in (self.teacher, model))
+        if ids is None or size is None or own is None or size >= own or torch.compiler.is_compiling():
+            return
+        highest = int(ids.max())
+        if highest >= size:
+            raise ValueError(
+                f"A teacher reads the student's tokens, got token id {highest} for {type(self.teacher).__name__} with "
+                f"embeddings of {size}, and {own} in the student; take one with the same tokenizer."
+            )
 
 
 def _names_of_logits(output: Any) -> tuple[str, ...]:
