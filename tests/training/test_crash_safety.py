@@ -8,16 +8,18 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments
 
 from peft_sparse import CheckpointCallback, last_complete_checkpoint
 from peft_sparse.training import checkpoint_callback
-from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpoints, set_aside_incomplete
+from peft_sparse.training.checkpoints import MANIFEST, checkpoint_fault, checkpoints, saved_again, set_aside_incomplete
 
 import train_script
 from forking import forked_process
@@ -209,6 +211,35 @@ def test_a_folder_that_another_run_began_to_overwrite(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     shutil.copy(tmp_path / "run/checkpoint-5/optimizer.pt", tmp_path / "run/checkpoint-6/optimizer.pt")
     assert "optimizer.pt" in checkpoint_fault(tmp_path / "run" / "checkpoint-6")
+
+
+class Requested(TrainerCallback):
+    """What SIGTERM does with `enable_jit_checkpoint`, while step 4 is saved: that is saved once more, in the same
+    folder. `seen` has what could have been resumed from afterwards."""
+
+    def __init__(self) -> None:
+        self.manager, self.seen = None, None
+
+    def on_save(self, args, state, control, **kwargs):
+        self.manager.is_checkpoint_requested = state.global_step == 4
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen = last_complete_checkpoint(args.output_dir)
+
+
+def test_a_checkpoint_that_is_saved_again_before_the_end(tmp_path):
+    if "enable_jit_checkpoint" not in {field.name for field in fields(TrainingArguments)}:
+        pytest.skip("this transformers saves none when it is told to end")
+    requested = Requested()
+    run = settings(tmp_path, "pst", enable_jit_checkpoint=True, save_steps=4, save_total_limit=1)
+    trainer = train_script.make_trainer(train_script.DEFAULTS | run, [CheckpointCallback(), requested])
+    (jit,) = (one for one in trainer.callback_handler.callbacks if type(one).__name__ == "JITCheckpointCallback")
+    requested.manager, saved = jit.jit_manager, tmp_path / "checkpoint-4"
+    trainer.train()
+    assert requested.seen == last_complete_checkpoint(tmp_path) == str(saved) and not saved_again(saved)
+    assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == 4
+    (saved / "checkpoint-is-incomplete.txt").touch()
+    assert "checkpoint-is-incomplete.txt" in checkpoint_fault(saved)
 
 
 def test_random_states_of_all_processes(finished, tmp_path):

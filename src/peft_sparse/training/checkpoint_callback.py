@@ -14,7 +14,14 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_sparse.training.checkpoints import manifest_size, set_aside_incomplete, write_manifest
+from peft_sparse.training.checkpoints import (
+    MANIFEST,
+    checkpoints,
+    manifest_size,
+    saved_again,
+    set_aside_incomplete,
+    write_manifest,
+)
 
 # Bytes of a checkpoint's small files, such as the trainer's state and the random ones, and of the disk's blocks.
 _REST = 1 << 16
@@ -86,6 +93,16 @@ class CheckpointCallback(TrainerCallback):
                 f"step {state.global_step}; make room (`save_total_limit` removes old checkpoints) and resume. Older "
                 "checkpoints are as they were",
             )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not getattr(args, "enable_jit_checkpoint", False):
+            return
+        PartialState().wait_for_everyone()
+        for folder in checkpoints(args.output_dir)[:1]:  # a step may have come after it
+            if args.should_save and (saved_again(folder) or not (folder / MANIFEST).exists()):
+                write_manifest(folder)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # the first process writes its last file before others have written theirs

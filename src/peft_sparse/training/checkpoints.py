@@ -3,7 +3,8 @@
 `Trainer` writes a checkpoint file by file into its own folder, `trainer_state.json` last, and `resume_from_checkpoint=
 True` takes the folder with the highest number, finished or not. A folder counts as complete here if that file is there
 and everything beside it can be read to its end. [`CheckpointCallback`] also leaves a manifest of all files with size
-and CRC-32, written when all processes are done; where there is one, it is what counts.
+and CRC-32, written when all processes are done; where there is one, it is what counts, unless the
+checkpoint was saved again since.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "peft_sparse_manifest.json"
 STATE = "trainer_state.json"
+_UNFINISHED = "checkpoint-is-incomplete.txt"  # there while transformers' `enable_jit_checkpoint` saves
 SET_ASIDE = "incomplete-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _RNG_STATES = "rng_state_*.pth"
@@ -77,7 +79,9 @@ def checkpoint_fault(folder: str | Path) -> str | None:
         return f"{STATE} is of another step"
     if (pickled := pickled_weights(folder)) is not None:
         return f"it has {PICKLED} and no {WEIGHTS} in {pickled.name}"
-    if (folder / MANIFEST).exists():
+    if (folder / _UNFINISHED).exists():
+        return f"it has {_UNFINISHED}, which is there while it is saved"
+    if (folder / MANIFEST).exists() and not saved_again(folder):
         return _manifest_fault(folder)
     return _rng_fault(folder) or _content_fault(folder)
 
@@ -93,6 +97,18 @@ def write_manifest(folder: str | Path) -> None:
     flush(new)
     os.replace(new, folder / MANIFEST)
     flush(folder)
+
+
+def saved_again(folder: str | Path) -> bool:
+    """Whether a checkpoint was saved since its manifest was written, which tells of the files before: so does
+    transformers' `enable_jit_checkpoint`, in the folder of the last save, and tells no callback."""
+    manifest, state = Path(folder) / MANIFEST, Path(folder) / STATE
+    try:
+        noted = json.loads(manifest.read_text(encoding="utf-8"))["files"][STATE]
+        newer = state.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+        return newer and tuple(noted) != _size_and_crc32(state)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # for [`checkpoint_fault`] to tell of
 
 
 def manifest_size(folder: str | Path) -> int:
