@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func
 from peft import get_peft_model
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 
 from peft_sparse import PstConfig, SppConfig
 
@@ -46,6 +47,33 @@ def test_aot_eager(config, one_graph):
     """The whole of tracing and of the backward's graph, without the code generation that needs a C++ compiler."""
     tolerance = 1e-5 if one_graph else 1e-3  # between graphs other things are rounded: see the mask in test_inductor
     assert losses(config, "aot_eager", one_graph) == pytest.approx(losses(config, None), abs=tolerance)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.fc(x).relu()
+
+
+@pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")
+@pytest.mark.parametrize("config", [SppConfig, PstConfig])
+def test_blocks_that_are_compiled_one_by_one_share_their_graph(config):
+    """As accelerate's regional compilation compiles them; after eight graphs of a function torch gives up."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    blocks = torch.nn.Sequential(*(Block() for _ in range(10)))
+    model = get_peft_model(blocks, config(target_modules=["fc"], init_weights=False))
+    if config is PstConfig:
+        model.base_model.set_sparsity_step(1, 1)
+    x, counter = torch.randn(3, 8), CompileCounter()
+    expected = model(x)
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(model(x), expected)
+    assert 1 <= counter.frame_count <= 3
 
 
 @pytest.mark.filterwarnings("ignore:SPP tunes a model that is already pruned")

@@ -1,10 +1,12 @@
 """`torch.func`, forward-mode differentiation and second derivatives go through a layer as through any other."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from peft_sparse import PstConfig, SppConfig, ops, prune_magnitude
 from peft_sparse.linears import pack_model
@@ -55,6 +57,21 @@ def test_gradients(adapted):
     assert close(grad(loss)(parameters, x), expected)
     of_each = vmap(grad(loss), in_dims=(None, 0))(parameters, x[:, None])
     assert close({name: found.mean(0) for name, found in of_each.items()}, expected)
+
+
+@pytest.mark.parametrize("name", ["spp", "pst", "movement"])
+def test_an_ensemble(name):
+    """torch.func's recipe for several models at once, each with a mask and a count of its own."""
+    torch.manual_seed(0)
+    nets = [prune_magnitude(nn.Sequential(nn.Linear(12, 8)), sparsity=0.5, target_modules=["0"]) for _ in range(3)]
+    models = [get_peft_model(net, CONFIGS[name]()).eval() for net in nets]
+    if name == "pst":  # counts differ too
+        for layer in models[2].base_model.sparse_layers():
+            layer.pst_pruned["default"].fill_(72)
+    x = torch.randn(5, 12)
+    state, skeleton = stack_module_state(models), copy.deepcopy(models[0]).to("meta")
+    found = vmap(lambda *state: functional_call(skeleton, state, (x,)))(*state)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]))
 
 
 def test_forward_mode(adapted):

@@ -36,11 +36,12 @@ class MaskCache:
     """
 
     def __init__(self) -> None:
-        self.handle = next(_HANDLES)
+        number = next(_HANDLES)
+        self.handle = torch.tensor(number, device="cpu")  # a plain number would have a compiler make a graph for each
         # the mask, and what it was selected from; one tuple, so that threads which share a layer (nn.DataParallel)
         # never see the one without the other
         self._kept: tuple[torch.Tensor, list[Fingerprint]] | None = None
-        _CACHES[self.handle] = self
+        _CACHES[number] = self
 
     def __reduce__(self) -> tuple[type[MaskCache], tuple[()]]:
         return MaskCache, ()
@@ -97,11 +98,16 @@ def pst_mask(
             return pack_mask(select_mask_in_graph(scores, pruned, group_size))
     if reference_in_use():
         with autocast_off(weight):
+            if torch._C._functorch.is_batchedtensor(pruned):  # of several models at once, which have a count each
+                scores = pst_scores(pst_updated_weight(weight, factors, scales), factors, scales)
+                return pack_mask(select_mask_in_graph(scores, pruned, group_size))
             return reference.pst_mask(weight, int(pruned), group_size, factors, scales)
     if values_unknown(weight):  # no scores to select by
         tensors = [tensor for tensor in factors if tensor is not None]
         names = "".join(name for name, tensor in factors._asdict().items() if tensor is not None)
-        return _pst_mask_op(cache.handle, weight, pruned, group_size, tensors, names, *scales)
+        # Outside of a compiler nothing is looked up, and a FakeTensorMode takes no tensor from before.
+        handle = cache.handle if torch.compiler.is_compiling() else torch.zeros((), dtype=torch.int64, device="cpu")
+        return _pst_mask_op(handle, weight, pruned, group_size, tensors, names, *scales)
     tensors = [pruned, weight, *(tensor for tensor in factors if tensor is not None)]
     packed = cache.get(tensors)
     if packed is None:
@@ -113,15 +119,19 @@ def pst_mask(
 
 # Written out, since torch 2.6 does not derive it from `list[torch.Tensor]`.
 _SCHEMA = (
-    "(int handle, Tensor weight, Tensor pruned, int group_size, Tensor[] factors, str names, "
+    "(Tensor handle, Tensor weight, Tensor pruned, int group_size, Tensor[] factors, str names, "
     "float beta, float alpha1, float alpha2) -> Tensor"
 )
 
 
+# A CUDA graph would copy the mask that was kept when it was recorded, for good.
+_TAGS: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 # An operator of its own: a compiler does not look into it, where reading the cache would break the graph.
-@torch.library.custom_op("peft_sparse::pst_mask", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op("peft_sparse::pst_mask", mutates_args=(), schema=_SCHEMA, **_TAGS)
 def _pst_mask_op(
-    handle: int,
+    handle: torch.Tensor,
     weight: torch.Tensor,
     pruned: torch.Tensor,
     group_size: int,
@@ -133,12 +143,12 @@ def _pst_mask_op(
 ) -> torch.Tensor:
     named = PstFactors(**dict(zip(names, factors, strict=True)))
     # An operator returns new memory. Should its layer be gone, nothing can be kept for it.
-    cache = _CACHES.get(handle) or MaskCache()
+    cache = _CACHES.get(int(handle)) or MaskCache()
     return pst_mask(cache, weight, pruned, group_size, named, PstScales(beta, alpha1, alpha2)).clone()
 
 
 @_pst_mask_op.register_fake
-def _(handle: int, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+def _(handle: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return weight.new_empty((weight.shape[0], (weight.shape[1] + 7) // 8), dtype=torch.uint8)
 
 

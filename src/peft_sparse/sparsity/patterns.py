@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-# The N:M patterns that `find_pattern` looks for: the one that NVIDIA's sparse tensor cores run, and its neighbours in
-# the literature. Tightest first: a 2:4 weight satisfies 4:8 as well.
+# The N:M patterns that `find_pattern` looks for in a weight with more zeros than they ask for: the one that NVIDIA's
+# sparse tensor cores run, and its neighbours in the literature. Tightest first: a 2:4 weight satisfies 4:8 as well.
 KNOWN_NM = ((1, 4), (2, 8), (2, 4), (4, 8))
+# The M of those that it looks for in a weight with just so many zeros.
+GROUP_SIZES = (2, 4, 8, 16, 32)
 
 # What an unstructured pattern may compare.
 GROUPS = ("layer", "row")
@@ -206,8 +208,9 @@ def find_pattern(weight: torch.Tensor) -> str:
         weight: (out, in), any dtype.
 
     Returns:
-        `"dense"` when less than 1% of it is zero or there is nothing in it, `"N:M"` for the tightest known N:M that
-        holds in every group, `"unstructured"` otherwise.
+        `"dense"` when less than 1% of it is zero or there is nothing in it, `"N:M"` for the tightest N:M that holds in
+        every group, `"unstructured"` otherwise. Looked for are all N of every M in 2, 4, 8, 16 and 32 that is at most
+        half of in_features; and 1:4, 2:8, 2:4 and 4:8 also where there are more zeros.
 
     Examples:
         >>> find_pattern(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
@@ -216,8 +219,11 @@ def find_pattern(weight: torch.Tensor) -> str:
     kept = weight != 0
     if not kept.numel() or kept.sum().item() > 0.99 * kept.numel():
         return "dense"
-    for n, m in KNOWN_NM:
+    share, in_features = kept.sum().item() / kept.numel(), kept.shape[1]
+    exact = [(round(share * m), m) for m in GROUP_SIZES if 2 * m <= in_features]
+    exact = [(n, m) for n, m in exact if 0 < n < m and share * m > 0.99 * n]
+    for n, m in (*exact, *KNOWN_NM):
         # block by block: where the pattern does not hold, the first rows show it
-        if kept.shape[1] % m == 0 and all(bool((x.reshape(-1, m).sum(1) <= n).all()) for x in kept.split(256)):
+        if in_features % m == 0 and all(bool((x.reshape(-1, m).sum(1) <= n).all()) for x in kept.split(256)):
             return f"{n}:{m}"
     return "unstructured"
