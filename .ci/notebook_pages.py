@@ -1,12 +1,14 @@
 """The notebooks as pages of the guides, with the outputs that are stored in them: a hook of mkdocs.
 
-`notebooks/NAME.ipynb` becomes the page `notebooks/NAME.md`: prose, code, what was printed, and pictures.
+`notebooks/NAME.ipynb` becomes the page `notebooks/NAME.md`: prose, code, what was printed, and pictures. Guides link
+`../notebooks/NAME.ipynb`, which is there where the guides themselves are read, too.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ def on_files(files: Files, config: Any) -> Files:
         for number, picture in enumerate(pictures, 1):
             files.append(File.generated(config, _picture(path.stem, number), content=picture))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs with the text of each page."""
+    return re.sub(r"\]\(\.\./notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
 
 
 def _cell(cell: dict[str, Any], name: str, pictures: list[bytes]) -> str:

@@ -515,6 +515,15 @@ def test_a_linear_whose_forward_was_replaced_is_not_adapted(config):
     linear.forward = MethodType(doubled, linear)
     with pytest.raises(ValueError, match=r"got `.*layers\.0\..*q_proj`, whose `forward` was replaced by <bound"):
         get_peft_model(model, config(target_modules=["q_proj"]))
+    parallel = pruned_model(tiny_llama, config)
+
+    def tp_forward(x):
+        return x
+
+    tp_forward.__module__ = "transformers.distributed.tensor_parallel"
+    parallel.model.layers[0].self_attn.q_proj.forward = tp_forward
+    with pytest.raises(ValueError, match=r"; load the model without `tp_plan`, and train .* with FSDP\."):
+        get_peft_model(parallel, config(target_modules=["q_proj"]))
     with pytest.warns(UserWarning, match=r"`model.layers.\*.self_attn.q_proj` get no adapter: their `forward` was"):
         adapted = get_peft_model(model, config())
     assert len(sparse_layers(adapted)) == 13 and linear in adapted.modules()

@@ -131,7 +131,8 @@ def _explained(error: Exception, source: str | Path, model_cls: Any, config: Map
         task = next((task for task, (auto, _) in TASKS.items() if auto == model_cls.__name__), model_cls.__name__)
         return ValueError(
             f"A task is one that transformers has a class of the model for, got {task} for the model in "
-            f"{str(source)!r}; name another one, or none where the class in config.json will do."
+            f"{str(source)!r}; name another one, or none where the class in config.json will do (a recipe "
+            "tunes causal language models and classifiers alone; tune others in Python)."
         )
     if isinstance(error, ValueError):
         return None

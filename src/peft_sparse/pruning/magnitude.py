@@ -32,7 +32,8 @@ def prune_magnitude(
     """Zero the weights of smallest magnitude, in place.
 
     All weights of a layer compete with each other, or the M weights of each group for an N:M pattern. Every layer has
-    exactly `int(sparsity * numel)` zeros afterwards; of equal magnitudes those with the lower index go first.
+    exactly `int(sparsity * numel)` zeros afterwards, or those that it had where these are more; of equal magnitudes
+    those with the lower index go first.
 
     Args:
         model: any module; its dtype and device stay.

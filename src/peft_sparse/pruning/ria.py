@@ -44,7 +44,8 @@ def prune_ria(
     """Zero the weights of smallest relative importance and activation, in place.
 
     All weights of a layer compete with each other, or the M weights of each group for an N:M pattern. Every layer has
-    exactly `int(sparsity * numel)` zeros afterwards; of equal scores those with the lower index go first.
+    exactly `int(sparsity * numel)` zeros afterwards, or those that it had where these are more; of equal scores
+    those with the lower index go first.
 
     Args:
         model: with repeated transformer blocks. By default all their linear layers are pruned except routers and gates

@@ -63,6 +63,11 @@ def load_rows(
     except ImportError as error:
         raise ImportError("Rows are read by the package `datasets`; `pip install datasets`.") from error
     file, asked = Path(path), str(path)
+    if files is not None and f".{asked}" in READERS and asked not in READERS.values():
+        raise ValueError(
+            f"Rows in files are read by one of {', '.join(sorted(set(READERS.values())))}, got {asked!r}, which "
+            f"{READERS[f'.{asked}']!r} reads."
+        )
     if streaming and "[" in split:
         raise ValueError(
             f"A stream is read as it comes, so that no part can be taken of it, got the split {split!r}; name a whole "
@@ -95,16 +100,19 @@ def load_rows(
             options = _as_written(texts, options)
         return datasets.load_dataset(str(path), name, data_files=patterns, split=split, streaming=streaming, **options)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise _no_rows(error, asked, split, here, datasets.config.HF_DATASETS_CACHE) from error
+        raise _no_rows(error, asked, split, here, files, datasets.config.HF_DATASETS_CACHE) from error
 
 
-def _no_rows(error: Exception, asked: str, split: str, here: bool, cache: Path) -> ValueError:
+def _no_rows(
+    error: Exception, asked: str, split: str, here: bool, files: dict[str, Any] | None, cache: Path
+) -> ValueError:
     """What to say of an error of `datasets`, which keeps the rows that it reads in `cache`."""
     cause = error.__cause__ or error  # `datasets` wraps what a reader says of a file into "an error occurred"
     if isinstance(cause, UnicodeDecodeError):
         return ValueError(
-            f"Text is stored as UTF-8, got {asked!r} with the byte 0x{cause.object[cause.start]:02x}, which is "
-            "none (at a guess latin-1 or UTF-16); store it again as UTF-8."
+            f"Text is stored as UTF-8, got {', '.join(map(repr, _flat(files))) or repr(asked)} with the byte "
+            f"0x{cause.object[cause.start]:02x}, which is none (at a guess latin-1 or UTF-16); store it again as "
+            "UTF-8, or name the `encoding` (`data.options.encoding` of a recipe)."
         )
     reason = " ".join(str(cause).split())
     if any(said in reason for said in _NO_ROWS):

@@ -62,8 +62,9 @@ def prune_sparsegpt(
 ) -> Model:
     """Zero weights by SparseGPT and move those that stay, in place.
 
-    Every layer has exactly `int(sparsity * numel)` zeros afterwards, and with an N:M pattern N weights are kept of
-    every M. An input that is zero in every calibration token is dead: its weights go first, since they change nothing.
+    Every layer has exactly `int(sparsity * numel)` zeros afterwards, or those that it had where these are more, and
+    with an N:M pattern N weights are kept of every M. An input that is zero in every calibration token is dead: its
+    weights go first, since they change nothing.
 
     Args:
         model: with repeated transformer blocks. By default all their linear layers are pruned except routers and gates

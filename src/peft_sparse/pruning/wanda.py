@@ -41,7 +41,8 @@ def prune_wanda(
     """Zero the weights of smallest |W_ij| * ||X_j||_2, in place.
 
     The weights of one output row compete with each other, or the M weights of each group for an N:M pattern. Every row
-    has exactly `int(sparsity * in_features)` zeros afterwards; of equal scores those with the lower index go first.
+    has exactly `int(sparsity * in_features)` zeros afterwards, or those that it had where these are more; of equal
+    scores those with the lower index go first.
 
     Args:
         model: with repeated transformer blocks. By default all their linear layers are pruned except routers and gates

@@ -85,7 +85,8 @@ def _split(
     rows = read_split(data, split, streaming, labels)
     first = next(iter(rows), None)
     if first is None:
-        raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}.")
+        hint = "; a text file has a row for each line: name a file for each split" if data.path == "text" else ""
+        raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}{hint}.")
     _check_columns(data, first, split)
     if labels is not None and rows.features is not None:  # a stream may not know its columns
         labels = labels.of_column(rows.features.get(labels.column))

@@ -160,7 +160,8 @@ class Labels:
                 )
             raise ValueError(
                 f"A label of {self.count} classes is from 0 to {self.count - 1}, {where} of the row {shown(row)}; set "
-                "`model.num_labels`, 1 for a number as the target, or leave out rows without a label."
+                "`model.num_labels`, 1 for a number as the target, list the labels that there are in `data.labels` "
+                "([1, 2]), or leave out rows without a label."
             )
         return int(number)
 

@@ -33,12 +33,22 @@ def pst_param_groups(
         `model.named_parameters()`.
 
     Raises:
-        ValueError: if the model has no trainable PST parameter, or `head_lr` is given and nothing else is trained.
+        ValueError: if a rate or the weight decay is no number from 0 up, the model has no trainable PST parameter, or
+            `head_lr` is given and nothing else is trained.
 
     Examples:
         >>> # optimizer = torch.optim.AdamW(pst_param_groups(model, lr=5e-5, score_lr=1.5e-4))
         >>> # trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[SparsityCallback()], ...)
     """
+    rates = {
+        "lr": lr,
+        "score_lr": score_lr,
+        "weight_decay": weight_decay,
+        "head_lr": 0 if head_lr is None else head_lr,
+    }
+    for name, value in rates.items():
+        if isinstance(value, str) or not 0 <= float(value) < float("inf"):
+            raise ValueError(f"`{name}` is a number from 0 up, got {value!r}.")
     groups: dict[str, dict[str, Any]] = {
         "scores": {"lr": score_lr, "weight_decay": 0.0},
         "weights": {"lr": lr, "weight_decay": 0.0},

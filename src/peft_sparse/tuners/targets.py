@@ -133,10 +133,13 @@ def check_linear(name: str, module: nn.Module, tuner: str, layer_cls: type, line
             "`target_modules`, or exclude it with `exclude_modules`."
         )
     if not isinstance(module, BaseTunerLayer) and _has_own_forward(module):
+        way_out = "give it its own again (`del module.forward`), do that work in a hook, or exclude it with "
+        way_out += "`exclude_modules`"
+        if "parallel" in getattr(module.forward, "__module__", ""):  # of transformers, where a process has a part of W
+            way_out = "load the model without `tp_plan`, and train it on several devices with FSDP"
         raise ValueError(
             f"{tuner} adapts linears that compute x W^T + b, got `{name}`, whose `forward` was replaced by "
-            f"{module.forward!r}, which an adapter would compute without; give it its own again (`del "
-            "module.forward`), do that work in a hook, or exclude it with `exclude_modules`."
+            f"{module.forward!r}, which an adapter would compute without; {way_out}."
         )
     if not isinstance(module, BaseTunerLayer):
         check_own_weight(name, module)
