@@ -136,7 +136,10 @@ def find_model(name: str, store: Store) -> tuple[Path, str]:
             return relabel_as_roberta(minilm(), store.checkpoints / name), name
     if name == "smollm2-135m":
         if not models.DEMO_MODEL.is_dir():
-            raise SystemExit(f"The model {name} is where `make demo` leaves it, which was not run; or leave it out.")
+            raise SystemExit(
+                f"The model {name} is where `make demo` leaves it, which was not run; run it, or choose other models "
+                "with --part and --model."
+            )
         return models.DEMO_MODEL, name
     shared = check_pruning.SHARED / "models" / name
     folder = shared if shared.is_dir() else Path(name)
