@@ -65,3 +65,17 @@ def test_a_file_is_one_data_set_and_has_no_names(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match=r"got 'large' beside '.*rows.jsonl', which is one alone; leave the name out"):
         load_rows(tmp_path / "rows.jsonl", name="large")
+
+
+@pytest.mark.parametrize(("name", "reader"), [("jsonl", "json"), ("tsv", "csv"), ("txt", "text")])
+def test_an_ending_is_no_reader(tmp_path, name, reader):
+    with pytest.raises(ValueError, match=rf"one of arrow, csv, .*, got '{name}', which '{reader}' reads"):
+        load_rows(name, files={"train": str(tmp_path / f"rows.{name}")})
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("text,label\nschön,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"got '.*rows\.csv' with the byte 0xf6, .* or name the `encoding`"):
+        load_rows("csv", files={"train": str(path)})
+    assert load_rows("csv", files={"train": str(path)}, encoding="latin-1")["text"] == ["schön"]

@@ -297,6 +297,18 @@ def test_a_file_without_rows(tmp_path, name, content, streaming):
         plan_finetune(language_model(tmp_path, path, data={"text": "text", "streaming": streaming}))
 
 
+def test_a_share_of_a_text_of_one_line(tmp_path):
+    (tmp_path / "one.txt").write_text("w1 " * 1000)
+    data = {
+        "text": "text", "files": {"train": str(tmp_path / "one.txt")},
+        "train_split": "train[:95%]", "validation_split": "train[95%:]",
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"in split 'train\[\d*%?:\d*%?\]' of 'text'; a text file has a row for each line, so name"
+    ):
+        plan_finetune(language_model(tmp_path, "text", data=data))
+
+
 def test_one_data_set_of_save_to_disk_is_a_split(tmp_path, sentences):
     rows = datasets.load_dataset("json", data_files=sentences, split="train")
     rows.save_to_disk(tmp_path / "saved", num_shards=3)

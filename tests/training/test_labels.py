@@ -72,6 +72,7 @@ def test_a_number_is_that_of_a_listed_name_where_no_name_is_a_number():
         ({"own": ["True", "False"]}, 1, "own names True, False count"),
         ({"listed": ["1", "2"]}, 3, r"got 3 in column 'label' besides, of the row {'label': 3}; add it"),
         ({"own": ["neg", "neu", "pos"]}, 3, "of 3 classes is from 0 to 2, got 3"),
+        ({}, 2, r"of 2 classes is from 0 to 1, got 2 .*, list the labels that there are in `data.labels` "),
         ({"own": ["neg", "neu", "pos"], "number": 2}, "pos", "is a number, got 'pos'"),
         ({}, None, r"has a label, got None in column 'label' of the row {'label': None}; leave out rows without"),
         ({"listed": ["a", "b"]}, None, "leave out rows without a label"),

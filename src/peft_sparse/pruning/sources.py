@@ -103,6 +103,12 @@ def load_rows(
         raise _no_rows(error, asked, split, here, files, datasets.config.HF_DATASETS_CACHE) from error
 
 
+def no_row(path: str, split: str) -> ValueError:
+    """For a split, or a share of one, that is empty."""
+    hint = "; a text file has a row for each line, so name a file for each split" if path == "text" else ""
+    return ValueError(f"Data has at least one row, got none in split {split!r} of {path!r}{hint}.")
+
+
 def _no_rows(
     error: Exception, asked: str, split: str, here: bool, files: dict[str, Any] | None, cache: Path
 ) -> ValueError:
@@ -116,7 +122,7 @@ def _no_rows(
         )
     reason = " ".join(str(cause).split())
     if any(said in reason for said in _NO_ROWS):
-        return ValueError(f"Data has at least one row, got none in split {split!r} of {asked!r}.")
+        return no_row(asked, split)
     if isinstance(cause, OSError) and not _is_writable(cache):
         return ValueError(
             f"The package `datasets` keeps rows that it reads in a cache, got {str(cache)!r}, where nothing can be "

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from peft_sparse.pruning import load_rows
+from peft_sparse.pruning.sources import no_row
 from peft_sparse.training.labels import Labels
 from peft_sparse.training.parts import DataPart, ModelPart
 from peft_sparse.training.streams import Encode, endless
@@ -85,8 +86,7 @@ def _split(
     rows = read_split(data, split, streaming, labels)
     first = next(iter(rows), None)
     if first is None:
-        hint = "; a text file has a row for each line: name a file for each split" if data.path == "text" else ""
-        raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}{hint}.")
+        raise no_row(data.path, split)
     _check_columns(data, first, split)
     if labels is not None and rows.features is not None:  # a stream may not know its columns
         labels = labels.of_column(rows.features.get(labels.column))
@@ -177,7 +177,7 @@ def token_stream(data: DataPart, split: str, tokenizer: Any) -> list[int]:
     rows = iter(read_split(data, split))
     first = next(rows, None)
     if first is None:
-        raise ValueError(f"Data has at least one row, got none in split {split!r} of {data.path!r}.")
+        raise no_row(data.path, split)
     _check_columns(data, first, split)
     rows = chain([first], rows)
     for batch in batches(rows):
