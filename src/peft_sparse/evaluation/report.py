@@ -100,7 +100,7 @@ def sparsity_report(model_or_path: nn.Module | str | Path) -> SparsityReport:
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 3))
-        >>> _ = model[0].weight.data.copy_(torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 4.0]]))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[0.0, 0.0, 1.0, 2.0], [3.0, 0.0, 0.0, 4.0]]))
         >>> _ = model[1].weight.data.fill_(1.0), model[1].bias.data.fill_(1.0)
         >>> print(sparsity_report(model))
         layer  shape  zeros  sparsity  pattern

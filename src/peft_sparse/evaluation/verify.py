@@ -43,14 +43,14 @@ def verify_sparsity(
 
     Examples:
         >>> pruned, merged = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 2))
-        >>> _ = pruned[0].weight.data.copy_(torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 4.0]]))
-        >>> _ = merged[0].weight.data.copy_(torch.tensor([[0.0, 1.0, 0.5, 2.0], [3.0, 0.0, 0.0, 0.0]]))
+        >>> _ = pruned[0].weight.data.copy_(torch.tensor([[0.0, 0.0, 1.0, 2.0], [3.0, 0.0, 0.0, 4.0]]))
+        >>> _ = merged[0].weight.data.copy_(torch.tensor([[0.0, 0.5, 1.0, 2.0], [3.0, 0.0, 0.0, 0.0]]))
         >>> report = verify_sparsity(merged, reference=pruned)
         >>> print(report)
         layer  shape  dtype    zeros  sparsity  pattern       lost  gained  violations
         0      2 x 4  float32      4    50.00%  unstructured     1       1           1
         total         float32      4    50.00%  unstructured     1       1           1
-        0: zeros lost at (0, 2); groups against 2:4 at (0, 0)
+        0: zeros lost at (0, 1); groups against 2:4 at (0, 0)
         FAILED: 1 zeros lost, 1 groups against their pattern
         >>> report.exit_status
         1

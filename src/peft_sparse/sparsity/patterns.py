@@ -213,7 +213,7 @@ def find_pattern(weight: torch.Tensor) -> str:
         half of in_features; and 1:4, 2:8, 2:4 and 4:8 also where there are more zeros.
 
     Examples:
-        >>> find_pattern(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
+        >>> find_pattern(torch.tensor([[0.0, 0.0, 1.0, 2.0]]))
         '2:4'
     """
     kept = weight != 0
