@@ -4,6 +4,7 @@ The naive one shares no code with it: it runs the whole model with hooks for eve
 """
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -56,7 +57,7 @@ from peft_sparse.linears import block_linears, find_block_lists
 from peft_sparse.pruning.calibration import evaluation_mode
 from peft_sparse.pruning.checks import check_batches
 from peft_sparse.pruning.targets import prune_by_scores
-from peft_sparse.pruning.walk import Walk
+from peft_sparse.pruning.walk import Walk, check_blocks_called
 from peft_sparse.sparsity import ColumnNorms
 
 import models
@@ -603,3 +604,20 @@ def test_by_default_linears_that_are_not_called_stay_dense():
         pruning.prune_wanda(
             model, [{"input_values": batch["input_values"]}], target_modules=["k_proj"], progress=False
         )
+
+
+@pytest.mark.parametrize(
+    ("called", "missed", "pattern"),
+    [
+        (["text.0"], ["vision.0.fc", "vision.1.fc"], "vision[.].*"),
+        (["blocks.0"], ["blocks.1.fc"], "blocks.1[.].*"),
+        (["stages.0.blocks.0", "stages.1.blocks.0"], ["stages.0.blocks.1.fc"], "stages.0.blocks.1[.].*"),
+        (["stages.0.blocks.0"], ["stages.1.blocks.0.fc", "stages.1.blocks.1.fc"], "stages.1[.].*"),
+    ],
+)
+def test_what_text_does_not_reach_is_excluded_and_nothing_else(called, missed, pattern):
+    reached = [f"{name}.fc" for name in called]
+    with pytest.raises(ValueError, match=re.escape(f"exclude_modules='{pattern}'")):
+        check_blocks_called(called, [*reached, *missed], 1)
+    assert all(re.fullmatch(pattern, name) for name in missed) and not any(re.fullmatch(pattern, n) for n in reached)
+    check_blocks_called(called, reached, 1)

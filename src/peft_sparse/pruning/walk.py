@@ -9,7 +9,6 @@ makes no difference is tried with the first batch; in a model where it does, the
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -279,9 +278,11 @@ def check_blocks_called(called: Iterable[str], targets: Iterable[str], num_batch
 
 
 def _widest_uncalled(linear: str, called: tuple[str, ...]) -> str:
-    """The list of blocks that a linear is in, or, where some of its blocks are called, its block."""
-    list_name, number, _ = re.split(r"\.(\d+)\.", linear, maxsplit=1)
-    return f"{list_name}.{number}" if any(name.startswith(f"{list_name}.") for name in called) else list_name
+    """The outermost list of blocks around a linear, or else block, of which nothing is called."""
+    parts = linear.split(".")
+    ends = [end for index, part in enumerate(parts) if part.isdigit() for end in (index, index + 1)]
+    around = (".".join(parts[:end]) for end in ends)
+    return next(name for name in around if not any(block.startswith(f"{name}.") for block in called))
 
 
 def _raise_no_input(names: str, num_batches: int, excluded: str = "it with `exclude_modules`") -> None:
