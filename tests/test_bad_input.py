@@ -962,6 +962,7 @@ CALLS = {
     ),
     "groups: a rate below 0": Case(live_pst, call(pst_param_groups, -1, 1e-2), "`lr` is a number from 0 up, got -1"),
     "groups: a rate as text": Case(live_pst, call(pst_param_groups, 1e-3, "1e-2"), "`score_lr` is .*, got '1e-2'"),
+    "groups: no rate": Case(live_pst, call(pst_param_groups, None, 1e-2), "`lr` is a number from 0 up, got None"),
     "groups: no PST": Case(spp, call(pst_param_groups, 1e-3, 1e-2), "trainable parameters of PST, got .*; call"),
     "merge: NaN in PST": Case(
         broken_pst, method("merge_and_unload"), "finite weights, got .*`.*down_proj`; train with a lower"

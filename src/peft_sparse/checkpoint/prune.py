@@ -168,8 +168,9 @@ def _noting_blocks(model: torch.nn.Module, called: list[str]) -> Iterator[None]:
     with contextlib.ExitStack() as hooks:
         for block_list in find_block_lists(model):
             for index, block in block_list.blocks.named_children():
-                note = partial(called.append, f"{block_list.name}.{index}")
-                hooks.callback(block.register_forward_pre_hook(lambda *_, note=note: note()).remove)
+                name = f"{block_list.name}.{index}"
+                hook = block.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+                hooks.callback(hook.remove)
         yield
 
 

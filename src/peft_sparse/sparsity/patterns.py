@@ -217,9 +217,9 @@ def find_pattern(weight: torch.Tensor) -> str:
         '2:4'
     """
     kept = weight != 0
-    if not kept.numel() or kept.sum().item() > 0.99 * kept.numel():
+    share, in_features = kept.sum().item() / max(1, kept.numel()), kept.shape[1]
+    if not kept.numel() or share > 0.99:
         return "dense"
-    share, in_features = kept.sum().item() / kept.numel(), kept.shape[1]
     exact = [(round(share * m), m) for m in GROUP_SIZES if 2 * m <= in_features]
     exact = [(n, m) for n, m in exact if 0 < n < m and share * m > 0.99 * n]
     for n, m in (*exact, *KNOWN_NM):

@@ -47,7 +47,7 @@ def pst_param_groups(
         "head_lr": 0 if head_lr is None else head_lr,
     }
     for name, value in rates.items():
-        if isinstance(value, str) or not 0 <= float(value) < float("inf"):
+        if not hasattr(value, "__float__") or not 0 <= float(value) < float("inf"):
             raise ValueError(f"`{name}` is a number from 0 up, got {value!r}.")
     groups: dict[str, dict[str, Any]] = {
         "scores": {"lr": score_lr, "weight_decay": 0.0},
