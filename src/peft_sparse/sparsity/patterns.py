@@ -19,6 +19,8 @@ import torch
 # The N:M patterns that `find_pattern` looks for in a weight with more zeros than they ask for: the one that NVIDIA's
 # sparse tensor cores run, and its neighbours in the literature. Tightest first: a 2:4 weight satisfies 4:8 as well.
 KNOWN_NM = ((1, 4), (2, 8), (2, 4), (4, 8))
+# So many groups have to break one of those if the same zeros lay anywhere: with enough zeros every weight follows it.
+MIN_BROKEN = 10
 # The M of those that it looks for in a weight with just so many zeros.
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
@@ -210,7 +212,8 @@ def find_pattern(weight: torch.Tensor) -> str:
     Returns:
         `"dense"` when less than 1% of it is zero or there is nothing in it, `"N:M"` for the tightest N:M that holds in
         every group, `"unstructured"` otherwise. Looked for are all N of every M in 2, 4, 8, 16 and 32 that is at most
-        half of in_features; and 1:4, 2:8, 2:4 and 4:8 also where there are more zeros.
+        half of in_features; and 1:4, 2:8, 2:4 and 4:8 also where there are more zeros, but not so many that they would
+        follow it wherever they lay.
 
     Examples:
         >>> find_pattern(torch.tensor([[0.0, 0.0, 1.0, 2.0]]))
@@ -221,9 +224,15 @@ def find_pattern(weight: torch.Tensor) -> str:
     if not kept.numel() or share > 0.99:
         return "dense"
     exact = [(round(share * m), m) for m in GROUP_SIZES if 2 * m <= in_features]
-    exact = [(n, m) for n, m in exact if 0 < n < m and share * m > 0.99 * n]
-    for n, m in (*exact, *KNOWN_NM):
+    exact = [(n, m) for n, m in (*exact, *KNOWN_NM) if 0 < n < m and share * m > 0.99 * n]
+    known = [(n, m) for n, m in KNOWN_NM if kept.numel() / m * _share_broken(share, n, m) >= MIN_BROKEN]
+    for n, m in (*exact, *known):
         # block by block: where the pattern does not hold, the first rows show it
         if in_features % m == 0 and all(bool((x.reshape(-1, m).sum(1) <= n).all()) for x in kept.split(256)):
             return f"{n}:{m}"
     return "unstructured"
+
+
+def _share_broken(share: float, n: int, m: int) -> float:
+    """Of the groups of m weights, each of which is kept with probability `share`, those that keep more than n."""
+    return sum(math.comb(m, k) * share**k * (1 - share) ** (m - k) for k in range(n + 1, m + 1))
