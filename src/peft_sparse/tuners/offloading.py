@@ -1,4 +1,6 @@
-"""Adapter weights that accelerate keeps elsewhere: here for a forward, or for good where they are to be trained."""
+"""Adapter weights that accelerate keeps elsewhere: here for a forward, or for good where they are to be trained; and
+base weights that it keeps elsewhere, for which transformers reads no adapter.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,33 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from peft_sparse.linears import keep_loaded, offload_hook, weights_loaded
+from peft_sparse.tuners.sparse_config import SparseConfig
+
+
+def check_loads_whole(model: nn.Module, config: Any) -> None:
+    """Before an adapter is made whose weights transformers reads itself (`model.load_adapter`, or `from_pretrained` of
+    an adapter's folder): it passes over modules on disk, whose factors would stay as they were drawn.
+
+    Args:
+        config: as PEFT hands it on: one config from transformers, a dict of them from PEFT's own classes, which take
+            off the hooks before they make an adapter, and dispatch the model anew.
+
+    Raises:
+        ValueError: if accelerate keeps a weight of the model elsewhere.
+    """
+    if not isinstance(config, SparseConfig) or not config.awaits_weights:
+        return
+    for name, module in model.named_modules():
+        if offload_hook(module) is not None and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise ValueError(
+                "transformers loads an adapter for a model that is wholly in memory, got one with the weights of "
+                f"`{name}` kept elsewhere by accelerate; let PEFT load it: `PeftModel.from_pretrained(model, folder, "
+                "device_map={f'base_model.model.{name}': place for name, place in model.hf_device_map.items()}, "
+                "offload_folder=...)`."
+            )
 
 
 def adapters_loaded(layer: Any) -> AbstractContextManager[Any]:

@@ -30,7 +30,7 @@ from peft_sparse.tuners.adapter_state import (
 )
 from peft_sparse.tuners.injecting import adding, check_adapter_name, configs_kept, take_back, warn_of_no_copy
 from peft_sparse.tuners.merging import RoundingErrors, check_not_merged, keep_tied, warn_of_untrained
-from peft_sparse.tuners.offloading import keep_adapters_loaded
+from peft_sparse.tuners.offloading import check_loads_whole, keep_adapters_loaded
 from peft_sparse.tuners.sparse_config import SparseConfig, include_all_linear
 from peft_sparse.tuners.sparse_layer import SparseLayer
 from peft_sparse.tuners.targets import check_alone, check_linear, default_targets_of, targets_by_name
@@ -51,9 +51,10 @@ class SparseTuner(BaseTuner):
     # Where modules are that the model has in several places, while layers are put around them or taken off again.
     _several_places: dict[nn.Module, list[tuple[nn.Module, str]]]
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_loads_whole(model, peft_config)
         with configs_kept(model):
-            super().__init__(model, *args, **kwargs)
+            super().__init__(model, peft_config, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict) -> SparseConfig:
         return peft_config

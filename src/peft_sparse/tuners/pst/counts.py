@@ -26,6 +26,10 @@ class PrunedCounts(BufferDict):
         super().__init__({}, persistent=True)
         self.withheld = False
 
+    def __setitem__(self, name: str, count: torch.Tensor) -> None:
+        if not (count.is_meta and name in self):  # PEFT moves it to where a weight on disk is said to be
+            super().__setitem__(name, count)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PrunedCounts:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
