@@ -207,3 +207,15 @@ def test_the_tokenizer_of_a_base_on_the_hub(dense, tmp_path, monkeypatch):
     prune_checkpoint("owner/base", tmp_path / "pruned", "magnitude", sparsity=0.75)
     for folder in ("merged", "packed", "pruned"):
         assert (tmp_path / folder / "spm.model").read_text() == "pieces"
+
+
+@pytest.mark.parametrize("excluded", [None, ["q_proj"]])
+def test_a_dry_run_names_the_pattern_that_a_run_finds(excluded, dense, tmp_path):
+    found = [
+        prune_checkpoint(
+            dense, tmp_path / "new", "magnitude", pattern="1:4", exclude_modules=excluded, dry_run=dry_run
+        )
+        for dry_run in (True, False)
+    ]
+    assert [one.pattern for one in found] == ["1:4" if excluded is None else "mixed"] * 2
+    assert found[0].zeros == found[1].zeros

@@ -153,3 +153,17 @@ def test_copies_and_pickles_save_themselves(tmp_path):
         assert torch.equal(again.model.norm.weight, model.model.norm.weight)
         assert MARK in (tmp_path / str(number) / "README.md").read_text()
     assert type(merged).save_pretrained is type(models.tiny_llama()).save_pretrained  # the class is as it was
+
+
+def test_a_card_cites_what_was_used(tmp_path):
+    save_sparse(prune_magnitude(models.tiny_llama(), "2:4"), tmp_path / "pruned")
+    text = card_of(tmp_path / "pruned")[0]
+    assert ", pruned with magnitude pruning. 50" in text and "1506.02626" in text
+    assert "2405.16057" not in text and "2205.11005" not in text
+    merge(load_sparse(tmp_path / "pruned")).save_pretrained(tmp_path / "tuned")
+    text = card_of(tmp_path / "tuned")[0]
+    assert (
+        ", pruned with magnitude pruning, tuned with SPP (" in text and "1506.02626" in text and "2405.16057" in text
+    )
+    save_sparse(models.tiny_llama(), tmp_path / "unknown")
+    assert "Citation" not in card_of(tmp_path / "unknown")[0]

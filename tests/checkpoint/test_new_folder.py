@@ -45,6 +45,20 @@ def test_places(given, dense, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
+def test_two_results_in_one_place(tmp_path):
+    """The first one stays, and the second leaves nothing."""
+    with (
+        pytest.raises(
+            ValueError, match=r"into an empty folder, got 'first' in '.*out' since it began; choose another"
+        ),
+        new_folder(tmp_path / "out") as second,
+    ):
+        with new_folder(tmp_path / "out") as first:
+            (first / "first").touch()
+        (second / "second").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["first"]
+
+
 def test_an_end_as_soon_as_there_is_a_folder_leaves_nothing(tmp_path, monkeypatch):
     """Before anybody has been told its name."""
     mkdir = Path.mkdir

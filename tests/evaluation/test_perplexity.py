@@ -148,3 +148,14 @@ def test_a_trained_model(llama_dir, shared):
     text = (shared / "data/tinystories/sample_a.txt").read_text()[:8000]
     ids = AutoTokenizer.from_pretrained(llama_dir)(text, return_tensors="pt").input_ids[0]
     assert 3.5 < perplexity(model, ids[:2048], progress=False) < 5
+
+
+def test_windows_are_as_long_as_the_context_unless_it_is_long(tiny_gpt2, tiny_llama):
+    ids = torch.arange(1200) * 7 % 90
+    positions = tiny_gpt2.config.n_positions
+    assert positions < 512
+    assert perplexity(tiny_gpt2, ids) == perplexity(tiny_gpt2, ids, window=positions)
+    with pytest.raises(ValueError, match=f"`window` is at most {positions}"):
+        perplexity(tiny_gpt2, ids, window=positions + 1)
+    tiny_llama.config.max_position_embeddings = 10_000
+    assert perplexity(tiny_llama, ids) == perplexity(tiny_llama, ids, window=512)

@@ -79,3 +79,10 @@ def test_another_encoding_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"got '.*rows\.csv' with the byte 0xf6, .* or name the `encoding`"):
         load_rows("csv", files={"train": str(path)})
     assert load_rows("csv", files={"train": str(path)}, encoding="latin-1")["text"] == ["schön"]
+
+
+def test_semicolons_between_columns_and_commas_in_a_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("text;label\none;1\ntwo, three, four;0\n")
+    with pytest.raises(ValueError, match=r'semicolons between its columns needs `options: {sep: ";"}`'):
+        load_rows(tmp_path / "rows.csv")
+    assert load_rows(tmp_path / "rows.csv", sep=";")["text"] == ["one", "two, three, four"]

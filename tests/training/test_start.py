@@ -38,6 +38,56 @@ pytest.importorskip("evaluate")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+def meanwhile(patch, action):
+    """Something that happens while a run is at work, when its Trainer is there."""
+    module = sys.modules[finetune.__module__]  # of the same name as the function
+    make = module.make_trainer
+
+    def trainer(*arguments):
+        action()
+        return make(*arguments)
+
+    patch.setattr(module, "make_trainer", trainer)
+
+
+def test_a_run_has_its_folder_for_itself(tmp_path, sentences, monkeypatch):
+    recipe, said = classifier(tmp_path, sentences, "out"), []
+
+    def another():
+        with pytest.raises(ValueError, match=r"in which another one is at work; wait for its end") as error:
+            finetune(recipe)
+        said.append(error)
+
+    meanwhile(monkeypatch, another)
+    finetune(recipe)
+    assert len(said) == 1 and not list(recipe.output_dir.glob("*.lock"))
+    other = classifier(tmp_path, sentences, "other")
+    meanwhile(monkeypatch, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(other)
+    assert not other.output_dir.exists()
+
+
+def test_a_merge_that_fails_is_none_in_the_result(tmp_path, sentences, monkeypatch):
+    recipe = classifier(tmp_path, sentences, "out", output={"merge": True})
+    in_the_way = recipe.merged_folder / "config.json"
+
+    def somebody_writes():
+        in_the_way.parent.mkdir()
+        in_the_way.write_text("{}")
+
+    with monkeypatch.context() as patch:
+        meanwhile(patch, somebody_writes)
+        with pytest.raises(ValueError, match=r"which is not empty \('config.json' is in it\); choose another name"):
+            finetune(recipe)
+    assert in_the_way.read_text() == "{}"
+    assert json.loads((recipe.output_dir / "result.json").read_text())["merged"] is None
+    with pytest.raises(ValueError, match="which is not empty"):
+        finetune(recipe, resume=True)
+    in_the_way.unlink()
+    assert finetune(recipe, resume=True).merged == str(recipe.merged_folder)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, sentences):
     whole = finetune(classifier(tmp_path, sentences, "whole"))
     first = classifier(tmp_path, sentences, "parts")
@@ -384,4 +434,13 @@ def test_weights_that_are_no_numbers_are_named_before_training(tmp_path, sentenc
     for start in (plan_finetune, finetune):
         with pytest.raises(ValueError, match=r"got 1 NaN or infinite of 32 in `model.norm.weight`, from which"):
             start(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_without_the_end_that_an_encoder_decoder_classifies_by(tmp_path, sentences):
+    for start in (plan_finetune, finetune):
+        with pytest.raises(
+            ValueError, match=r"output at a text's end token, 2, got a tokenizer in '.*bert' that writes"
+        ):
+            start(classifier(tmp_path, sentences, base=tiny_bart().model))
     assert not (tmp_path / "run").exists()

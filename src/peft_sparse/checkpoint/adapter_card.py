@@ -12,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_sparse.checkpoint.card import CITATIONS, MARK, METHODS, may_replace
+from peft_sparse.checkpoint.card import MARK, may_replace
+from peft_sparse.checkpoint.citations import CITATIONS, METHODS
 from peft_sparse.checkpoint.labels import labels_of_head
 from peft_sparse.checkpoint.lookup import adapter_settings
 from peft_sparse.checkpoint.tasks import class_of_adapter

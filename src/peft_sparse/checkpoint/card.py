@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from peft_sparse.checkpoint.citations import CITATIONS, METHODS, PRUNERS
 from peft_sparse.evaluation import LayerSparsity, sparsity_report
 from peft_sparse.evaluation.tables import shape_cell
 from peft_sparse.storage import CONFIG_KEY, StoredModel, facts_of, open_model
 from peft_sparse.storage.model import transformers_class
-from peft_sparse.storage.origin import BASE_MODEL, METHOD
+from peft_sparse.storage.origin import BASE_MODEL, METHOD, PRUNING
 
 # A README.md without this is somebody's own and stays as it is, unless it is the empty form of transformers and PEFT.
 MARK = "<!-- written by peft_sparse; remove this line to keep your changes when the model is saved again -->"
 _FORM = ("# Model Card for Model ID", "[More Information Needed]")
-
-METHODS = {
-    "pst": "PST (parameter-efficient sparsity while fine-tuning)",
-    "spp": "SPP (sparsity-preserving fine-tuning of a pruned model)",
-}
-CITATIONS = {
-    "pst": """@inproceedings{li2022pst,
-  title     = {Parameter-Efficient Sparsity for Large Language Models Fine-Tuning},
-  author    = {Li, Yuchao and Luo, Fuli and Tan, Chuanqi and Wang, Mengdi and Huang, Songfang and Li, Shen and Bai, Junjie},
-  booktitle = {Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence (IJCAI)},
-  year      = {2022},
-  note      = {arXiv:2205.11005}
-}""",  # noqa: E501
-    "spp": """@inproceedings{lu2024spp,
-  title     = {SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language Models},
-  author    = {Lu, Xudong and Zhou, Aojun and Xu, Yuhui and Zhang, Renrui and Gao, Peng and Li, Hongsheng},
-  booktitle = {Proceedings of the 41st International Conference on Machine Learning (ICML)},
-  year      = {2024},
-  note      = {arXiv:2405.16057}
-}""",
-}
 
 
 def write_model_card(folder: str | Path, base_model: str | None = None, method: str | None = None) -> Path:
@@ -45,8 +26,8 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
     Args:
         folder: where `save_pretrained` or [`save_sparse`] wrote to.
         base_model: what it was made from, as a name on the Hub; None: what config.json says.
-        method: `"pst"` or `"spp"`; None: what config.json says. Where nothing is known, the card names no method and
-            cites both papers.
+        method: by which it was tuned, `"pst"` or `"spp"`; None: what config.json says, which also says how it was
+            pruned. The card names what is known, and cites the papers of that.
 
     Returns:
         The path of the card. An existing one that this function did not write is left alone.
@@ -73,7 +54,7 @@ def write_model_card(folder: str | Path, base_model: str | None = None, method: 
         facts = facts_of(stored.config.get(CONFIG_KEY))
         method = method or facts.get(METHOD)
         check_method(method)
-        card = _card(stored, base_model or facts.get(BASE_MODEL), method)
+        card = _card(stored, base_model or facts.get(BASE_MODEL), method, _pruners(facts.get(PRUNING)))
         path.write_text(card, encoding="utf-8")
     return path
 
@@ -93,7 +74,15 @@ def check_method(method: str | None) -> None:
         raise ValueError(f"`method` is one of {sorted(METHODS)} or None, got {method!r}.")
 
 
-def _card(stored: StoredModel, base_model: str | None, method: str | None) -> str:
+def _pruners(facts: Any) -> list[str]:
+    """The pruners of a model by the facts in its config, in the order in which they ran."""
+    if not isinstance(facts, dict):
+        return []
+    names = [run.get("method") for run in (*facts.get("earlier", ()), facts)]
+    return [name for name in dict.fromkeys(names) if name in PRUNERS]
+
+
+def _card(stored: StoredModel, base_model: str | None, method: str | None, pruners: list[str]) -> str:
     report = sparsity_report(stored.folder)
     data = ModelCardData(
         base_model=base_model,
@@ -101,8 +90,9 @@ def _card(stored: StoredModel, base_model: str | None, method: str | None) -> st
         tags=["sparse", "pruned", *([method] if method else []), "peft-sparse"],
     )
     origin = f" made from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
-    how = f", with {METHODS[method]}" if method else ""
-    cited = [method] if method else sorted(CITATIONS)
+    how = f", pruned with {' and '.join(PRUNERS[name] for name in pruners)}" if pruners else ""
+    how += f", tuned with {METHODS[method]}" if method else ""
+    cited = [*pruners, *([method] if method else [])]
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}",
         "# Sparse model",
@@ -115,9 +105,9 @@ def _card(stored: StoredModel, base_model: str | None, method: str | None) -> st
         _size_table(stored),
         "## How to load",
         _how_to_load(stored),
-        "## Citation",
-        "\n\n".join(f"```bibtex\n{CITATIONS[name]}\n```" for name in cited),
     ]
+    if cited:
+        parts += ["## Citation", *(f"```bibtex\n{CITATIONS[name]}\n```" for name in cited)]
     return "\n\n".join(parts) + "\n"
 
 

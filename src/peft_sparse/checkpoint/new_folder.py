@@ -64,8 +64,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     beside.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(beside) as temporary:
         yield temporary
-        if is_there:
-            _move_up(temporary)
+        if is_there or place.is_dir():  # made meanwhile, as by another run
+            _move_up(temporary, place)
         else:
             temporary.rename(place)
 
@@ -82,13 +82,15 @@ def _temporary_folder(inside: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_up(temporary: Path) -> None:
-    """Move what is in a folder to the one around it, which is empty otherwise. That one is not replaced: it may be
-    where a disk is mounted, the working directory, or in a place where nothing can be made."""
-    folder = temporary.parent
+def _move_up(temporary: Path, folder: Path) -> None:
+    """Move what is in a folder to another one, which is empty but for it, if it is in there. That one is not replaced:
+    it may be where a disk is mounted, the working directory, or in a place where nothing can be made."""
     others = [path.name for path in folder.iterdir() if path != temporary]
     if others:
-        raise ValueError(f"A result goes into an empty folder, got {others[0]!r} in {str(folder)!r} since it began.")
+        raise ValueError(
+            f"A result goes into an empty folder, got {others[0]!r} in {str(folder)!r} since it began; choose another "
+            "name."
+        )
     moved: list[Path] = []
     try:
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):

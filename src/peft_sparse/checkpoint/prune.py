@@ -196,11 +196,12 @@ def _plan(
         check_blocks_called(called, sparsities, len(arguments["batches"]))
     zeros = numel = 0
     weights = linear_weights(model)
+    found = str(pattern) if sparsities.keys() >= set(weights.names) else "mixed"
     for name in weights.names:
         weight = weights.read(name)
         numel += weight.numel()
         zeros += _zeros_after(weight, pattern, sparsities[name]) if name in sparsities else int((weight == 0).sum())
-    return Converted("pruned", source, folder, False, zeros / numel, str(pattern), zeros, numel)
+    return Converted("pruned", source, folder, False, zeros / numel, found, zeros, numel)
 
 
 def _zeros_after(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> int:

@@ -11,15 +11,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sparse.pruning.calibration import evaluation_mode
-from peft_sparse.pruning.checks import check_positions
+from peft_sparse.pruning.checks import check_positions, context_length
 from peft_sparse.pruning.offload import execution_device
 from peft_sparse.pruning.token_inputs import check_token_inputs
 
+DEFAULT_WINDOW = 512
 PROBE = 8  # tokens with which it is tried that a model is causal
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, progress: bool = True) -> float:
+def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int | None = None, progress: bool = True) -> float:
     """exp(-1/n sum_t log p(x_t | the tokens before x_t in its window)), over windows that do not overlap.
 
     The first token of a window is given and not predicted, so a window of k tokens counts k - 1 predictions; the last
@@ -29,7 +30,8 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
     Args:
         model: a causal language model whose output has `logits`; in evaluation mode while it is measured.
         input_ids: (tokens,) of the whole text, at least 2.
-        window: tokens per window, at least 2 and at most what the model takes.
+        window: tokens per window, at least 2 and at most what the model takes; None: 512, or the model's context where
+            that is shorter.
         progress: show a bar over the windows.
 
     Returns:
@@ -59,6 +61,8 @@ def perplexity(model: nn.Module, input_ids: torch.Tensor, window: int = 512, pro
             f"`input_ids` is one row of at least 2 token ids, shape (tokens,), got shape {tuple(input_ids.shape)} of "
             f"{input_ids.dtype}; take `tokenizer(text, return_tensors='pt').input_ids[0]`."
         )
+    if window is None:
+        window = min(DEFAULT_WINDOW, context_length(model) or DEFAULT_WINDOW)
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
         raise ValueError(
             f"`window` counts the tokens of a window, at least 2 so that one is predicted, got {window!r}."

@@ -129,10 +129,12 @@ def _no_rows(
             f"written ({type(cause).__name__}: {reason}); set the environment variable HF_DATASETS_CACHE to a folder "
             "that can be."
         )
+    check = "what is in it" if here else "the names and the connection"
+    if type(cause).__name__ == "ParserError":
+        check += '; a CSV file with semicolons between its columns needs `options: {sep: ";"}`'
     return ValueError(
         f"Data is a file, a reader's name with `files`, or a data set on the Hub, got {asked!r} (split "
-        f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check "
-        f"{'what is in it' if here else 'the names and the connection'}."
+        f"{split!r}), which could not be loaded ({type(cause).__name__}: {reason}); check {check}."
     )
 
 

@@ -48,7 +48,7 @@ from peft_sparse.training.fit import check_fit, check_hub
 from peft_sparse.training.metrics import other_outputs, without_times
 from peft_sparse.training.recipe import Recipe
 from peft_sparse.training.result import ADAPTER, FinetuneResult
-from peft_sparse.training.start import where_to_start
+from peft_sparse.training.start import Start, claimed, where_to_start
 from peft_sparse.training.teacher import check_teacher, load_teacher
 
 
@@ -66,8 +66,8 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
 
     Raises:
         ValueError: if data, model or settings do not fit each other, which is found before training; or if there is
-            an earlier run in the folder and `resume` is not asked for, or none to resume; or, when all is written, if
-            the training diverged.
+            an earlier run in the folder and `resume` is not asked for, or none to resume, or another one is at work
+            there; or, when all is written, if the training diverged.
 
     Examples:
         >>> # result = finetune(load_recipe("configs/spp_causal_lm.yaml", ["training.max_steps=20"]))
@@ -82,6 +82,12 @@ def finetune(recipe: Recipe, resume: bool | str = False) -> FinetuneResult:
     if recipe.output.merge:
         check_merge_in_one_process(arguments)
     check_hub(arguments)
+    with claimed(recipe.output_dir, arguments):
+        return _run(recipe, arguments, start, begin)
+
+
+def _run(recipe: Recipe, arguments: TrainingArguments, start: Start, begin: float) -> FinetuneResult:
+    """[`finetune`] in a folder of its own, from where it starts; `begin` is when it was called."""
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     metrics = {name: load_metric(name) for name in recipe.evaluation.metrics}
@@ -262,16 +268,21 @@ def _merge(recipe: Recipe, model: Any, result: FinetuneResult) -> None:
         with model.disable_adapter():
             before = kept_weights(model)
     merged = model.merge_and_unload()
-    with new_folder(folder) as temporary:
-        save_model(merged, temporary, recipe.output.packed, result.adapter)
-        report = None if before is None else verify_sparsity(temporary, reference=before)
-        if report is not None and not report.ok:
-            raise RuntimeError(
-                f"A merged model keeps the zeros of the one that was tuned, got {report.lost:,} of them lost and "
-                f"{report.violations:,} groups against their pattern; nothing was written to {str(folder)!r}. The "
-                f"adapter is in {result.adapter!r}; please report this with your recipe."
-            )
-        result.zeros_lost = None if report is None else report.lost
-        result.merged, result.sparsity = str(folder), sparsity_report(temporary).total_sparsity
-        # Before the folder has its name: a run that is killed in between is merged again, one behind it is finished.
-        result.write(recipe.output_dir)
+    try:
+        with new_folder(folder) as temporary:
+            save_model(merged, temporary, recipe.output.packed, result.adapter)
+            report = None if before is None else verify_sparsity(temporary, reference=before)
+            if report is not None and not report.ok:
+                raise RuntimeError(
+                    f"A merged model keeps the zeros of the one that was tuned, got {report.lost:,} of them lost and "
+                    f"{report.violations:,} groups against their pattern; nothing was written to {str(folder)!r}. The "
+                    f"adapter is in {result.adapter!r}; please report this with your recipe."
+                )
+            result.zeros_lost = None if report is None else report.lost
+            result.merged, result.sparsity = str(folder), sparsity_report(temporary).total_sparsity
+            # Before the folder has its name: a run that is killed in between is merged again, one behind it is
+            # finished.
+            result.write(recipe.output_dir)
+    except Exception:
+        result.merged = result.zeros_lost = None  # nothing is there, or what another run has written
+        raise

@@ -71,6 +71,8 @@ def check_fit(recipe: Recipe, model: Any, tokenizer: Any, examples: Examples) ->
         _check_ids(recipe, size, tokenizer, examples)
     if recipe.model.task == "causal_lm":
         _check_language_model(model, examples)
+    elif model.config.is_encoder_decoder:
+        _check_ends(model, tokenizer, examples)
 
 
 def _check_finite(model: Any) -> None:
@@ -94,6 +96,18 @@ def _check_language_model(model: Any, examples: Examples) -> None:
     if not is_deepspeed_zero3_enabled() and not any(parameter.is_meta for parameter in model.parameters()):
         rows = examples.validation if examples.train is None else examples.train
         check_causal(model, torch.tensor(next(iter(rows))["input_ids"]))
+
+
+def _check_ends(model: Any, tokenizer: Any, examples: Examples) -> None:
+    """A classifier of an encoder-decoder (BART, T5) reads the output at a text's last end token."""
+    rows = examples.validation if examples.train is None else examples.train
+    ids, end = next(iter(rows))["input_ids"], model.config.eos_token_id
+    if end not in ids:
+        raise ValueError(
+            f"{type(model).__name__} classifies by the output at a text's end token, {end}, got a tokenizer in "
+            f"{tokenizer.name_or_path!r} that writes none ({ids[-3:]} at the end of the first text); name the one "
+            "that the model came with in `model.tokenizer`, or add the token in its tokenizer.json."
+        )
 
 
 def _check_ids(recipe: Recipe, size: int, tokenizer: Any, examples: Examples) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers import TrainerState, TrainingArguments
 
 from peft_sparse.checkpoint.lookup import PRUNED
@@ -18,6 +21,8 @@ from peft_sparse.training.result import ADAPTER, RESULT, FinetuneResult, read_re
 
 # What holds an optimizer's state in a checkpoint: of Trainer alone or with FSDP, of DeepSpeed.
 _OPTIMIZERS = ("optimizer*", "global_step*")
+# In the folder of a run that is at work. Trainer pushes no file with such a name to the Hub.
+_LOCK = "_run.lock"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,36 @@ def where_to_start(recipe: Recipe, arguments: TrainingArguments, resume: bool | 
     if recipe.output.merge:
         check_new_folder(recipe.merged_folder)
     return start
+
+
+@contextmanager
+def claimed(folder: Path, arguments: TrainingArguments) -> Iterator[None]:
+    """For the time of a run, its folder: two runs would write over each other. A claim ends with its process.
+
+    Raises:
+        ValueError: if another run has it.
+    """
+    if arguments.process_index > 0:
+        yield
+        return
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"A run has its folder for itself, got {str(folder)!r}, in which another one is at work; wait for its "
+            "end, or choose another `training.output_dir`."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # on Windows, where releasing it removes it
+            (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _is_finished(recipe: Recipe, arguments: TrainingArguments, result: FinetuneResult) -> bool:
