@@ -461,6 +461,8 @@ def test_a_loss_is_stated_and_a_difference_within_the_spread_is_none():
     assert ["LOSES" in found[0], "wins" in found[1], "level" in found[2]] == [True] * 3 and len(found) == 3
     higher = summary.verdicts(rows, "spp", ["hira"], "higher")
     assert "wins" in higher[0]
+    alike = summary.verdicts([_row("spp", [0.5, 0.5]), _row("hira", [0.5 - 1e-7] * 2)], "spp", ["hira"], "lower")
+    assert "level" in alike[0]  # one answer for all has no spread, but rounding
     single = summary.verdicts([_row("spp", [1.0]), _row("hira", [9.0])], "spp", ["hira"], "lower")
     assert "no verdict" in single[0]
 

@@ -14,6 +14,7 @@ from benchmarks.leaderboard.store import Record
 
 # Columns of a table that are averaged over seeds, beside the metrics.
 AVERAGED = ("step_seconds", "step_cpu_seconds", "peak_mb", "sparsity")
+ROUNDING = 1e-6  # of a mean; models that give one answer for all have no spread over seeds
 LARGEST = ("zeros_lost", "violations", "merge_difference")  # the worst of the seeds
 WHERE_FROM = ("hardware", "workers", "threads", "device", "torch", "transformers", "peft", "peft_sparse", "commit")
 
@@ -109,9 +110,12 @@ def gain_of(own: Result, other: Result, better: str) -> tuple[float, float] | No
 
 
 def outcome(own: Result, other: Result, better: str) -> int | None:
-    """1: `own` is better beyond the spread, -1: worse, 0: within it. None as of [`gain_of`]."""
+    """1: `own` is better beyond the spread, -1: worse, 0: within it, or but for rounding. None as of [`gain_of`]."""
     found = gain_of(own, other, better)
-    return None if found is None else (found[0] > found[1]) - (found[0] < -found[1])
+    if found is None:
+        return None
+    gain, margin = found[0], max(found[1], ROUNDING)
+    return (gain > margin) - (gain < -margin)
 
 
 def verdicts(rows: Sequence[Row], ours: str, rivals: Sequence[str], better: str) -> list[str]:
