@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import (
 
 from peft_sparse.evaluation.metrics import check_metrics_of_numbers, load_metric
 from peft_sparse.evaluation.perplexity import check_causal
+from peft_sparse.pruning.calibration import evaluation_mode
 from peft_sparse.pruning.checks import padding_of_positions
+from peft_sparse.pruning.offload import execution_device
 from peft_sparse.pruning.token_inputs import vocabulary_size
 from peft_sparse.training.data import Examples
 from peft_sparse.training.metrics import Metrics
@@ -92,22 +94,32 @@ def _check_language_model(model: Any, examples: Examples) -> None:
             f"`model.task: causal_lm` is of a model without an encoder, got {saved_as}, of which the decoder alone "
             "would be left; name the task that it has, or tune it in a script."
         )
-    # With ZeRO-3, or as FSDP loads, a process may not have all weights before training.
-    if not is_deepspeed_zero3_enabled() and not any(parameter.is_meta for parameter in model.parameters()):
+    if _is_whole(model):
         rows = examples.validation if examples.train is None else examples.train
         check_causal(model, torch.tensor(next(iter(rows))["input_ids"]))
 
 
 def _check_ends(model: Any, tokenizer: Any, examples: Examples) -> None:
-    """A classifier of an encoder-decoder (BART, T5) reads the output at a text's last end token."""
+    """A classifier of an encoder-decoder (BART, T5) reads the output at a text's end token. Not all do, so it is tried
+    on a text without one."""
     rows = examples.validation if examples.train is None else examples.train
     ids, end = next(iter(rows))["input_ids"], model.config.eos_token_id
-    if end not in ids:
+    if end in ids or not _is_whole(model):
+        return
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(input_ids=torch.tensor([ids], device=execution_device(model)))
+    except (ValueError, RuntimeError, IndexError) as error:
         raise ValueError(
             f"{type(model).__name__} classifies by the output at a text's end token, {end}, got a tokenizer in "
             f"{tokenizer.name_or_path!r} that writes none ({ids[-3:]} at the end of the first text); name the one "
             "that the model came with in `model.tokenizer`, or add the token in its tokenizer.json."
-        )
+        ) from error
+
+
+def _is_whole(model: Any) -> bool:
+    """Whether a process has all weights before training: not with ZeRO-3, or as FSDP loads."""
+    return not is_deepspeed_zero3_enabled() and not any(parameter.is_meta for parameter in model.parameters())
 
 
 def _check_ids(recipe: Recipe, size: int, tokenizer: Any, examples: Examples) -> None:
