@@ -1,11 +1,13 @@
 """What `finetune` does before it trains: it goes on from a checkpoint, or finds what does not fit, as a plan does."""
 
+import errno
 import json
 import math
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -29,6 +31,7 @@ from peft_sparse.training import evaluate_recipe, finetune, plan_finetune
 from peft_sparse.training.adapt import note_new_modules
 from peft_sparse.training.checkpoints import checkpoint_fault
 from peft_sparse.training.result import FinetuneResult
+from peft_sparse.training.start import claimed
 
 from models import WORDS, save_with_tokenizer, tiny_bart, tiny_bert, tiny_llama
 from recipes import classifier, language_model
@@ -66,6 +69,17 @@ def test_a_run_has_its_folder_for_itself(tmp_path, sentences, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         finetune(other)
     assert not other.output_dir.exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    warned = pytest.warns(UserWarning, match=r"out' has no locks \(No locks available\), .* of its own")
+    with warned, claimed(tmp_path / "out", SimpleNamespace(process_index=0)):
+        (tmp_path / "out" / "adapter").mkdir()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
 
 
 def test_a_merge_that_fails_is_none_in_the_result(tmp_path, sentences, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -92,6 +93,12 @@ def claimed(folder: Path, arguments: TrainingArguments) -> Iterator[None]:
             f"A run has its folder for itself, got {str(folder)!r}, in which another one is at work; wait for its "
             "end, or choose another `training.output_dir`."
         ) from error
+    except OSError as error:  # Timeout is one too
+        warnings.warn(
+            f"The file system of {str(folder)!r} has no locks ({error.strerror}), so nothing keeps a second run out "
+            "of it; give each run a `training.output_dir` of its own.",
+            stacklevel=4,
+        )
     try:
         yield
     finally:
